@@ -1,0 +1,1 @@
+"""cloven: run a large language model on hardware nobody has to trust."""

@@ -1,0 +1,1 @@
+"""Bundles on disk: manifests, shards and their verification; no secret logic."""

@@ -1,0 +1,77 @@
+"""Fixed-point codec with a no-wrap guarantee (ours).
+
+For a row x [K] and integer matrices with rows W_j, over all rows of all matrices of a group,
+
+    α     = (1 − 2^-20)·(H − ½·max_j‖W_j‖₁ − noise) / (max(1, max_j‖W_j‖₂)·‖x‖₂)
+    x_int = round(α·x)
+
+By Cauchy–Schwarz |W_j·x_int| ≤ α‖W_j‖₂‖x‖₂ + ½‖W_j‖₁ ≤ H − noise, so W_j·x_int is never reduced modulo p, however strong the
+outliers, and the entries of x_int are residues themselves. All in float64: in float32 the bound fails (x_int = 2^30 for
+W = [1], x = 1). α stays with the holder of x, so it may follow the data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cloven.errors import BadInput, RunError
+from cloven.field.residues import H
+
+ZERO_NORM = 2.0**-100  # shorter rows encode as zeros (and are masked like any other)
+_SLACK = 1 - 2.0**-20
+
+
+@dataclass(frozen=True)
+class RowBounds:
+    """Upper bounds over all rows of a group's integer matrices: `l1` = max ‖W_j‖₁, `l2` = max ‖W_j‖₂."""
+
+    l1: int
+    l2: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.l1 < H and 0 <= self.l2 <= self.l1 and math.isfinite(self.l2)):
+            raise BadInput(f"row bounds l1={self.l1}, l2={self.l2} do not belong to an int8 matrix")
+
+
+def row_bounds(codes: Tensor) -> RowBounds:
+    """The bounds of an int8 matrix [N, K]; l2 is rounded up."""
+    l1 = l2 = 0
+    for rows in codes.split(1024):
+        wide = rows.to(torch.int64).abs()
+        l1 = max(l1, int(wide.sum(1).max()))
+        l2 = max(l2, int(wide.square_().sum(1).max()))
+    return RowBounds(l1, min(float(l1), math.nextafter(math.sqrt(l2), math.inf)))  # ‖·‖₂ ≤ ‖·‖₁ whatever the rounding
+
+
+def encode(x: Tensor, bounds: RowBounds, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Encode rows in fixed point such that no product with the bounded matrices wraps.
+
+    Args:
+        x: float64 [M, K].
+        bounds: bounds of the matrices that x will meet.
+        noise: bound on what will be added to the product, in units of the field.
+
+    Returns:
+        x_int: int64 [M, K], residues; alpha: float64 [M, 1], the scale (1 for rows encoded as zeros).
+
+    Raises:
+        RunError: x holds NaN or infinity. Raised before a pad is taken.
+    """
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [M, 1]
+    if not bool(torch.isfinite(norm).all()):
+        raise RunError("the activations hold NaN or infinity: nothing was sent")
+    room = _SLACK * (H - 0.5 * bounds.l1 - noise)
+    if room <= 0:
+        raise BadInput(f"row bounds leave no room in the field: l1={bounds.l1}, noise={noise}")
+    alpha = torch.where(norm < ZERO_NORM, 1.0, room / (max(1.0, bounds.l2) * norm.clamp_min(ZERO_NORM)))
+    x_int = torch.round(torch.where(norm < ZERO_NORM, 0.0, x * alpha))
+    return x_int.to(torch.int64), alpha
+
+
+def decode(y_int: Tensor, alpha: Tensor) -> Tensor:
+    """Undo `encode` after the product: int [M, N] and alpha [M, 1] -> float64 [M, N]."""
+    return y_int.to(torch.float64) / alpha

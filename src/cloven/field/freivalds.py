@@ -1,0 +1,66 @@
+"""Freivalds' check of z = W c mod p, at O(N + K) instead of O(N·K).
+
+S is uniform in F_p^{2×N}, full-size entries, secret, drawn for one worker and shared with no other; S·W is computed once from the
+trusted side's own verified copy of W. A vector z ≠ W c that was fixed before S was learned passes with probability p^-2 exactly.
+An accepted honest answer tells the worker nothing about S; the verdict depends on S and z − W c alone, not on the plaintext.
+After the first reject S must be dropped: the caller ends the session.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cloven.errors import VerificationFailed
+from cloven.field.products import Backend, PlacedMatrix, multiply
+from cloven.field.residues import centre
+
+CHECKS = 2  # t: p^-2 < 2^-61
+_MAX_WIDTH = 2**22  # 2^15·2^15·2·2^22 = 2^53: float64 sums of 16-bit halves stay exact
+
+
+def _halves(x: Tensor) -> Tensor:
+    """Residues int32 [R, L] -> float64 [2R, L], low halves (in [−2^15, 2^15)) above high halves: x = high·2^16 + low."""
+    low = ((x + 2**15) & 0xFFFF) - 2**15
+    return torch.cat([low, (x - low) >> 16]).to(torch.float64)
+
+
+class Freivalds:
+    """Checks products with one matrix (or one stack of matrices) W [N, K].
+
+    Args:
+        s: the secret S, residues int32 [2, N].
+        backend, w: W as placed by the back end; read once, here.
+
+    Guarantee: `check` lets a wrong row pass with probability ≤ p^-2, once per S. Assumes that S stays secret and that `w` is
+    the true matrix. Does not hide anything: it is arithmetic on masked values.
+    """
+
+    def __init__(self, s: Tensor, backend: Backend, w: PlacedMatrix) -> None:
+        if s.shape != (CHECKS, w.rows) or w.rows + w.columns > _MAX_WIDTH:
+            raise ValueError(f"S of shape {tuple(s.shape)} does not fit a matrix [{w.rows}, {w.columns}]")
+        transposed = backend.place(w.codes[: w.rows, : w.columns].t())
+        sw = multiply(backend, s, transposed).cpu()  # S W: [2, N] @ [N, K] -> [2, K]
+        self._test = _halves(torch.cat([s, -sw], dim=1))  # [4, N + K]: S z − (S W) c = 0
+
+    def __repr__(self) -> str:
+        return "Freivalds(<secret>)"
+
+    def check(self, c: Tensor, z: Tensor, what: str) -> None:
+        """Accept z = W c row by row, or raise.
+
+        Args:
+            c: residues, int32 [M, K]; z: residues, int32 [M, N].
+            what: what is being checked, for the error ("the answer for layer …").
+
+        Raises:
+            VerificationFailed: some row of z is wrong.
+        """
+        m = c.shape[0]
+        sums = _halves(torch.cat([z, c], dim=1)) @ self._test.t()  # [2M, 4], exact integers below 2^53
+        parts = centre(sums.to(torch.int64)).to(torch.int64).view(2, m, 2, CHECKS)  # [half of z‖c, M, half of S, t]
+        low_low, low_high, high_low, high_high = parts[0, :, 0], parts[0, :, 1], parts[1, :, 0], parts[1, :, 1]
+        residual = centre(low_low + (low_high + high_low) * 2**16 + high_high * 2)  # 2^32 ≡ 2 (mod p)
+        wrong = int((residual != 0).any(dim=1).sum())
+        if wrong:
+            raise VerificationFailed(f"{what} is wrong in {wrong} of {m} rows; nothing of it was used")

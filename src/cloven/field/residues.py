@@ -1,0 +1,38 @@
+"""The prime field F_p, p = 2^31 − 1, with centred residues.
+
+A residue is an int32 in [−H, H], H = (p − 1)/2 = 2^30 − 1. Anything outside is malformed, on both sides of the wire. The field
+is prime, and not Z_2^k, because a Freivalds check over Z_2^k misses errors that are multiples of a high power of two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+P = 2**31 - 1
+H = (P - 1) // 2
+
+
+def centre(x: Tensor) -> Tensor:
+    """Reduce integers modulo p to centred residues.
+
+    Args:
+        x: int64, any shape, any value.
+
+    Returns:
+        int32 of the same shape, in [−H, H], congruent to x modulo p.
+
+    2^31 ≡ 1 (mod p), so x = (x >> 31)·2^31 + (x & p) ≡ (x >> 31) + (x & p). One fold takes 64 bits to [−2^32, 2^32 + p], a second
+    one to [−2, p + 2]; what lies above H then loses p.
+    """
+    x = (x & P) + (x >> 31)
+    x = (x & P) + (x >> 31)
+    return torch.where(x > H, x - P, x).to(torch.int32)
+
+
+def is_residue(x: Tensor) -> bool:
+    """Whether every entry of an int32 tensor is a centred residue."""
+    if x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return bool(low >= -H) and bool(high <= H)

@@ -1,0 +1,1 @@
+"""Where masks and their images come from: one-time pads."""

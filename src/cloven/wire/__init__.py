@@ -1,0 +1,1 @@
+"""What crosses the trust boundary: messages, the channel, addresses, keys and limits."""

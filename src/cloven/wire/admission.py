@@ -1,0 +1,109 @@
+"""Who may connect to a server: a ZAP handler (ZeroMQ RFC 27) with an allow-list, a uid check and a connection cap.
+
+A CURVE server without a ZAP handler accepts every key. So the server's socket always sets ZAP_DOMAIN and ZAP_ENFORCE_DOMAIN: when
+this thread is not there, every connection is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from cloven.errors import ClovenError
+from cloven.telemetry import logger
+from cloven.wire.limits import MAX_CONNECTIONS
+
+DOMAIN = b"cloven"
+_ENDPOINT = "inproc://zeromq.zap.01"
+_POLL_MILLISECONDS = 100
+
+
+class Admission(threading.Thread):
+    """Answers ZAP requests for the server sockets of one context.
+
+    Args:
+        context: the server's own context.
+        allowed: gives the public keys (raw, 32 bytes) that may connect by CURVE; None where CURVE is not used.
+
+    Guarantee: over CURVE, only listed keys connect; over ipc, only processes of this user; at most MAX_CONNECTIONS at a time.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: Callable[[], frozenset[bytes]] | None) -> None:
+        super().__init__(name="cloven-admission", daemon=True)
+        self._allowed = allowed
+        self._stopping = threading.Event()
+        self._open: set[int] = set()
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._zap = context.socket(zmq.REP)
+        self._zap.linger = 0
+        self._zap.bind(_ENDPOINT)
+
+    def guard(self, socket: zmq.Socket[bytes], curve_secret: bytes | None) -> None:
+        """Set a server socket up so that every connection needs this handler's consent; before it is bound."""
+        socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        if curve_secret is not None:
+            socket.curve_server = True
+            socket.curve_secretkey = curve_secret
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+
+    def run(self) -> None:
+        """Answer until stopped."""
+        poller = zmq.Poller()
+        poller.register(self._zap, zmq.POLLIN)
+        if self._monitor is not None:
+            poller.register(self._monitor, zmq.POLLIN)
+        try:
+            while not self._stopping.is_set():
+                ready = dict(poller.poll(_POLL_MILLISECONDS))
+                if self._monitor is not None and self._monitor in ready:
+                    self._count(self._monitor.recv_multipart())
+                if self._zap in ready:
+                    self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
+        except zmq.ZMQError as error:
+            logger.error("admission stopped (%s): no new connection will be accepted", error)
+        finally:
+            self._zap.close()
+
+    def stop(self) -> None:
+        """End the thread; from then on nobody can connect."""
+        self._stopping.set()
+        self.join()
+
+    def _count(self, event_frames: list[bytes]) -> None:
+        event = parse_monitor_message(event_frames)
+        if event["event"] == zmq.EVENT_ACCEPTED:
+            self._open.add(int(event["value"]))
+        else:
+            self._open.discard(int(event["value"]))
+
+    def _answer(self, request: list[bytes]) -> list[bytes]:
+        if len(request) < 6:
+            return [b"1.0", b"", b"500", b"malformed", b"", b""]
+        version, number, domain, address, _identity, mechanism, *credentials = request
+        reason = self._refusal(version, domain, address.decode("ascii", "replace"), mechanism, credentials)
+        if reason is None:
+            return [version, number, b"200", b"OK", b"", b""]
+        logger.warning("a connection was refused: %s", reason)
+        return [version, number, b"400", b"refused", b"", b""]
+
+    def _refusal(self, version: bytes, domain: bytes, address: str, mechanism: bytes, credentials: list[bytes]) -> str | None:
+        if version != b"1.0" or domain != DOMAIN:
+            return "unknown ZAP version or domain"
+        if len(self._open) > MAX_CONNECTIONS:
+            return f"{MAX_CONNECTIONS} connections are open already"
+        if address.startswith(":") and address.split(":")[1] != str(os.getuid()):  # ipc: ":uid:gid:pid"
+            return "another user's process on the ipc socket"
+        if self._allowed is None:
+            return None if mechanism == b"NULL" else "a security mechanism that is not in use here"
+        if mechanism != b"CURVE" or len(credentials) != 1:
+            return "not CURVE"
+        try:
+            listed = credentials[0] in self._allowed()
+        except ClovenError as error:
+            return str(error)
+        return None if listed else "an unlisted key"

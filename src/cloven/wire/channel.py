@@ -1,0 +1,253 @@
+"""The trusted side's channel to one worker: one exchange at a time, counted, bounded in time, resent byte by byte.
+
+An exchange is
+    1. send the header and the masked rows c;
+    2. do trusted work meanwhile;
+    3. wait for the answer with this request's id; drop answers with another id;
+    4. after a third of the timeout, and again after two thirds, send the identical bytes once more (the worker keeps no state);
+    5. after the timeout, give up: the request's pads are burnt.
+Only masked residues ever enter a send buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import zmq
+from torch import Tensor
+from zmq.utils.monitor import recv_monitor_message
+
+from cloven.errors import BadInput, ForeignBundle, PeerRefused, RunError, SessionClosed, WorkerRefused, WorkerTimeout, WorkerUnreachable
+from cloven.telemetry import LayerStatistics, Telemetry, logger
+from cloven.wire.address import Address, check_socket_folder, parse_address
+from cloven.wire.keys import TrustedKeys
+from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_PAYLOAD_BYTES, QUEUED_MESSAGES
+from cloven.wire.messages import (
+    ErrorAnswer,
+    Hello,
+    MalformedMessage,
+    Message,
+    Multiply,
+    Product,
+    Welcome,
+    pack,
+    residue_frame,
+    residues_of_frame,
+    unpack,
+)
+
+Frame = bytes | memoryview
+_M = TypeVar("_M")
+_SENDS = 3  # the first one and two repetitions
+
+PLAIN_TCP_BANNER = (
+    "INSECURE: plain tcp, no encryption and no authentication. Anybody on the network can read and alter the traffic. "
+    "Use keys made by `cloven keygen`."
+)
+
+
+class Exchanger(Protocol):
+    """What `offload` needs of a channel; tests put liars and recorders behind it."""
+
+    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+        """z [M, columns_out] for masked rows c [M, K] of a group, unverified."""
+
+
+class Channel:
+    """A connection to one worker.
+
+    Args:
+        address: ipc://PATH, tcp://HOST:PORT, or inproc://NAME with the worker's `context`.
+        bundle: the 16-byte id of the bundle that the worker must hold.
+        keys: CURVE keys with the worker's key pinned; needed for tcp.
+        timeout: seconds an answer may take.
+        insecure_plain_tcp: allow tcp without keys, with a banner.
+
+    Guarantee: bounded waiting; over CURVE, traffic is encrypted and the worker is the holder of the pinned key. Answers are parsed
+    strictly, not verified: that is `offload`'s step. Not hidden: the number, size and time of exchanges.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        bundle: bytes,
+        *,
+        keys: TrustedKeys | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        insecure_plain_tcp: bool = False,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        if not 0 < timeout < 86_400:
+            raise BadInput(f"timeout {timeout}: give seconds, more than 0")
+        self.address: Address = parse_address(address)
+        self.timeout = timeout
+        self.telemetry = telemetry or Telemetry()
+        self._bundle = bundle
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        if self.address.scheme == "tcp" and keys is None:
+            if not insecure_plain_tcp:
+                raise BadInput(f"{address}: tcp needs keys; make them with `cloven keygen DIR` and give --keys DIR")
+            logger.warning(PLAIN_TCP_BANNER)
+        check_socket_folder(self.address, create=False)
+        self._context = context or zmq.Context()
+        self._owns_context = context is None
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.sndhwm = self._socket.rcvhwm = QUEUED_MESSAGES
+        self._socket.maxmsgsize = MAX_PAYLOAD_BYTES
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
+        if keys is not None:
+            self._socket.curve_publickey, self._socket.curve_secretkey = keys.own.public, keys.own.secret
+            self._socket.curve_serverkey = keys.worker
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_CONNECTED
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_DISCONNECTED
+        )
+        self._connected = self.address.scheme == "inproc"
+        self._ever_connected = self._connected
+        self._handshake_failures = 0
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._socket.connect(address)
+
+    def hello(self) -> int:
+        """Ask whether the worker holds the bundle.
+
+        Returns:
+            The number of groups that it serves.
+
+        Raises:
+            ForeignBundle, PeerRefused, WorkerUnreachable, WorkerTimeout.
+        """
+        request = Hello(next(self._ids), self._bundle)
+        welcome = self._exchange("hello", request, [], lambda message, _: message if isinstance(message, Welcome) else None)
+        if welcome.bundle != self._bundle:
+            raise ForeignBundle(f"{self.address}: the worker holds bundle {welcome.bundle.hex()}, expected {self._bundle.hex()}")
+        return welcome.groups
+
+    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+        """One exchange: masked rows c int32 [M, K] of a group -> z int32 [M, columns_out], parsed but unverified.
+
+        Args:
+            layer: name for statistics and errors.
+            meanwhile: trusted work to do while the worker computes.
+        """
+        rows = c.shape[0]
+        request = Multiply(next(self._ids), self._bundle, group, rows)
+
+        def parse(message: Message, payload: memoryview | None) -> Tensor | None:
+            if not isinstance(message, Product) or message.rows != rows or payload is None:
+                return None
+            return residues_of_frame(payload, rows, columns_out)
+
+        return self._exchange(layer, request, [residue_frame(c)], parse, meanwhile)
+
+    def close(self) -> None:
+        """Close the connection; later calls raise SessionClosed."""
+        with self._lock:
+            if not self._socket.closed:
+                self._socket.disable_monitor()
+                self._monitor.close(linger=0)
+                self._socket.close(linger=0)
+                if self._owns_context:
+                    self._context.destroy(linger=0)
+
+    def _exchange(
+        self,
+        layer: str,
+        request: Hello | Multiply,
+        payload: list[Frame],
+        parse: Callable[[Message, memoryview | None], _M | None],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> _M:
+        frames: list[Frame] = [pack(request), *payload]
+        size = sum(memoryview(frame).nbytes for frame in frames)
+        record = LayerStatistics(exchanges=1, rows=getattr(request, "rows", 0))
+        with self._lock:
+            if self._socket.closed:
+                raise SessionClosed(f"the connection to {self.address} is closed")
+            started = time.monotonic()
+            for attempt in range(1, _SENDS + 1):
+                self._send(frames)
+                record.bytes_up += size
+                record.resent += attempt > 1
+                if attempt == 1:
+                    meanwhile()
+                waiting = time.monotonic()
+                answer = self._receive(layer, request.id, started + self.timeout * attempt / _SENDS, record)
+                record.seconds_waiting += time.monotonic() - waiting
+                if answer is not None:
+                    break
+                logger.info("no answer from %s for %.1f s", self.address, time.monotonic() - started)
+            else:
+                raise self._silence(layer)
+        self.telemetry.record(layer, record)
+        message, answer_payload = answer
+        if isinstance(message, ErrorAnswer):
+            text = "".join(character for character in message.text if 32 <= ord(character) < 127)
+            kind = ForeignBundle if message.code == "bundle" else WorkerRefused
+            raise kind(f"{layer}: the worker at {self.address} answered '{message.code}': {text}")
+        try:
+            parsed = parse(message, answer_payload)
+        except MalformedMessage as error:
+            raise WorkerRefused(f"{layer}: the worker's answer is malformed: {error}") from error
+        if parsed is None:
+            raise WorkerRefused(f"{layer}: the worker answered something else than was asked")
+        return parsed
+
+    def _send(self, frames: list[Frame]) -> None:
+        with contextlib.suppress(zmq.Again):  # the queue of an absent worker is full: a repetition, already queued, will do
+            self._socket.send_multipart(frames, copy=False, flags=zmq.NOBLOCK)
+
+    def _receive(self, layer: str, request: int, deadline: float, record: LayerStatistics) -> tuple[Message, memoryview | None] | None:
+        while (left := deadline - time.monotonic()) > 0:
+            ready = dict(self._poller.poll(max(1, int(left * 1000))))
+            if self._monitor in ready:
+                self._watch(recv_monitor_message(self._monitor))
+            if self._socket not in ready:
+                continue
+            frames: list[Any] = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
+            record.bytes_down += sum(memoryview(frame).nbytes for frame in frames)
+            try:
+                message, payload = unpack(frames)
+            except MalformedMessage as error:
+                raise WorkerRefused(f"{layer}: the worker's answer is malformed: {error}") from error
+            if message.id == request or (isinstance(message, ErrorAnswer) and message.id == 0):
+                return message, payload
+            logger.info("dropped a late answer from %s", self.address)
+        return None
+
+    def _watch(self, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise PeerRefused(f"{self.address}: the worker refuses this key: put the public key in its allowed/ folder")
+        if kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
+            self._handshake_failures += 1
+            if self._handshake_failures >= 3 and not self._ever_connected:
+                raise PeerRefused(
+                    f"{self.address}: the peer ends the handshake: its key is not the pinned one, "
+                    "only one side uses keys, or it admits nobody"
+                )
+        elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected = self._ever_connected = True
+        elif kind == zmq.EVENT_DISCONNECTED:
+            self._connected = False
+
+    def _silence(self, layer: str) -> RunError:
+        if self._connected:
+            return WorkerTimeout(f"{layer}: no answer from the worker at {self.address} within {self.timeout:g} s")
+        return WorkerUnreachable(
+            f"{layer}: no worker at {self.address} for {self.timeout:g} s: is `cloven worker` running there, with matching keys?"
+        )
