@@ -1,0 +1,1 @@
+"""transformers: finding groups of linears, swapping modules, loading through `from_pretrained`, sessions at run time."""

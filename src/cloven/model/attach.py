@@ -1,0 +1,53 @@
+"""`cloven.attach`: connect a loaded model to its worker."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from cloven.errors import BadInput
+from cloven.model.registration import ClovenConfig, scheme_named
+from cloven.model.runtime import RuntimeOptions, Session
+
+
+def attach(
+    model: PreTrainedModel,
+    worker: str,
+    keys: str | Path | None = None,
+    *,
+    exposed: str | Path | None = None,
+    **options: Any,
+) -> Session:
+    """Connect a model loaded from OUT/trusted to a worker.
+
+    Args:
+        model: what `AutoModelForCausalLM.from_pretrained("OUT/trusted")` returned.
+        worker: ipc://PATH on one host, tcp://HOST:PORT between hosts.
+        keys: the trusted side's folder of keys, made by `cloven keygen`; needed for tcp.
+        exposed: the trusted side's own copy of OUT/exposed; the sibling of OUT/trusted if not given.
+        options: `timeout` (seconds), `look_ahead` (rows of pads), `pad_bytes`, `insecure_plain_tcp`; see `RuntimeOptions`.
+
+    Returns:
+        The session, a context manager with `statistics()` and `close()`. A session that the model had before is closed.
+
+    Raises:
+        BadInput: not a split model, or wrong settings.  PeerRefused, WorkerUnreachable, WorkerTimeout: the worker.
+        ForeignBundle, TamperedBundle: the worker or the copy of exposed/ does not belong to this model.
+
+    Guarantee: the worker receives one-time-padded integers only and a wrong answer is refused (≤ 2^-61 per session). Not hidden: the
+    number, size and times of products.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not isinstance(config, ClovenConfig):
+        raise BadInput("this is no split model: load OUT/trusted of a bundle that `cloven prepare` made")
+    settings = RuntimeOptions(worker, Path(keys) if keys is not None else None, Path(exposed) if exposed is not None else None)
+    try:
+        settings = replace(settings, **options)
+    except TypeError as error:
+        raise BadInput(f"cloven.attach: unknown option among {', '.join(sorted(options))}") from error
+    session = scheme_named(config.description["scheme"]).attach(model, settings)
+    assert isinstance(session, Session)
+    return session

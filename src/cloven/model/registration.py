@@ -1,0 +1,189 @@
+"""The quantisation method "cloven" of transformers: how a bundle loads through stock `from_pretrained`.
+
+Imported by the hook in `cloven/__init__.py` as soon as transformers' quantizers are. A scheme registers a `Scheme`; the quantizer reads
+the scheme's name from config.json and calls it
+
+    before the weights are loaded   modules are swapped in place on the meta device; files are hashed, tensor names compared
+    after                           a session is attached, where the worker's address is known
+
+transformers only warns about missing and unexpected tensors and then runs on uninitialised memory; here both are errors.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cloven.bundle.trusted_manifest import TrustedManifest
+from cloven.bundle.verification import verify_files
+from cloven.errors import BadBundle, BadInput, ForeignBundle
+from cloven.model.runtime import RuntimeOptions
+
+METHOD = "cloven"
+CONFIG_VERSION = 1
+_DESCRIPTION = ("scheme", "version", "bundle", "model")
+_RUNTIME = ("worker", "keys", "exposed", "timeout")
+
+
+class Scheme(Protocol):
+    """What a scheme does with a model that is being loaded."""
+
+    def swap(self, model: nn.Module, description: dict[str, Any]) -> None:
+        """Replace modules, on the meta device."""
+
+    def attach(self, model: nn.Module, options: RuntimeOptions) -> Any:
+        """Open a session and connect the modules to it."""
+
+
+_schemes: dict[str, Scheme] = {}
+
+
+def register_scheme(name: str, scheme: Scheme) -> None:
+    """Make a scheme known under the name that config.json uses."""
+    _schemes[name] = scheme
+
+
+def scheme_named(name: object) -> Scheme:
+    """The scheme that config.json names.
+
+    Raises:
+        BadBundle: unknown.
+    """
+    if not isinstance(name, str) or name not in _schemes:
+        raise BadBundle(f"config.json: unknown scheme {name!r}; this cloven knows {', '.join(sorted(_schemes))}")
+    return _schemes[name]
+
+
+class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a bundle, and the way to give run-time settings to `from_pretrained`:
+
+        AutoModelForCausalLM.from_pretrained("OUT/trusted", quantization_config=ClovenConfig(worker="ipc:///run/me/worker"))
+
+    Args:
+        worker, keys, exposed, timeout: see `cloven.attach`; never stored. The environment's CLOVEN_WORKER, CLOVEN_KEYS and
+            CLOVEN_EXPOSED fill what is not given.
+        description: what config.json holds; only the loader gives it.
+    """
+
+    def __init__(
+        self,
+        worker: str | None = None,
+        keys: str | None = None,
+        exposed: str | None = None,
+        timeout: float | None = None,
+        **description: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.worker, self.keys, self.exposed, self.timeout = worker, keys, exposed, timeout
+        description.pop("quant_method", None)
+        unknown = set(description) - set(_DESCRIPTION)
+        if unknown:
+            raise BadInput(f"ClovenConfig: unknown setting {sorted(unknown)[0]!r}")
+        self.description = {name: description.get(name) for name in _DESCRIPTION}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json gets: the description, never an address."""
+        return {"quant_method": METHOD, **self.description}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a configuration given to `from_pretrained` adds to the stored one."""
+        return {name: getattr(self, name) for name in _RUNTIME if getattr(self, name) is not None}
+
+    def __repr__(self) -> str:
+        return f"ClovenConfig(scheme={self.description['scheme']!r}, bundle={self.description['bundle']!r})"
+
+    def options(self) -> RuntimeOptions | None:
+        """Run-time settings, or None where no worker is known."""
+        worker = self.worker or os.environ.get("CLOVEN_WORKER")
+        if not worker:
+            return None
+        keys = self.keys or os.environ.get("CLOVEN_KEYS") or None
+        exposed = self.exposed or os.environ.get("CLOVEN_EXPOSED") or None
+        given = RuntimeOptions(worker, Path(keys) if keys else None, Path(exposed) if exposed else None)
+        return given if self.timeout is None else given.with_timeout(self.timeout)
+
+
+class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps modules before loading, checks what was loaded, attaches the session."""
+
+    requires_calibration = True
+    requires_parameters_quantization = False
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """The trusted side is the CPU; offloading to disk would leave secret tensors in files."""
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if any(str(place).startswith(("cuda", "disk", "mps")) or isinstance(place, int) for place in places):
+            raise BadInput("device_map: the trusted half of a split model runs on the CPU; leave device_map out (the worker takes --device)")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Everything stays on the CPU."""
+        return None if device_map is None else {"": "cpu"}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        description = self.quantization_config.description
+        if description["version"] != CONFIG_VERSION:
+            raise BadBundle(f"config.json: version {description['version']!r}, this cloven reads {CONFIG_VERSION}; prepare again")
+        checkpoint = [Path(path) for path in kwargs.get("checkpoint_files") or []]
+        if not checkpoint:
+            raise BadBundle("a cloven bundle is loaded from its directory, with its safetensors files")
+        self._folder = checkpoint[0].parent
+        manifest = TrustedManifest.read(self._folder)
+        if manifest.bundle != description["bundle"]:
+            raise ForeignBundle(f"{self._folder}: config.json is of bundle {description['bundle']}, manifest.json of {manifest.bundle}")
+        verify_files(self._folder, {path.name: manifest.files.get(path.name, "") for path in checkpoint})
+        verify_files(self._folder, {"config.json": manifest.files.get("config.json", "")})
+        scheme_named(description["scheme"]).swap(model, description["model"])
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+        _require_same_names(model, checkpoint)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.cloven_trusted = self._folder
+        options = self.quantization_config.options()
+        if options is not None:
+            scheme_named(self.quantization_config.description["scheme"]).attach(model, options)
+
+    def is_serializable(self) -> bool:
+        """A loaded model can be saved again; the address is not in it."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The split weights cannot be trained."""
+        return False
+
+
+def _require_same_names(model: nn.Module, checkpoint: list[Path]) -> None:
+    stored: set[str] = set()
+    for path in checkpoint:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                stored.update(shard.keys())
+        except (OSError, SafetensorError) as error:
+            raise BadBundle(f"{path}: not a safetensors file: {error}") from error
+    expected = set(model.state_dict())
+    for names, what in ((expected - stored, "is missing"), (stored - expected, "is unexpected")):
+        if names:
+            raise BadBundle(f"{checkpoint[0].parent}: tensor {sorted(names)[0]} {what}; copy or prepare the bundle again")
+
+
+def _register() -> None:
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(METHOD)(ClovenConfig)
+    auto.register_quantizer(METHOD)(ClovenQuantizer)
+    types = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
+    if isinstance(types, tuple):  # private; without it, settings come from the environment or `cloven.attach`
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, ClovenConfig)
+
+
+_register()

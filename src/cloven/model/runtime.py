@@ -1,0 +1,118 @@
+"""Run time: where the worker is, and the session that connects a loaded model to it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from cloven.errors import SecurityError, SessionClosed
+from cloven.telemetry import LayerStatistics, Telemetry
+from cloven.wire.channel import Channel
+from cloven.wire.limits import DEFAULT_TIMEOUT
+
+_T = TypeVar("_T")
+DEFAULT_PAD_BYTES = 256 * 2**20
+MOST_PADS_AHEAD = 256
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How to reach the worker.
+
+    Args:
+        worker: ipc://PATH or tcp://HOST:PORT.
+        keys: the trusted side's folder of keys, for tcp.
+        exposed: the trusted side's own copy of exposed/; the sibling of trusted/ if not given.
+        timeout: seconds that an answer may take.
+        look_ahead: rows of pads to make in advance per group; None: as many as fit in `pad_bytes`, at most 256; 0: none.
+        pad_bytes: memory for pads made in advance.
+        insecure_plain_tcp: allow tcp without keys.
+    """
+
+    worker: str
+    keys: Path | None = None
+    exposed: Path | None = None
+    timeout: float = DEFAULT_TIMEOUT
+    look_ahead: int | None = None
+    pad_bytes: int = DEFAULT_PAD_BYTES
+    insecure_plain_tcp: bool = False
+
+    def with_timeout(self, timeout: float) -> RuntimeOptions:
+        """The same with another timeout."""
+        return replace(self, timeout=timeout)
+
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+class Session:
+    """A model's connection to its worker: a context manager with statistics.
+
+    Guarantee: after the first failed verification the session is closed and its secrets are dropped; calls then raise SessionClosed,
+    and only a new `attach`, the operator's decision, reconnects. Not hidden from the worker: rows, sizes and times of exchanges.
+    """
+
+    def __init__(self, model: nn.Module, channel: Channel, telemetry: Telemetry) -> None:
+        self.channel = channel
+        self.telemetry = telemetry
+        self._on_close: list[Callable[[], None]] = []
+        self._reason: str | None = None
+        self._closing = threading.Lock()
+        previous = _sessions.get(model)
+        if previous is not None:
+            previous.close()
+        _sessions[model] = self
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Session({self.channel.address}, {'closed' if self._reason else 'open'})"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has ended."""
+        return self._reason is not None
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Exchanges, rows, message bytes each way and seconds of waiting, by layer."""
+        return self.telemetry.layers()
+
+    def on_close(self, action: Callable[[], None]) -> None:
+        """Run an action when the session ends."""
+        self._on_close.append(action)
+
+    def guarded(self, operation: Callable[[], _T]) -> _T:
+        """Run an operation of the open session; a security failure ends the session before it is raised."""
+        if self._reason is not None:
+            raise SessionClosed(f"the session with {self.channel.address} has ended: {self._reason}")
+        try:
+            return operation()
+        except SecurityError as error:
+            self.close(str(error))
+            raise
+
+    def close(self, reason: str = "it was closed") -> None:
+        """End the session; secrets are dropped, the model can be attached again."""
+        with self._closing:
+            if self._reason is not None:
+                return
+            self._reason = reason
+        for action in reversed(self._on_close):
+            action()
+        self._on_close.clear()
+        self.channel.close()
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The model's session, if it has one."""
+    return _sessions.get(model)

@@ -1,0 +1,106 @@
+"""The model to be prepared: a local directory, a model on the Hub, or a model in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from cloven.errors import BadInput, UnsupportedModel
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+_COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.jinja")
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+_MAX_COPIED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A causal language model to prepare: its configuration, and where its files are if it has any."""
+
+    config: PretrainedConfig
+    folder: Path | None = None
+    loaded: PreTrainedModel | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call the model in a README: never a path."""
+        return self.folder.name if self.folder is not None else str(self.config.model_type)
+
+    def load(self) -> PreTrainedModel:
+        """The model in the dtype of its checkpoint, on the CPU; its tensors stay memory-mapped until they are read."""
+        if self.loaded is not None:
+            return self.loaded
+        try:
+            return AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype="auto", use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{self.folder}: the weights cannot be loaded: {_first_line(error)}") from error
+
+    def files(self, licences: bool = False) -> Iterator[Path]:
+        """The tokenizer's files, or the licence files, of a model directory. Never code, never weights."""
+        if self.folder is None:
+            return
+        for pattern in _LICENCES if licences else _COPIED:
+            for path in sorted(self.folder.glob(pattern)):
+                if path.is_file() and path.suffix not in (".py", ".safetensors") and path.stat().st_size <= _MAX_COPIED_BYTES:
+                    yield path
+
+    def licence(self) -> str:
+        """The licence that the source's model card states, or "not stated"."""
+        card = self.folder / "README.md" if self.folder is not None else None
+        if card is None or not card.is_file():
+            return "not stated"
+        match = re.search(r"^licen[sc]e:\s*([\w.+-]+)\s*$", card.read_text(encoding="utf-8", errors="replace")[:4096], re.MULTILINE)
+        return match[1] if match else "not stated"
+
+
+def open_source(model: str | Path | PreTrainedModel) -> Source:
+    """Find a model and read its configuration; code in the repository is never run.
+
+    Raises:
+        BadInput: there is no such directory or Hub model, or it has no configuration.
+        UnsupportedModel: it is already quantised.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _checked(Source(model.config, loaded=model))
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+            raise BadInput(f"{model}: no such model directory")
+        try:
+            folder = Path(snapshot_download(str(model), allow_patterns=_HUB_FILES))
+        except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+            raise BadInput(f"{model}: no such directory, and the Hub gives no such model ({type(error).__name__})") from error
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: no config.json: not a model directory")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder}: config.json cannot be used: {_first_line(error)}") from error
+    return _checked(Source(config, folder))
+
+
+def _checked(source: Source) -> Source:
+    if getattr(source.config, "quantization_config", None) is not None:
+        raise UnsupportedModel(f"{source.name}: is already quantised or split; prepare the original model")
+    return source
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def other_tensors(model: PreTrainedModel, split: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the state dict that do not belong to a split module: embeddings, norms."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.rpartition(".")[0] not in split:
+                yield name, tensor

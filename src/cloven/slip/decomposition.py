@@ -1,0 +1,98 @@
+"""The SVD split of one matrix, with the decoy.
+
+    W = U Σ Vᵀ                      W [N, K], U [N, r], V [K, r], r = min(N, K)
+    R = W − U_k Σ_k V_kᵀ            removing the top singular part leaves U_k and V_k as null spaces of R: it would mark them
+    exposed  E = R + U_k D O V_kᵀ   O Haar-random [k, k], D drawn from the kept spectrum σ_{k+1..r}: the hole is filled
+    secret   B A = W − E,  A = V_kᵀ [k, K],  B = U_k (Σ_k − D O) [N, k]
+
+Guarantee: E's spectrum and singular vectors do not single out the secret's subspaces (tested: overlap at chance level). What E itself
+gives away of W is measured by the audit, not proved. Source: SLIP, arXiv 2407.10886; the decoy is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cloven.field.prg import SecretStream
+
+_EXACT_SVD = 768  # smaller side up to which the SVD is exact; above, randomised subspace iteration
+_FLOAT64_SPECTRUM = 1024
+_OVERSAMPLING = 16
+_ITERATIONS = 6
+
+
+@dataclass(frozen=True)
+class Split:
+    """W = exposed + secret_b @ secret_a, float64: exposed [N, K], secret_b [N, k], secret_a [k, K]."""
+
+    exposed: Tensor
+    secret_a: Tensor
+    secret_b: Tensor
+
+    def __repr__(self) -> str:
+        return f"Split(rank={self.secret_a.shape[0]}, <secret>)"
+
+
+def spectrum(w: Tensor) -> Tensor:
+    """All singular values of W, descending, float64 [min(N, K)]: the square roots of the smaller Gram matrix's eigenvalues."""
+    w = w.to(torch.float64 if min(w.shape) <= _FLOAT64_SPECTRUM else torch.float32)
+    gram = w @ w.t() if w.shape[0] <= w.shape[1] else w.t() @ w
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt().to(torch.float64)
+
+
+def allocate_ranks(spectra: list[Tensor], shapes: list[tuple[int, int]], fraction: float) -> list[int]:
+    """Spend a global budget greedily: the next singular value is the one with most energy per parameter, σ² / (N + K).
+
+    Args:
+        spectra: singular values of each matrix, descending.
+        shapes: (N, K) of each matrix.
+        fraction: budget as a share of Σ N·K.
+
+    Returns:
+        Ranks, at most half of min(N, K) each (something must be left to fill the hole with), whose parameters stay in the budget.
+    """
+    budget = fraction * sum(n * k for n, k in shapes)
+    values = torch.cat([s[: min(n, k) // 2] ** 2 / (n + k) for s, (n, k) in zip(spectra, shapes, strict=True)])
+    costs = torch.cat([torch.full((min(n, k) // 2,), float(n + k)) for n, k in shapes])
+    owners = torch.cat([torch.full((min(n, k) // 2,), i) for i, (n, k) in enumerate(shapes)])
+    order = torch.argsort(values, descending=True, stable=True)
+    affordable = torch.cumsum(costs[order].to(torch.float64), 0) <= budget
+    return torch.bincount(owners[order][affordable], minlength=len(shapes)).tolist()
+
+
+def truncated_svd(w: Tensor, k: int, stream: SecretStream) -> tuple[Tensor, Tensor, Tensor]:
+    """The top k singular triples of W: U_k [N, k], σ [k], V_kᵀ [k, K], float64.
+
+    Exact for small matrices; else a randomised range finder with subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4),
+    in float32 with a float64 finish.
+    """
+    if min(w.shape) <= _EXACT_SVD:
+        u, s, vt = torch.linalg.svd(w.to(torch.float64), full_matrices=False)
+        return u[:, :k], s[:k], vt[:k]
+    narrow = w.to(torch.float32)
+    q = narrow @ stream.normal(w.shape[1], min(k + _OVERSAMPLING, *w.shape)).to(torch.float32)
+    for _ in range(_ITERATIONS):
+        q = torch.linalg.qr(q).Q
+        q = narrow @ torch.linalg.qr(narrow.t() @ q).Q
+    basis = torch.linalg.qr(q.to(torch.float64)).Q  # [N, k + oversampling]
+    u, s, vt = torch.linalg.svd(basis.t() @ w.to(torch.float64), full_matrices=False)
+    return (basis @ u)[:, :k], s[:k], vt[:k]
+
+
+def split(w: Tensor, rank: int, values: Tensor, stream: SecretStream) -> Split:
+    """Split W [N, K] at a rank, with the decoy.
+
+    Args:
+        values: all singular values of W, descending; what lies beyond the rank fills the hole.
+        stream: secret randomness for O, D and the sketch.
+    """
+    w = w.to(torch.float64)
+    if rank == 0:
+        return Split(w, w.new_zeros(0, w.shape[1]), w.new_zeros(w.shape[0], 0))
+    u, s, vt = truncated_svd(w, rank, stream)
+    decoy = stream.choice(values[rank:], rank)[:, None] * stream.orthogonal(rank)  # D O
+    secret_b = u @ (torch.diag(s) - decoy)
+    return Split(w - secret_b @ vt, vt, secret_b)

@@ -1,0 +1,162 @@
+"""A linear layer split by SLIP, as the trusted process runs it.
+
+    y = W x + b = (E x) + B (A x) + b
+        E x   the worker's part, for all linears that share x in one exchange: masked, verified, exact integers
+        B A   the secret part, W − E, rank k: float32, computed while the worker works
+
+Parties: the trusted process holds A [k, K], B [N, k], scales, permutations, biases and x; the worker holds int8 codes of E, scrambled.
+Guarantee: W − E never leaves this process; the worker sees one-time-padded x (`cloven.offload`). Not hidden: what E gives away of W
+(measured by the audit), the number of rows and their times. Source: SLIP, arXiv 2407.10886.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cloven.errors import NotAttached
+from cloven.model.shared_input import SharedInput
+
+Product = Callable[[Tensor, Callable[[], None]], Tensor]
+
+
+class SplitLinear(nn.Module):
+    """One linear layer of a group, with the trusted process's tensors.
+
+    Args:
+        name: the module's name in the model.
+        rows, columns: N and K of the layer.
+        rank: k.
+        terms: number of int8 terms of the exposed matrix.
+        bias: whether there is one.
+        leads: whether this is the first linear of its group, which carries what belongs to the group.
+
+    `weight` is empty [0]: a directory opened without `import cloven` then fails with a size mismatch instead of running on random
+    weights, and code that looks for a `weight` finds one on the right device.
+    """
+
+    def __init__(self, name: str, rows: int, columns: int, rank: int, terms: int, bias: bool, leads: bool) -> None:
+        super().__init__()
+        self.name, self.in_features, self.out_features = name, columns, rows
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+        self.secret_a = _fixed(rank, columns, dtype=torch.float32)
+        self.secret_b = _fixed(rows, rank, dtype=torch.float32)
+        self.row_gather = _fixed(terms, rows, dtype=torch.int32)
+        self.row_scale = _fixed(terms, rows, dtype=torch.float32)
+        if leads:
+            self.column_gather = _fixed(columns, dtype=torch.int32)
+            self.column_scale = _fixed(columns, dtype=torch.float32)
+        self.group: SplitGroup | None = None
+        self.position = 0
+
+    def extra_repr(self) -> str:
+        """Shapes only."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.secret_a.shape[0]}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W x + b: [..., K] -> [..., N], in the dtype of x."""
+        if self.group is None:
+            raise NotAttached(f"{self.name} is not part of a loaded split model; load OUT/trusted with from_pretrained")
+        return self.group.output(self.position, x)
+
+    def trusted_part(self, x: Tensor) -> Tensor:
+        """B (A x): float32 [M, K] -> float32 [M, N]."""
+        return (x @ self.secret_a.t()) @ self.secret_b.t()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SplitLinear:
+        """`model.to(dtype)` leaves the float32 factors and scales alone: rounding them would change tokens silently."""
+        kept = {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name not in ("weight", "bias")}
+        super()._apply(fn, recurse)
+        for name, original in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != original.dtype:
+                parameter.data = original.to(parameter.device)
+        return self
+
+
+class SplitGroup:
+    """The linears of a group and, once a session is attached, their common exchange.
+
+    Args:
+        index: the group's number in the bundle.
+        members: the linears, in the order of the bundle; the first one leads.
+    """
+
+    def __init__(self, index: int, members: list[SplitLinear]) -> None:
+        self.index, self.members = index, members
+        self.name = _join_names([member.name for member in members])
+        self._product: Product | None = None
+        self._shared = SharedInput(self._compute)
+        for position, member in enumerate(members):
+            member.group, member.position = self, position
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplitGroup:
+        """A copy of the model starts without a session: pads and connections are not copied."""
+        clone = SplitGroup.__new__(SplitGroup)
+        memo[id(self)] = clone
+        clone.members = copy.deepcopy(self.members, memo)
+        clone.index, clone.name, clone._product = self.index, self.name, None
+        clone._shared = SharedInput(clone._compute)
+        return clone
+
+    def attach(self, product: Product) -> None:
+        """Use `product(x, meanwhile)`: float64 [M, K] in the worker's basis -> float64 [M, T·N], for all later calls."""
+        leader = self.members[0]
+        self._column_gather = leader.column_gather.long()
+        self._column_scale = leader.column_scale.double()
+        self._row_gather = [member.row_gather.long() for member in self.members]
+        self._row_scale = [member.row_scale.double() for member in self.members]
+        self._product = product
+
+    def detach(self) -> None:
+        """Forget the session."""
+        self._product = None
+
+    def output(self, position: int, x: Tensor) -> Tensor:
+        """The output of one member; the first sibling to be called computes for all."""
+        return self._shared.output(position, x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        if self._product is None:
+            raise NotAttached(
+                f"{self.name}: no worker: set CLOVEN_WORKER before loading, or call cloven.attach(model, ADDRESS), with `cloven worker` there"
+            )
+        rows = x.reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
+        trusted: list[Tensor] = []
+
+        def meanwhile() -> None:
+            rows32 = rows.float()
+            trusted.extend(member.trusted_part(rows32) for member in self.members)
+
+        scrambled = rows.double().index_select(1, self._column_gather) * self._column_scale  # [M, K], the worker's basis
+        y = self._product(scrambled, meanwhile)  # [M, T·N]
+        outputs = []
+        for member, part, gather, scale in zip(self.members, trusted, self._row_gather, self._row_scale, strict=True):
+            total = part.double()
+            for term in range(gather.shape[0]):
+                total += y.index_select(1, gather[term]) * scale[term]
+            if member.bias is not None:
+                total += member.bias.double()
+            outputs.append(total.to(x.dtype).view(*x.shape[:-1], member.out_features))
+        return outputs
+
+
+def _fixed(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def _join_names(names: list[str]) -> str:
+    """model.layers.0.self_attn.q_proj, … -> model.layers.0.self_attn.{q_proj,k_proj,v_proj}."""
+    if len(names) == 1:
+        return names[0]
+    parents = {name.rpartition(".")[0] for name in names}
+    if len(parents) == 1:
+        return f"{parents.pop()}.{{{','.join(name.rpartition('.')[2] for name in names)}}}"
+    return "+".join(names)

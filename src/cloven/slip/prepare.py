@@ -1,0 +1,238 @@
+"""`prepare slip`: from a model to OUT/trusted and OUT/exposed.
+
+    1. trace the groups of linears that share an input
+    2. spectra of all matrices; the global budget gives the ranks
+    3. group by group: split (with decoy), stack, equalise, quantise, scramble; write codes to exposed/, the rest to trusted/
+    4. what is not linear (embeddings, norms) goes to trusted/
+    5. manifests with hashes; then one rename makes OUT appear, complete
+
+OUT is written beside its place as `.OUT.partial` and renamed at the end, so that an interrupted run leaves nothing that loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cloven.bundle.bundle import Bundle, open_bundle
+from cloven.bundle.manifest import ExposedGroup, ExposedManifest
+from cloven.bundle.shards import ShardWriter
+from cloven.bundle.trusted_manifest import TrustedManifest
+from cloven.bundle.verification import sha256_file, sha256_matrix
+from cloven.errors import BadInput, RunError
+from cloven.field.codec import RowBounds, row_bounds
+from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.model.groups import Group, trace_groups
+from cloven.model.linears import bias_of, linears_of, matrix_of
+from cloven.model.source import Source, open_source, other_tensors
+from cloven.slip.cards import exposed_card, trusted_card
+from cloven.slip.config import SlipConfig
+from cloven.slip.decomposition import allocate_ranks, spectrum, split
+from cloven.slip.exposed_matrix import expose
+from cloven.slip.split_model import LinearShape, SplitModelShape
+from cloven.slip.summary import Summary
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+VERSION = 1
+
+
+def prepare_slip(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    config: SlipConfig | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Bundle:
+    """Split a causal language model into a trusted and an exposed half.
+
+    Args:
+        model: a model directory, a Hub id, or a model in memory (which is not changed).
+        out: a folder that does not exist yet, or is empty.
+        config: parameters; the defaults are safe.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The bundle: OUT/trusted (mode 0700) and OUT/exposed.
+
+    Raises:
+        BadInput, UnsupportedModel: before anything is written.  RunError: the disk is full, say; nothing is left behind.
+
+    Guarantee: all split randomness comes from the operating system; the exposed half holds int8 codes and shapes only. Not hidden:
+    the shapes of the groups, and what the exposed codes give away of the weights (see docs/threat-model.md).
+    """
+    config = config or SlipConfig()
+    out = Path(out).expanduser().absolute()
+    source = open_source(model)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: exists already; choose another OUT, or remove it first")
+    groups = trace_groups(source.config)
+    with _partial_folder(out) as partial, torch.no_grad():
+        _write(source, groups, config, partial, progress)
+    return open_bundle(out)
+
+
+@contextlib.contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes OUT if all goes well and vanishes otherwise; what an earlier run left behind is removed."""
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise BadInput(f"{out}: cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"{out}: another `cloven prepare` is writing there") from error
+        try:
+            _empty(partial)
+            yield partial
+            partial.chmod(0o755)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise RunError(f"{out}: writing failed: {error.strerror or error}; nothing was left behind") from error
+            raise
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _write(source: Source, groups: list[Group], config: SlipConfig, partial: Path, progress: Progress) -> None:
+    model = source.load()
+    linears = linears_of(model)
+    trusted, exposed = partial / "trusted", partial / "exposed"
+    trusted.mkdir(mode=0o700)
+    exposed.mkdir(mode=0o755)
+    names = [name for group in groups for name in group]
+    matrices = {name: matrix_of(linears[name]) for name in names}
+    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "slip")
+
+    # 2
+    spectra: dict[str, Tensor] = {}
+    for done, name in enumerate(names):
+        progress("spectra", done, len(names))
+        spectra[name] = _finite_spectrum(name, matrices[name])
+    shapes = [(int(matrices[name].shape[0]), int(matrices[name].shape[1])) for name in names]
+    if config.rank is None:
+        ranks = allocate_ranks([spectra[name] for name in names], shapes, config.secret_fraction)
+    else:
+        ranks = [min(config.rank, min(shape) // 2) for shape in shapes]
+    rank_of = dict(zip(names, ranks, strict=True))
+
+    # 3
+    secret_shards = ShardWriter(trusted, "model", secret=True)
+    exposed_shards = ShardWriter(exposed, "exposed", secret=False)
+    records: list[ExposedGroup] = []
+    bounds: list[RowBounds] = []
+    described: list[tuple[LinearShape, ...]] = []
+    summary = Summary()
+    for index, group in enumerate(groups):
+        progress("split", index, len(groups))
+        parts = [split(matrices[name], rank_of[name], spectra[name], stream) for name in group]
+        stacked = torch.cat([part.exposed for part in parts])  # [N, K]
+        matrix = expose(stacked, config.terms, stream if config.scramble else None)
+        tensor = f"group-{index:05d}"
+        exposed_shards.add(tensor, matrix.codes)
+        records.append(ExposedGroup(*matrix.codes.shape, exposed_shards.file_of[tensor], tensor, sha256_matrix(matrix.codes)))
+        bounds.append(row_bounds(matrix.codes))
+        start = 0
+        shapes_of_group = []
+        for name, part in zip(group, parts, strict=True):
+            rows, columns = part.exposed.shape
+            bias = bias_of(linears[name])
+            shapes_of_group.append(LinearShape(name, rows, columns, rank_of[name], bias is not None))
+            secret_shards.add(f"{name}.weight", torch.empty(0))
+            secret_shards.add(f"{name}.secret_a", part.secret_a.float())
+            secret_shards.add(f"{name}.secret_b", part.secret_b.float())
+            secret_shards.add(f"{name}.row_gather", matrix.row_gather[:, start : start + rows])
+            secret_shards.add(f"{name}.row_scale", matrix.row_scale[:, start : start + rows])
+            if bias is not None:
+                secret_shards.add(f"{name}.bias", bias)
+            if start == 0:
+                secret_shards.add(f"{name}.column_gather", matrix.column_gather)
+                secret_shards.add(f"{name}.column_scale", matrix.column_scale)
+            summary.add(name, rows, columns, rank_of[name], spectra[name])
+            start += rows
+        summary.add_quantisation(stacked, matrix.dequantised())
+        described.append(tuple(shapes_of_group))
+    exposed_shards.close()
+
+    # 4
+    for name, tensor_value in other_tensors(model, set(names)):
+        secret_shards.add(name, tensor_value)
+    secret_shards.close()
+    secret_shards.write_index()
+
+    # 5
+    progress("write", 0, 1)
+    exposed_manifest = ExposedManifest(tuple(records), exposed_shards.files)
+    exposed_manifest.write(exposed)
+    shape = SplitModelShape(config.precision, tuple(described))
+    _write_configuration(model, trusted, exposed_manifest.bundle, shape)
+    _write_cards(source, partial, config, summary)
+    files = {path.name: sha256_file(path) for path in sorted(trusted.iterdir())}
+    TrustedManifest("slip", exposed_manifest, tuple(bounds), files, config.to_dict(), summary.to_dict()).write(trusted)
+
+
+def _finite_spectrum(name: str, matrix: Tensor) -> Tensor:
+    values = spectrum(matrix)
+    if not bool(torch.isfinite(values).all()):
+        raise BadInput(f"{name}: the weight holds NaN or infinity")
+    return values
+
+
+def _write_configuration(model: PreTrainedModel, trusted: Path, bundle: str, shape: SplitModelShape) -> None:
+    record: dict[str, Any] = model.config.to_dict()
+    for name in ("auto_map", "_name_or_path"):
+        record.pop(name, None)
+    record["architectures"] = [type(model).__name__]
+    record["dtype"] = str(model.dtype).removeprefix("torch.")
+    record["tie_word_embeddings"] = False  # the head is split, the embedding stays trusted
+    record["quantization_config"] = {
+        "quant_method": "cloven",
+        "scheme": "slip",
+        "version": VERSION,
+        "bundle": bundle,
+        "model": shape.to_dict(),
+    }
+    (trusted / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(trusted)
+
+
+def _write_cards(source: Source, partial: Path, config: SlipConfig, summary: Summary) -> None:
+    for path in source.files():
+        shutil.copyfile(path, partial / "trusted" / path.name)
+    for path in source.files(licences=True):
+        shutil.copyfile(path, partial / "trusted" / path.name)
+        shutil.copyfile(path, partial / "exposed" / path.name)
+    (partial / "trusted" / "README.md").write_text(trusted_card(source.name, source.licence(), config, summary), encoding="utf-8")
+    (partial / "exposed" / "README.md").write_text(exposed_card(source.name, source.licence(), config), encoding="utf-8")
+    for path in (partial / "trusted").iterdir():
+        path.chmod(0o600)
+    for path in (partial / "exposed").iterdir():
+        path.chmod(0o644)

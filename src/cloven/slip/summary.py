@@ -1,0 +1,61 @@
+"""What a split kept secret, per kind of layer, and what quantisation cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Kind:
+    """Totals for all layers of one kind (q_proj, down_proj, …)."""
+
+    layers: int = 0
+    parameters: int = 0
+    secret_parameters: int = 0
+    secret_energy: float = 0.0
+    energy: float = 0.0
+
+
+@dataclass
+class Summary:
+    """Collected while the bundle is written."""
+
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    _error: float = 0.0
+    _exposed_energy: float = 0.0
+
+    def add(self, name: str, rows: int, columns: int, rank: int, spectrum: Tensor) -> None:
+        """Count one matrix [rows, columns] whose top `rank` singular values stay secret."""
+        kind = self.kinds.setdefault(name.rpartition(".")[2], Kind())
+        kind.layers += 1
+        kind.parameters += rows * columns
+        kind.secret_parameters += rank * (rows + columns)
+        kind.secret_energy += float(spectrum[:rank].square().sum())
+        kind.energy += float(spectrum.square().sum())
+
+    def add_quantisation(self, exact: Tensor, quantised: Tensor) -> None:
+        """Count the squared error of a group's exposed matrix."""
+        self._error += float((exact - quantised).square().sum())
+        self._exposed_energy += float(exact.square().sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        parameters = sum(kind.parameters for kind in self.kinds.values())
+        return {
+            "secret_fraction": sum(kind.secret_parameters for kind in self.kinds.values()) / parameters,
+            "secret_energy": sum(kind.secret_energy for kind in self.kinds.values()) / max(sum(k.energy for k in self.kinds.values()), 1e-300),
+            "quantisation_error": float(torch.tensor(self._error / max(self._exposed_energy, 1e-300)).sqrt()),
+            "kinds": {
+                name: {
+                    "layers": kind.layers,
+                    "parameters": kind.parameters,
+                    "secret_parameters": kind.secret_parameters,
+                    "secret_energy": kind.secret_energy / max(kind.energy, 1e-300),
+                }
+                for name, kind in self.kinds.items()
+            },
+        }

@@ -1,0 +1,1 @@
+"""The one place where demo, bench, audit and tests get models from."""
