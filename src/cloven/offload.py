@@ -65,8 +65,12 @@ class OffloadedMatrix:
 
     def _exchange(self, x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         x_int, alpha = encode(x, self.bounds)  # 1
+        return decode(self.integer_product(x_int, meanwhile), alpha)  # 6
+
+    def integer_product(self, x_int: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+        """Steps 2 to 5: W x_int mod p, exactly, for residues int64 [M, K] -> int32 [M, N]."""
         pads = self.masks.take(x_int.shape[0])
         c = pads.mask(x_int)  # 2
         z = self.channel.multiply(self.name, self.group, c, self.rows, meanwhile)  # 3
         self.freivalds.check(c, z, f"{self.name}: the worker's answer")  # 4
-        return decode(pads.unmask(z), alpha)  # 5, 6
+        return pads.unmask(z)  # 5

@@ -24,13 +24,15 @@ def configure_logging(default: str = "WARNING") -> None:
 
 @dataclass
 class LayerStatistics:
-    """What one layer's exchanges cost: message bytes with our header, before CURVE and ZeroMQ framing; seconds of waiting."""
+    """What one layer's exchanges cost: message bytes with our header, before CURVE and ZeroMQ framing; seconds of
+    waiting, and from sending to the answer (which includes trusted work done meanwhile)."""
 
     exchanges: int = 0
     rows: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     seconds_waiting: float = 0.0
+    seconds_round_trip: float = 0.0
     resent: int = 0
 
     def add(self, other: LayerStatistics) -> None:

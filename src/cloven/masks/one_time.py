@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -115,6 +116,8 @@ class OneTimePads:
         backend: for the products W m.
         freivalds: checks every batch.
         name: what to call the group in errors.
+
+    `made` and `seconds` count the rows made so far and the time that took.
     """
 
     def __init__(
@@ -126,6 +129,8 @@ class OneTimePads:
         self._ready: deque[tuple[int, Tensor, Tensor]] = deque()
         self._count = 0
         self._next = 0
+        self.made = 0
+        self.seconds = 0.0
         self._lock = threading.Lock()  # guards the queue and the counter
         self._making = threading.Lock()  # one batch at a time
         _live_sources.add(self)
@@ -187,10 +192,13 @@ class OneTimePads:
             if first + rows > _LAST_INDEX:
                 raise PadMisuse(f"{self._name}: the pad indices of this session are used up")
             self._next += rows
+        started = time.perf_counter()
         w = self._matrix()
         mask = self._key.residues(self._group, first, rows, w.columns)
         image = multiply(self._backend, mask, w).cpu()
         self._freivalds.check(mask, image, f"a pad made for {self._name}")
+        self.made += rows
+        self.seconds += time.perf_counter() - started
         return first, mask, image
 
 

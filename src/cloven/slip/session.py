@@ -37,12 +37,17 @@ class SlipSession(Session):
     """A session whose pads can be made in advance, all at once, for measurements: see `Session`."""
 
     pads: list[OneTimePads]
+    offloaded: list[OffloadedMatrix]
     look_ahead: LookAhead
 
     def make_pads(self, rows: int) -> None:
         """Make pads until every group has `rows` ready."""
         for source in self.pads:
             self.guarded(lambda source=source: source.fill(rows))  # type: ignore[misc]
+
+    def pad_seconds_per_row(self) -> float:
+        """Seconds that the pads of one row took, summed over all groups."""
+        return sum(source.seconds / source.made for source in self.pads if source.made)
 
 
 def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
@@ -92,7 +97,7 @@ def _connect_groups(
     key = PadKey()
     stream = SecretStream(secrets.token_bytes(KEY_BYTES), "freivalds")
     session.on_close(key.destroy)
-    session.pads = []
+    session.pads, session.offloaded = [], []
     for group, record, bounds in zip(groups, manifest.exposed.groups, manifest.bounds, strict=True):
         w = backend.place(copy.verified(group.index))  # 1
         freivalds = Freivalds(stream.residues(CHECKS, record.rows), backend, w)  # 2
@@ -106,6 +111,7 @@ def _connect_groups(
         )
         group.attach(_guarded_product(session, offloaded))
         session.pads.append(pads)
+        session.offloaded.append(offloaded)
         session.on_close(pads.forget)
         session.on_close(group.detach)
     session.look_ahead = LookAhead(session.pads, _rows_ahead(manifest, options), lambda error: _end(session, error))

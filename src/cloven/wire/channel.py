@@ -193,6 +193,7 @@ class Channel:
                 logger.info("no answer from %s for %.1f s", self.address, time.monotonic() - started)
             else:
                 raise self._silence(layer)
+            record.seconds_round_trip = time.monotonic() - started
         self.telemetry.record(layer, record)
         message, answer_payload = answer
         if isinstance(message, ErrorAnswer):

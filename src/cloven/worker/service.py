@@ -33,6 +33,7 @@ from cloven.wire.messages import (
     unpack,
 )
 from cloven.worker.matrices import Matrices
+from cloven.worker.transcript import Transcript
 
 _POLL_MILLISECONDS = 100
 _REPORT_SECONDS = 60.0
@@ -53,6 +54,7 @@ class Worker:
         keys: the worker's folder of keys; needed for tcp.
         device: "cpu", "cuda" or "cuda:N".
         insecure_plain_tcp: listen on tcp without keys, with a banner.
+        record: append every row received to this file, for audits: what a curious worker would keep.
 
     Guarantee to its operator: malformed requests get an error answer; messages and queues are bounded; over CURVE only listed keys
     connect, over ipc only this user. It is the untrusted party: nothing is guaranteed to anyone else.
@@ -66,6 +68,7 @@ class Worker:
         keys: WorkerKeys | None = None,
         device: str = "cpu",
         insecure_plain_tcp: bool = False,
+        record: Path | None = None,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         parsed = parse_address(address)
@@ -78,6 +81,7 @@ class Worker:
         self.answered = 0
         self.refused = 0
         self._rows = 0
+        self._transcript = Transcript(record) if record is not None else None
         self._stop = threading.Event()
         self._context = context or zmq.Context()
         self._owns_context = context is None
@@ -127,6 +131,8 @@ class Worker:
             self._socket.close()
             if self._admission is not None:
                 self._admission.stop()
+            if self._transcript is not None:
+                self._transcript.close()
             if self._owns_context:
                 self._context.destroy(linger=LINGER_MILLISECONDS)
             logger.info("stopped after %d answers, %d refusals", self.answered, self.refused)
@@ -158,6 +164,8 @@ class Worker:
         if message.rows > rows_per_exchange(w.columns, w.rows):
             raise MalformedMessage("size", f"{message.rows} rows at once are too many for this group", message.id)
         c = residues_of_frame(payload, message.rows, w.columns, message.id)
+        if self._transcript is not None:
+            self._transcript.append(message.group, c)
         z = self.matrices.multiply(message.group, c)
         self._rows += message.rows
         return [pack(Product(message.id, message.rows)), residue_frame(z)]

@@ -1,0 +1,5 @@
+"""`python -m cloven`."""
+
+from cloven.cli.main import run
+
+run()

@@ -1,0 +1,1 @@
+"""Benchmarks as commands: ratios from one interleaved run, medians, every precision named."""

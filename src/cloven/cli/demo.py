@@ -1,0 +1,79 @@
+"""`cloven demo`: see it work, on the model that ships with the package; needs no network."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cloven.demo.slip import SlipDemo
+
+
+def demo(
+    scheme: Annotated[str, typer.Argument(help="slip")] = "slip",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    prompts: Annotated[int, typer.Option(min=1, max=20, help="How many of the 20 prompts.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, max=256, help="New tokens per prompt.")] = 64,
+) -> None:
+    """Split the shipped model, generate with a trusted process and an untrusted worker, and compare with the unsplit model."""
+    from cloven.errors import BadInput
+
+    if scheme != "slip":
+        raise BadInput(f"there is no demo of {scheme!r}; choose slip")
+    from cloven.cli.hardening import forbid_core_dumps
+    from cloven.cli.progress import progress_bars, quiet_transformers
+    from cloven.demo.slip import run_slip_demo
+
+    forbid_core_dumps()
+    quiet_transformers()
+    with progress_bars() as progress:
+        result = run_slip_demo(progress, prompts, tokens)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        _print(result)
+    if result.tokens_identical != result.prompts or not result.bit_exact:
+        raise typer.Exit(1)
+
+
+def _print(result: SlipDemo) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{result.example_prompt}[/bold]{result.example_text}\n", highlight=False)
+    table = Table(title="SLIP on the demo model (float32 in the trusted process)", show_header=True)
+    table.add_column("what")
+    table.add_column("unsplit", justify="right")
+    table.add_column("split, int8", justify="right")
+    table.add_column("split, int8x2", justify="right")
+    table.add_row(
+        f"greedy texts identical to unsplit ({result.new_tokens} tokens)",
+        "",
+        f"{result.tokens_identical_int8} of {result.prompts}",
+        f"{result.tokens_identical} of {result.prompts}",
+    )
+    table.add_row(
+        f"perplexity ({result.perplexity_tokens:,} tokens sampled from the unsplit model)",
+        f"{result.perplexity_original:.4f}",
+        f"{result.perplexity_protected:.4f}",
+        f"{result.perplexity_protected_int8x2:.4f}",
+    )
+    table.add_row("tokens/s", f"{result.tokens_per_s_plain:.1f}", "", f"{result.tokens_per_s_protected:.1f}")
+    table.add_row("integer products through both processes exact, bit for bit", "", *2 * ["yes" if result.bit_exact else "NO"])
+    console.print(table)
+    cost = Table(title="What it cost, per generated token (int8x2)", show_header=False)
+    cost.add_row("exchanges with the worker", f"{result.exchanges_per_token:.1f}")
+    cost.add_row("bytes to the worker / back", f"{result.bytes_up_per_token:,.0f} / {result.bytes_down_per_token:,.0f}")
+    cost.add_row("making pads, in the background", f"{1000 * result.pad_seconds_per_token:.2f} ms")
+    cost.add_row("parameters kept secret", f"{result.secret_fraction:.2%}")
+    console.print(cost)
+    saw = Table(title=f"What the worker (process {result.worker_pid}) has; the trusted process is {result.trusted_pid}", show_header=False)
+    saw.add_row("perplexity of its half alone, int8, scrambled", f"{result.perplexity_exposed_only:,.1f}")
+    saw.add_row("the same if it also knew the scramble", f"{result.perplexity_exposed_unscrambled:,.1f}")
+    saw.add_row("vectors it received (int8x2)", f"{result.worker_saw.vectors:,}")
+    saw.add_row("their low bytes: chi-square p (uniform: not near 0)", f"{result.worker_saw.chi_square_p:.3f}")
+    saw.add_row("one of them begins", " ".join(map(str, result.worker_saw.example[:5])))
+    console.print(saw)

@@ -1,0 +1,83 @@
+"""`cloven generate`: text from a split model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    trusted: Annotated[Path, typer.Argument(help="OUT/trusted of a bundle.")],
+    worker: Annotated[str, typer.Option(envvar="CLOVEN_WORKER", help="The worker's address: ipc://PATH or tcp://HOST:PORT.")],
+    prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input (arguments are visible to other users of the machine).")],
+    keys: Annotated[Path | None, typer.Option(envvar="CLOVEN_KEYS", help="The trusted side's folder of keys; needed for tcp.")] = None,
+    exposed: Annotated[Path | None, typer.Option(envvar="CLOVEN_EXPOSED", help="The trusted side's own copy of OUT/exposed.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")] = False,
+    insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
+) -> None:
+    """Generate text; the worker sees masked integers only. Tokens are streamed to standard output."""
+    import os
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    import cloven
+    from cloven.cli.hardening import forbid_core_dumps
+    from cloven.cli.progress import quiet_transformers
+    from cloven.errors import BadBundle, BadInput
+
+    forbid_core_dumps()
+    quiet_transformers()
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise BadInput(f"dtype {dtype!r}: choose auto, float32 or bfloat16")
+    if not (trusted / "config.json").is_file():
+        raise BadBundle(f"{trusted}: no trusted half of a bundle (no config.json); give OUT/trusted")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    for name in ("CLOVEN_WORKER", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
+        os.environ.pop(name, None)  # attached below, with all settings
+    model = AutoModelForCausalLM.from_pretrained(trusted, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(trusted)
+    inputs = tokenizer(text, return_tensors="pt")
+    length, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+    if length == 0:
+        raise BadInput("the prompt is empty")
+    if limit is not None and length + max_new_tokens > limit:
+        raise BadInput(f"the prompt has {length} tokens; with {max_new_tokens} new ones that is more than the model's {limit}")
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with cloven.attach(model, worker, keys, exposed=exposed, timeout=timeout, insecure_plain_tcp=insecure_plain_tcp) as session:
+        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        started = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad(tokenizer), **sampling)
+        seconds = time.perf_counter() - started
+        total = session.telemetry.total()
+    new = output[0, length:]
+    if as_json:
+        report = {
+            "text": tokenizer.decode(new, skip_special_tokens=True),
+            "tokens": new.tolist(),
+            "prompt_tokens": length,
+            "seconds": seconds,
+            "tokens_per_s": len(new) / seconds,
+            "exchanges": total.exchanges,
+            "bytes_up": total.bytes_up,
+            "bytes_down": total.bytes_down,
+            "seconds_waiting": total.seconds_waiting,
+        }
+        typer.echo(json.dumps(report))
+
+
+def _pad(tokenizer: object) -> int | None:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if pad is not None else getattr(tokenizer, "eos_token_id", None)

@@ -1,0 +1,58 @@
+"""`cloven`: the commands, and one place where errors become exit codes.
+
+Exit codes: 0 ok, 1 run-time failure, 2 bad input, 3 security failure. Commands import what they need when they run, so that
+`cloven --help` is quick and `cloven worker` never imports what handles secrets.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cloven.cli import bench, demo, doctor, generate, inspect, keygen, prepare, worker
+from cloven.errors import ClovenError
+
+app = typer.Typer(
+    name="cloven",
+    help="Run a large language model on hardware nobody has to trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(prepare.app, name="prepare")
+app.add_typer(bench.app, name="bench")
+app.command("worker")(worker.worker)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("keygen")(keygen.keygen)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from cloven import __version__
+
+        typer.echo(f"cloven {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+    from cloven.telemetry import configure_logging
+
+    configure_logging()
+
+
+def run() -> None:
+    """Run the command line; errors of ours are one line on standard error and an exit code."""
+    try:
+        app()
+    except ClovenError as error:
+        sys.stderr.write(f"cloven: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("cloven: interrupted\n")
+        sys.exit(130)

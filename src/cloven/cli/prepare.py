@@ -1,0 +1,59 @@
+"""`cloven prepare`: make bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cloven.bundle.bundle import Bundle
+
+app = typer.Typer(help="Split a model into a trusted and an exposed half.", no_args_is_help=True)
+
+
+@app.callback()
+def _schemes() -> None:
+    pass
+
+
+@app.command("slip")
+def slip(
+    model: Annotated[str, typer.Argument(help="A model directory, or a model on the Hugging Face Hub.")],
+    out: Annotated[Path, typer.Argument(help="A new folder; gets OUT/trusted and OUT/exposed.")],
+    secret_fraction: Annotated[float, typer.Option(help="Share of the parameters to keep secret.")] = 0.03,
+    rank: Annotated[int | None, typer.Option(help="Keep this many singular values of every matrix instead.")] = None,
+    precision: Annotated[str, typer.Option(help="int8, or int8x2: near-lossless, twice the worker's work.")] = "int8",
+    scramble: Annotated[bool, typer.Option("--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices.")] = True,
+) -> None:
+    """Split a model by SLIP: the secret low-rank part for the trusted process, the rest for an untrusted worker."""
+    from cloven.cli.progress import progress_bars, quiet_transformers
+    from cloven.slip.config import SlipConfig
+    from cloven.slip.prepare import prepare_slip
+
+    quiet_transformers()
+    config = SlipConfig(secret_fraction, rank, precision, scramble)
+    with progress_bars() as progress:
+        bundle = prepare_slip(model, out, config, progress)
+    _print_summary(bundle)
+
+
+def _print_summary(bundle: Bundle) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    summary, parameters = bundle.manifest.summary, bundle.manifest.parameters
+    table = Table(title=f"SLIP split, {parameters['precision']}, scramble {'on' if parameters['scramble'] else 'OFF'}")
+    for column in ("layers", "count", "parameters", "kept secret", "energy kept secret"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for name, kind in summary["kinds"].items():
+        share = kind["secret_parameters"] / kind["parameters"]
+        table.add_row(name, str(kind["layers"]), f"{kind['parameters']:,}", f"{share:.2%}", f"{kind['secret_energy']:.1%}")
+    table.add_row("all", "", "", f"{summary['secret_fraction']:.2%}", f"{summary['secret_energy']:.1%}")
+    console = Console()
+    console.print(table)
+    console.print(f"Quantisation error of the exposed part: {summary['quantisation_error']:.2e} (relative, Frobenius).")
+    console.print(f"Bundle {bundle.id}", highlight=False)
+    console.print(f"  keep   {bundle.trusted}   secret", highlight=False, soft_wrap=True)
+    console.print(f"  copy   {bundle.exposed}   to the worker, and keep a copy beside the trusted half", highlight=False, soft_wrap=True)

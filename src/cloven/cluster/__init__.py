@@ -1,0 +1,1 @@
+"""Processes: workers started from Python."""
