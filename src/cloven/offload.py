@@ -68,7 +68,7 @@ class OffloadedMatrix:
         return decode(self.integer_product(x_int, meanwhile), alpha)  # 6
 
     def integer_product(self, x_int: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
-        """Steps 2 to 5: W x_int mod p, exactly, for residues int64 [M, K] -> int32 [M, N]."""
+        """Steps 2 to 5: W x_int mod p, exactly, for residues int32 [M, K] -> int32 [M, N]."""
         pads = self.masks.take(x_int.shape[0])
         c = pads.mask(x_int)  # 2
         z = self.channel.multiply(self.name, self.group, c, self.rows, meanwhile)  # 3

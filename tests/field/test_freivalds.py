@@ -62,7 +62,9 @@ def test_honest_answers_are_accepted(data: st.DataObject) -> None:
 
 def residual(s: Tensor, c: Tensor, z: Tensor) -> list[list[int]]:
     """S (z − W c) mod p by Python integers: what the check must find to be zero."""
-    difference = [[a - b for a, b in zip(got, right, strict=True)] for got, right in zip(z.tolist(), python_product(c, W).tolist(), strict=True)]
+    difference = [
+        [a - b for a, b in zip(got, right, strict=True)] for got, right in zip(z.tolist(), python_product(c, W).tolist(), strict=True)
+    ]
     return [[sum(a * b for a, b in zip(key, row, strict=True)) % P for key in s.tolist()] for row in difference]
 
 

@@ -1,10 +1,84 @@
-"""`cloven bench`."""
+"""`cloven bench`: measurements, as commands."""
+
 from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
 import typer
-app = typer.Typer(help="Measure.", no_args_is_help=True)
+
+if TYPE_CHECKING:
+    from cloven.bench.slip import SlipBench
+
+app = typer.Typer(help="Measure: ratios from one interleaved run, medians.", no_args_is_help=True)
+
+
 @app.callback()
 def _schemes() -> None:
     pass
+
+
 @app.command("slip")
-def slip() -> None:
-    pass
+def slip(
+    shape: Annotated[str, typer.Option(help="tiny, llama-3.2-1b or llama-2-7b; weights are random.")] = "tiny",
+    tokens: Annotated[int, typer.Option(min=1, help="Decoded tokens per round.")] = 8,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; default: as many as fit in 70 % of free memory.")] = None,
+    precision: Annotated[str, typer.Option(help="int8 or int8x2.")] = "int8",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds after the first, which warms up.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """A model split by SLIP against the unsplit bf16 model: decode, prefill, pads, traffic, memory."""
+    from cloven.bench.slip import bench_slip
+    from cloven.cli.progress import progress_bars
+
+    with progress_bars() as progress:
+        result = bench_slip(shape, progress, tokens=tokens, layers=layers, precision=precision, rounds=rounds)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        _print(result)
+
+
+def _print(result: SlipBench) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"SLIP, {result.precision}, {result.shape}, {result.layers} of {result.layers_of_shape} layers; unsplit: bf16")
+    for column in ("", "unsplit", "split", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        "decode, tokens/s, pads ready",
+        f"{result.tokens_per_s_unsplit:.2f}",
+        f"{result.tokens_per_s_split:.2f}",
+        f"{result.decode_ratio:.2f}",
+    )
+    table.add_row(
+        "decode, tokens/s, pads inline", "", f"{result.tokens_per_s_split_pads_inline:.2f}", f"{result.decode_ratio_pads_inline:.2f}"
+    )
+    table.add_row(
+        "prefill of 512 tokens, s, pads ready",
+        f"{result.prefill_512_s_unsplit:.2f}",
+        f"{result.prefill_512_s_split:.2f}",
+        f"{result.prefill_ratio:.2f}",
+    )
+    table.add_row(
+        "pads / worker, ms per token",
+        "",
+        f"{1e3 * result.pad_seconds_per_token:.1f} / {1e3 * result.worker_seconds_per_token:.1f}",
+        f"{result.pad_ratio:.2f}",
+    )
+    table.add_row("exchanges per token", "", f"{result.exchanges_per_token:.0f}", "")
+    table.add_row("bytes up / down per token", "", f"{result.bytes_up_per_token:,.0f} / {result.bytes_down_per_token:,.0f}", "")
+    table.add_row(
+        "model in the process, MB",
+        f"{result.unsplit_parameter_bytes / 1e6:,.0f}",
+        f"{result.trusted_model_bytes / 1e6:,.0f}",
+        f"{result.trusted_memory_share:.3f}",
+    )
+    table.add_row(
+        "private memory, MB (worker: " + f"{result.worker_private_bytes / 1e6:,.0f})",
+        f"{result.unsplit_private_bytes / 1e6:,.0f}",
+        f"{result.trusted_private_bytes / 1e6:,.0f}",
+        "",
+    )
+    Console().print(table)

@@ -18,13 +18,17 @@ def demo(
     tokens: Annotated[int, typer.Option(min=1, max=256, help="New tokens per prompt.")] = 64,
 ) -> None:
     """Split the shipped model, generate with a trusted process and an untrusted worker, and compare with the unsplit model."""
+    from cloven.cli.threads import let_threads_sleep
+
+    let_threads_sleep()
     from cloven.errors import BadInput
 
     if scheme != "slip":
         raise BadInput(f"there is no demo of {scheme!r}; choose slip")
     from cloven.cli.hardening import forbid_core_dumps
-    from cloven.cli.progress import progress_bars, quiet_transformers
+    from cloven.cli.progress import progress_bars
     from cloven.demo.slip import run_slip_demo
+    from cloven.model.quiet import quiet_transformers
 
     forbid_core_dumps()
     quiet_transformers()

@@ -17,6 +17,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         typer.echo(json.dumps([vars(check) for check in checks]))
     else:
         for check in checks:
-            typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.result}" + (f"\n      -> {check.advice}" if check.advice else ""))
+            typer.echo(
+                f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.result}" + (f"\n      -> {check.advice}" if check.advice else "")
+            )
     if not all(check.ok for check in checks):
         raise typer.Exit(1)

@@ -26,6 +26,9 @@ def generate(
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
 ) -> None:
     """Generate text; the worker sees masked integers only. Tokens are streamed to standard output."""
+    from cloven.cli.threads import let_threads_sleep
+
+    let_threads_sleep()
     import os
 
     import torch
@@ -33,8 +36,8 @@ def generate(
 
     import cloven
     from cloven.cli.hardening import forbid_core_dumps
-    from cloven.cli.progress import quiet_transformers
     from cloven.errors import BadBundle, BadInput
+    from cloven.model.quiet import quiet_transformers
 
     forbid_core_dumps()
     quiet_transformers()

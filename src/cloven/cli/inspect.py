@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ def inspect(
     if verify:
         bundle.verify()
     manifest = bundle.manifest
-    description = {
+    description: dict[str, Any] = {
         "bundle": bundle.id,
         "scheme": manifest.scheme,
         "parameters": manifest.parameters,

@@ -28,7 +28,8 @@ def slip(
     scramble: Annotated[bool, typer.Option("--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices.")] = True,
 ) -> None:
     """Split a model by SLIP: the secret low-rank part for the trusted process, the rest for an untrusted worker."""
-    from cloven.cli.progress import progress_bars, quiet_transformers
+    from cloven.cli.progress import progress_bars
+    from cloven.model.quiet import quiet_transformers
     from cloven.slip.config import SlipConfig
     from cloven.slip.prepare import prepare_slip
 

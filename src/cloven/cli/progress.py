@@ -27,11 +27,3 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield update
         for task in tasks.values():
             bars.update(task, completed=bars.tasks[task].total)
-
-
-def quiet_transformers() -> None:
-    """No loading bars and no hints of transformers between our own lines."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -18,6 +18,9 @@ def worker(
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Listen on tcp without keys. INSECURE.")] = False,
 ) -> None:
     """Serve an exposed half: multiply masked integers, for any number of sessions, until SIGTERM or SIGINT."""
+    from cloven.cli.threads import let_threads_sleep
+
+    let_threads_sleep()
     import signal
 
     import torch

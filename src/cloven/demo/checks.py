@@ -60,7 +60,9 @@ def _products() -> list[Check]:
         except ClovenError as error:
             checks.append(Check(f"exact product on {device}", False, str(error), "use another device, or another build of PyTorch"))
             continue
-        advice = "" if backend.name == "int8-digits" else "slow: torch._int_mm is not exact here (a CPU without VNNI); another machine is faster"
+        advice = (
+            "" if backend.name == "int8-digits" else "slow: torch._int_mm is not exact here (a CPU without VNNI); another machine is faster"
+        )
         checks.append(Check(f"exact product on {device}", True, f"{backend.name}, self-check passed", advice))
     return checks
 
@@ -68,7 +70,9 @@ def _products() -> list[Check]:
 def _curve() -> Check:
     if zmq.has("curve"):
         return Check("encryption", True, f"ZeroMQ {zmq.zmq_version()} with CURVE")
-    return Check("encryption", False, f"ZeroMQ {zmq.zmq_version()} without CURVE", "install the pyzmq wheel: pip install --force-reinstall pyzmq")
+    return Check(
+        "encryption", False, f"ZeroMQ {zmq.zmq_version()} without CURVE", "install the pyzmq wheel: pip install --force-reinstall pyzmq"
+    )
 
 
 def _ipc() -> Check:
@@ -92,4 +96,6 @@ def _ipc() -> Check:
             client.close()
             admission.stop()
             context.destroy(linger=0)
-    return Check("sockets", arrived, "ipc round trip" if arrived else "no ipc round trip", "" if arrived else "check TMPDIR and its permissions")
+    return Check(
+        "sockets", arrived, "ipc round trip" if arrived else "no ipc round trip", "" if arrived else "check TMPDIR and its permissions"
+    )

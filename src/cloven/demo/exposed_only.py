@@ -44,7 +44,9 @@ def exposed_model(original: Path, bundle: Bundle, *, knows_scramble: bool) -> Pr
             torch.cat([trusted[f"{linear.name}.row_gather"] for linear in group], dim=1),
             torch.cat([trusted[f"{linear.name}.row_scale"] for linear in group], dim=1),
         )
-        matrix = exposed.dequantised() if knows_scramble else exposed.codes[: exposed.row_scale.shape[1]] * exposed.row_scale[0].abs()[:, None]
+        matrix = (
+            exposed.dequantised() if knows_scramble else exposed.codes[: exposed.row_scale.shape[1]] * exposed.row_scale[0].abs()[:, None]
+        )
         start = 0
         for linear in group:
             _put(model.get_submodule(linear.name), matrix[start : start + linear.rows].float())

@@ -91,7 +91,9 @@ class _SplitRun:
     saw: WorkerSaw
 
 
-def run_slip_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: int = 64, sequences: int = 16, length: int = 256) -> SlipDemo:
+def run_slip_demo(
+    progress: Progress, prompts: int = len(PROMPTS), new_tokens: int = 64, sequences: int = 16, length: int = 256
+) -> SlipDemo:
     """Run the whole demo in a temporary directory.
 
     Args:
@@ -106,7 +108,9 @@ def run_slip_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: i
     text = sample_text(plain, sequences, length, TEXT_SEED)
     plain_tokens, plain_seconds = _generate(plain, inputs, new_tokens, "unsplit", progress)
     with tempfile.TemporaryDirectory(prefix="cloven-demo-") as folder:
-        bundles = {precision: prepare_slip(path, Path(folder) / precision, SlipConfig(precision=precision)) for precision in ("int8x2", "int8")}
+        bundles = {
+            precision: prepare_slip(path, Path(folder) / precision, SlipConfig(precision=precision)) for precision in ("int8x2", "int8")
+        }
         runs = {name: _run_split(bundle, Path(folder), inputs, new_tokens, text, name, progress) for name, bundle in bundles.items()}
         progress("what the exposed half is worth", 0, 1)
         scrambled = perplexity(exposed_model(path, bundles["int8"], knows_scramble=False), text)
@@ -140,9 +144,7 @@ def run_slip_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: i
     )
 
 
-def _run_split(
-    bundle: Bundle, folder: Path, inputs: list[Any], new_tokens: int, text: Tensor, name: str, progress: Progress
-) -> _SplitRun:
+def _run_split(bundle: Bundle, folder: Path, inputs: list[Any], new_tokens: int, text: Tensor, name: str, progress: Progress) -> _SplitRun:
     transcript = folder / f"{name}.transcript"
     model = AutoModelForCausalLM.from_pretrained(bundle.trusted, dtype=torch.float32)
     with WorkerProcess(bundle.exposed, None, "--record", str(transcript)) as worker:
@@ -180,7 +182,7 @@ def all_products_exact(session: SlipSession, bundle: Bundle) -> bool:
     for offloaded in session.offloaded:
         x = torch.randn(3, offloaded.columns, dtype=torch.float64, generator=generator)
         x_int, _ = encode(x, offloaded.bounds)
-        expected = centre(x_int @ copy.mapped(offloaded.group).to(torch.int64).t())
+        expected = centre(x_int.to(torch.int64) @ copy.mapped(offloaded.group).to(torch.int64).t())
         if not torch.equal(offloaded.integer_product(x_int), expected):
             return False
     return True

@@ -56,7 +56,7 @@ def encode(x: Tensor, bounds: RowBounds, noise: float = 0.0) -> tuple[Tensor, Te
         noise: bound on what will be added to the product, in units of the field.
 
     Returns:
-        x_int: int64 [M, K], residues; alpha: float64 [M, 1], the scale (1 for rows encoded as zeros).
+        x_int: int32 [M, K], residues; alpha: float64 [M, 1], the scale (1 for rows encoded as zeros).
 
     Raises:
         RunError: x holds NaN or infinity. Raised before a pad is taken.
@@ -69,7 +69,7 @@ def encode(x: Tensor, bounds: RowBounds, noise: float = 0.0) -> tuple[Tensor, Te
         raise BadInput(f"row bounds leave no room in the field: l1={bounds.l1}, noise={noise}")
     alpha = torch.where(norm < ZERO_NORM, 1.0, room / (max(1.0, bounds.l2) * norm.clamp_min(ZERO_NORM)))
     x_int = torch.round(torch.where(norm < ZERO_NORM, 0.0, x * alpha))
-    return x_int.to(torch.int64), alpha
+    return x_int.to(torch.int32), alpha
 
 
 def decode(y_int: Tensor, alpha: Tensor) -> Tensor:

@@ -30,6 +30,17 @@ def centre(x: Tensor) -> Tensor:
     return torch.where(x > H, x - P, x).to(torch.int32)
 
 
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b mod p for residues of the same shape, int32: |a + b| ≤ 2H < 2^31, so one correction by p is enough."""
+    total = a + b
+    return total.sub_((total > H).to(torch.int32).sub_((total < -H).to(torch.int32)).mul_(P))
+
+
+def subtract(a: Tensor, b: Tensor) -> Tensor:
+    """a − b mod p for residues of the same shape, int32."""
+    return add(a, -b)
+
+
 def is_residue(x: Tensor) -> bool:
     """Whether every entry of an int32 tensor is a centred residue."""
     if x.numel() == 0:

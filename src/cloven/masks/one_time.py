@@ -29,7 +29,7 @@ from cloven.errors import PadMisuse
 from cloven.field.freivalds import Freivalds
 from cloven.field.prg import KEY_BYTES, pad_residues
 from cloven.field.products import Backend, PlacedMatrix, multiply
-from cloven.field.residues import centre
+from cloven.field.residues import add, subtract
 
 _LAST_INDEX = 2**63
 
@@ -52,18 +52,18 @@ class Pads:
         return f"Pads(first={self.first}, rows={self.rows}, <secret>)"
 
     def mask(self, x_int: Tensor) -> Tensor:
-        """c = x_int + m mod p: int64 [M, K] -> residues int32 [M, K]. Once."""
+        """c = x_int + m mod p: residues int32 [M, K] -> residues int32 [M, K]. Once."""
         mask, self._mask = self._mask, None
         if mask is None or os.getpid() != self._pid:
             raise PadMisuse("a pad masks once, in the process that made it")
-        return centre(x_int + mask)
+        return add(x_int, mask)
 
     def unmask(self, z: Tensor) -> Tensor:
         """W x_int = z − u mod p: residues int32 [M, N] -> residues int32 [M, N]. Once, after masking."""
         image, self._image = self._image, None
         if image is None or self._mask is not None or os.getpid() != self._pid:
             raise PadMisuse("a pad unmasks once, after it has masked, in the process that made it")
-        return centre(z.to(torch.int64) - image)
+        return subtract(z, image)
 
 
 class MaskSource(Protocol):

@@ -46,11 +46,12 @@ def require_supported(model: nn.Module, kind: str) -> None:
         UnsupportedModel: names the layer.
     """
     for name, module in model.named_modules():
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            raise UnsupportedModel(f"{kind}: {name} {_MOE}")
+    for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or is_linear(module) or isinstance(module, nn.Embedding):
                 continue
-            if parameter.dim() == 3:
-                raise UnsupportedModel(f"{kind}: {name} {_MOE}")
             raise UnsupportedModel(
                 f"{kind}: layer {name} ({type(module).__name__}.{parameter_name}) cannot be split; "
                 "supported are models whose weights are in Linear, Conv1D and Embedding layers"

@@ -120,13 +120,15 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
         """The trusted side is the CPU; offloading to disk would leave secret tensors in files."""
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if any(str(place).startswith(("cuda", "disk", "mps")) or isinstance(place, int) for place in places):
-            raise BadInput("device_map: the trusted half of a split model runs on the CPU; leave device_map out (the worker takes --device)")
+            raise BadInput(
+                "device_map: the trusted half of a split model runs on the CPU; leave device_map out (the worker takes --device)"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """Everything stays on the CPU."""
         return None if device_map is None else {"": "cpu"}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         description = self.quantization_config.description
         if description["version"] != CONFIG_VERSION:
             raise BadBundle(f"config.json: version {description['version']!r}, this cloven reads {CONFIG_VERSION}; prepare again")
@@ -144,7 +146,7 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
         model.all_tied_weights_keys = {}
         _require_same_names(model, checkpoint)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.cloven_trusted = self._folder

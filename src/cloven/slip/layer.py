@@ -126,7 +126,8 @@ class SplitGroup:
     def _compute(self, x: Tensor) -> list[Tensor]:
         if self._product is None:
             raise NotAttached(
-                f"{self.name}: no worker: set CLOVEN_WORKER before loading, or call cloven.attach(model, ADDRESS), with `cloven worker` there"
+                f"{self.name}: no worker is attached: start `cloven worker`, then set CLOVEN_WORKER before loading, "
+                "or call cloven.attach(model, ADDRESS)"
             )
         rows = x.reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
         trusted: list[Tensor] = []

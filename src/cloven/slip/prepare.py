@@ -156,7 +156,8 @@ def _write(source: Source, groups: list[Group], config: SlipConfig, partial: Pat
         matrix = expose(stacked, config.terms, stream if config.scramble else None)
         tensor = f"group-{index:05d}"
         exposed_shards.add(tensor, matrix.codes)
-        records.append(ExposedGroup(*matrix.codes.shape, exposed_shards.file_of[tensor], tensor, sha256_matrix(matrix.codes)))
+        height, width = matrix.codes.shape
+        records.append(ExposedGroup(height, width, exposed_shards.file_of[tensor], tensor, sha256_matrix(matrix.codes)))
         bounds.append(row_bounds(matrix.codes))
         start = 0
         shapes_of_group = []

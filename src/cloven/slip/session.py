@@ -106,9 +106,7 @@ def _connect_groups(
             return backend.place(copy.mapped(index))
 
         pads = OneTimePads(group.index, key, lend, backend, freivalds, group.name)  # 3
-        offloaded = OffloadedMatrix(
-            group.name, group.index, record.rows, record.columns, bounds, pads, freivalds, session.channel
-        )
+        offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, freivalds, session.channel)
         group.attach(_guarded_product(session, offloaded))
         session.pads.append(pads)
         session.offloaded.append(offloaded)

@@ -52,7 +52,9 @@ class SplitModelShape:
                 sizes = (linear.rows, linear.columns, linear.rank)
                 if type(linear.name) is not str or type(linear.bias) is not bool or any(type(size) is not int for size in sizes):
                     raise TypeError
-                if not (0 < linear.rows < _LARGEST and 0 < linear.columns < _LARGEST and 0 <= linear.rank <= min(linear.rows, linear.columns)):
+                if not (
+                    0 < linear.rows < _LARGEST and 0 < linear.columns < _LARGEST and 0 <= linear.rank <= min(linear.rows, linear.columns)
+                ):
                     raise TypeError
             if not groups or any(len({linear.columns for linear in group}) != 1 for group in groups):
                 raise TypeError
@@ -74,9 +76,7 @@ def swap_modules(model: nn.Module, shape: SplitModelShape) -> list[SplitGroup]:
             try:
                 model.get_submodule(linear.name)
             except AttributeError as error:
-                raise BadInput(
-                    f"{type(model).__name__} has no module {linear.name}: load this bundle with AutoModelForCausalLM"
-                ) from error
+                raise BadInput(f"{type(model).__name__} has no module {linear.name}: load this bundle with AutoModelForCausalLM") from error
             with torch.device("meta"):
                 terms = PRECISIONS[shape.precision]
                 member = SplitLinear(linear.name, linear.rows, linear.columns, linear.rank, terms, linear.bias, leads=position == 0)

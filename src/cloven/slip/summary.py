@@ -47,7 +47,8 @@ class Summary:
         parameters = sum(kind.parameters for kind in self.kinds.values())
         return {
             "secret_fraction": sum(kind.secret_parameters for kind in self.kinds.values()) / parameters,
-            "secret_energy": sum(kind.secret_energy for kind in self.kinds.values()) / max(sum(k.energy for k in self.kinds.values()), 1e-300),
+            "secret_energy": sum(kind.secret_energy for kind in self.kinds.values())
+            / max(sum(k.energy for k in self.kinds.values()), 1e-300),
             "quantisation_error": float(torch.tensor(self._error / max(self._exposed_energy, 1e-300)).sqrt()),
             "kinds": {
                 name: {

@@ -1,0 +1,132 @@
+"""One model in a process of its own, measured on command: JSON lines on standard input, one JSON line back for each.
+
+    python -m cloven.bench.runner plain SHAPE LAYERS           the unsplit model, bf16, random weights
+    python -m cloven.bench.runner split TRUSTED ADDRESS        the split model, bf16 activations
+
+Commands: {"op": "decode", "tokens": n}, {"op": "prefill", "tokens": n}, {"op": "pads", "rows": n}, {"op": "drop_pads"},
+{"op": "memory"}. Each model is alone in its process, so that its memory can be told.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import cloven
+from cloven.bench.memory import anonymous_bytes, file_bytes
+from cloven.model.quiet import quiet_transformers
+from cloven.slip.session import SlipSession
+from cloven.zoo.shapes import shape_config
+
+CONTEXT = 8  # tokens before the timed ones
+
+
+class Runner:
+    """A loaded model and, if it is split, its session."""
+
+    def __init__(self, model: PreTrainedModel, session: SlipSession | None) -> None:
+        self.model, self.session = model.eval(), session
+
+    @torch.no_grad()
+    def decode(self, tokens: int) -> dict[str, Any]:
+        """Seconds of each of `tokens` greedy steps with a KV cache, after CONTEXT tokens."""
+        output = self.model(input_ids=torch.arange(CONTEXT).view(1, -1), use_cache=True, logits_to_keep=1)
+        self._reset()
+        seconds = []
+        for _ in range(tokens):
+            started = time.perf_counter()
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            seconds.append(time.perf_counter() - started)
+        return {"seconds": seconds, **self._traffic(tokens)}
+
+    @torch.no_grad()
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        """Seconds of one forward pass over `tokens` tokens that keeps the cache and the last logits."""
+        ids = torch.arange(tokens).view(1, -1) % self.model.config.vocab_size
+        self._reset()
+        started = time.perf_counter()
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return {"seconds": [time.perf_counter() - started], **self._traffic(1)}
+
+    def pads(self, rows: int) -> dict[str, Any]:
+        """Make pads for `rows` rows in every group; seconds per row."""
+        assert self.session is not None
+        started = time.perf_counter()
+        self.session.make_pads(rows)
+        return {"seconds": time.perf_counter() - started}
+
+    def drop_pads(self) -> dict[str, Any]:
+        """Forget the pads that are ready."""
+        assert self.session is not None
+        for source in self.session.pads:
+            source.forget()
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """This process's own memory, and the files it maps, in bytes."""
+        return {"anonymous": anonymous_bytes(), "file": file_bytes(), "parameters": sum(p.nbytes for p in self.model.parameters())}
+
+    def _reset(self) -> None:
+        if self.session is not None:
+            self.session.telemetry.reset()
+
+    def _traffic(self, tokens: int) -> dict[str, Any]:
+        if self.session is None:
+            return {}
+        total = self.session.telemetry.total()
+        return {
+            "exchanges": total.exchanges / tokens,
+            "bytes_up": total.bytes_up / tokens,
+            "bytes_down": total.bytes_down / tokens,
+            "seconds_waiting": total.seconds_waiting / tokens,
+            "seconds_worker": total.seconds_round_trip / tokens,
+        }
+
+
+def main() -> None:
+    """Load what the arguments say, then answer commands."""
+    quiet_transformers()
+    kind, *arguments = sys.argv[1:]
+    before = anonymous_bytes()
+    if kind == "plain":
+        runner = Runner(_random_model(*arguments), None)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(Path(arguments[0]))
+        session = cloven.attach(model, arguments[1], look_ahead=0, timeout=120.0)
+        assert isinstance(session, SlipSession)
+        runner = Runner(model, session)
+    print(json.dumps({"ready": True, "before": before}), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        result = getattr(
+            runner,
+            {"decode": "decode", "prefill": "prefill", "pads": "pads", "drop_pads": "drop_pads", "memory": "memory"}[command.pop("op")],
+        )
+        print(json.dumps(result(**command)), flush=True)
+    if runner.session is not None:
+        runner.session.close()
+
+
+def _random_model(shape: str, layers: str) -> PreTrainedModel:
+    """A model with random bf16 weights, without the slow initialisation."""
+    config = shape_config(shape, int(layers))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in {id(p): p for p in model.parameters()}.values():
+        parameter.data.uniform_(-0.03, 0.03, generator=generator) if parameter.dim() > 1 else parameter.data.fill_(1)
+    return model
+
+
+if __name__ == "__main__":
+    main()
