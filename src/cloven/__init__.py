@@ -21,6 +21,7 @@ from cloven import registration_hook
 if TYPE_CHECKING:
     from cloven.bundle.bundle import Bundle as Bundle
     from cloven.bundle.bundle import open_bundle as open_bundle
+    from cloven.cluster.worker_process import WorkerProcess as WorkerProcess
     from cloven.errors import ClovenError as ClovenError
     from cloven.model.attach import attach as attach
     from cloven.model.registration import ClovenConfig as ClovenConfig
@@ -41,6 +42,7 @@ _PUBLIC = {
     "Session": "cloven.model.runtime",
     "SlipConfig": "cloven.slip.config",
     "Worker": "cloven.worker.service",
+    "WorkerProcess": "cloven.cluster.worker_process",
     "attach": "cloven.model.attach",
     "demo_model_path": "cloven.zoo.demo",
     "generate_keys": "cloven.wire.keys",

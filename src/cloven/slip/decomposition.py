@@ -40,7 +40,8 @@ def spectrum(w: Tensor) -> Tensor:
     """All singular values of W, descending, float64 [min(N, K)]: the square roots of the smaller Gram matrix's eigenvalues."""
     w = w.to(torch.float64 if min(w.shape) <= _FLOAT64_SPECTRUM else torch.float32)
     gram = w @ w.t() if w.shape[0] <= w.shape[1] else w.t() @ w
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt().to(torch.float64)
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.flip(0).clamp_min(0).sqrt().to(torch.float64)
 
 
 def allocate_ranks(spectra: list[Tensor], shapes: list[tuple[int, int]], fraction: float) -> list[int]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cloven.errors import NotAttached
 from cloven.model.shared_input import SharedInput
 
+_ROWS_AT_A_TIME = 32  # keeps float64 intermediates in the cache
 Product = Callable[[Tensor, Callable[[], None]], Tensor]
 
 
@@ -71,7 +72,7 @@ class SplitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SplitLinear:
         """`model.to(dtype)` leaves the float32 factors and scales alone: rounding them would change tokens silently."""
         kept = {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name not in ("weight", "bias")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, original in kept.items():
             parameter = getattr(self, name)
             if parameter.dtype != original.dtype:
@@ -140,12 +141,17 @@ class SplitGroup:
         y = self._product(scrambled, meanwhile)  # [M, T·N]
         outputs = []
         for member, part, gather, scale in zip(self.members, trusted, self._row_gather, self._row_scale, strict=True):
-            total = part.double()
-            for term in range(gather.shape[0]):
-                total += y.index_select(1, gather[term]) * scale[term]
-            if member.bias is not None:
-                total += member.bias.double()
-            outputs.append(total.to(x.dtype).view(*x.shape[:-1], member.out_features))
+            output = torch.empty(part.shape, dtype=x.dtype)
+            for y_rows, part_rows, out in zip(
+                y.split(_ROWS_AT_A_TIME), part.split(_ROWS_AT_A_TIME), output.split(_ROWS_AT_A_TIME), strict=True
+            ):
+                total = part_rows.double()
+                for term in range(gather.shape[0]):
+                    total.addcmul_(y_rows.index_select(1, gather[term]), scale[term])
+                if member.bias is not None:
+                    total += member.bias
+                out.copy_(total)
+            outputs.append(output.view(*x.shape[:-1], member.out_features))
         return outputs
 
 
