@@ -25,6 +25,7 @@ from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.model.runtime import RuntimeOptions
+from cloven.telemetry import logger
 
 METHOD = "cloven"
 CONFIG_VERSION = 1
@@ -155,8 +156,9 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
             scheme_named(self.quantization_config.description["scheme"]).attach(model, options)
 
     def is_serializable(self) -> bool:
-        """A loaded model can be saved again; the address is not in it."""
-        return True
+        """`save_pretrained` is refused: a manifest binds OUT/trusted to its exposed half. Copy the directory instead."""
+        logger.warning("a split model is not saved with save_pretrained: copy its OUT/trusted directory")
+        return False
 
     @property
     def is_trainable(self) -> bool:

@@ -1,10 +1,10 @@
-"""The trusted side's channel to one worker: one exchange at a time, counted, bounded in time, resent byte by byte.
+"""The trusted side's channel to one worker: one exchange at a time, counted, bounded in time, repeated byte by byte.
 
 An exchange is
     1. send the header and the masked rows c;
     2. do trusted work meanwhile;
     3. wait for the answer with this request's id; drop answers with another id;
-    4. after a third of the timeout, and again after two thirds, send the identical bytes once more (the worker keeps no state);
+    4. when the connection was lost and is back, send the identical bytes once more (the worker keeps no state);
     5. after the timeout, give up: the request's pads are burnt.
 Only masked residues ever enter a send buffer.
 """
@@ -43,7 +43,7 @@ from cloven.wire.messages import (
 
 Frame = bytes | memoryview
 _M = TypeVar("_M")
-_SENDS = 3  # the first one and two repetitions
+_MOST_REPETITIONS = 2
 
 PLAIN_TCP_BANNER = (
     "INSECURE: plain tcp, no encryption and no authentication. Anybody on the network can read and alter the traffic. "
@@ -103,6 +103,9 @@ class Channel:
         self._socket.sndhwm = self._socket.rcvhwm = QUEUED_MESSAGES
         self._socket.maxmsgsize = MAX_PAYLOAD_BYTES
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
+        heartbeat = max(1000, int(1000 * timeout / 6))  # a dead peer or network shows as a disconnect well within the timeout
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, heartbeat)
         if keys is not None:
             self._socket.curve_publickey, self._socket.curve_secretkey = keys.own.public, keys.own.secret
             self._socket.curve_serverkey = keys.worker
@@ -116,6 +119,7 @@ class Channel:
         )
         self._connected = self.address.scheme == "inproc"
         self._ever_connected = self._connected
+        self._reconnected = False
         self._handshake_failures = 0
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -179,20 +183,20 @@ class Channel:
             if self._socket.closed:
                 raise SessionClosed(f"the connection to {self.address} is closed")
             started = time.monotonic()
-            for attempt in range(1, _SENDS + 1):
-                self._send(frames)
-                record.bytes_up += size
-                record.resent += attempt > 1
-                if attempt == 1:
-                    meanwhile()
-                waiting = time.monotonic()
-                answer = self._receive(layer, request.id, started + self.timeout * attempt / _SENDS, record)
-                record.seconds_waiting += time.monotonic() - waiting
-                if answer is not None:
-                    break
-                logger.info("no answer from %s for %.1f s", self.address, time.monotonic() - started)
-            else:
-                raise self._silence(layer)
+            self._reconnected = False
+            self._send(frames)
+            meanwhile()
+            waiting = time.monotonic()
+            while (answer := self._receive(layer, request.id, started + self.timeout, record)) is None:
+                if not self._reconnected:
+                    raise self._silence(layer)
+                self._reconnected = False
+                if record.resent < _MOST_REPETITIONS:
+                    logger.info("%s is back: the request is sent again, byte by byte", self.address)
+                    self._send(frames)
+                    record.resent += 1
+            record.seconds_waiting = time.monotonic() - waiting
+            record.bytes_up = size * (1 + record.resent)
             record.seconds_round_trip = time.monotonic() - started
         self.telemetry.record(layer, record)
         message, answer_payload = answer
@@ -209,7 +213,7 @@ class Channel:
         return parsed
 
     def _send(self, frames: list[Frame]) -> None:
-        with contextlib.suppress(zmq.Again):  # the queue of an absent worker is full: a repetition, already queued, will do
+        with contextlib.suppress(zmq.Again):  # the queue to an absent worker is full
             self._socket.send_multipart(frames, copy=False, flags=zmq.NOBLOCK)
 
     def _receive(self, layer: str, request: int, deadline: float, record: LayerStatistics) -> tuple[Message, memoryview | None] | None:
@@ -218,6 +222,8 @@ class Channel:
             if self._monitor in ready:
                 self._watch(recv_monitor_message(self._monitor))
             if self._socket not in ready:
+                if self._reconnected:
+                    return None
                 continue
             frames: list[Any] = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
             record.bytes_down += sum(memoryview(frame).nbytes for frame in frames)
@@ -242,6 +248,7 @@ class Channel:
                     "only one side uses keys, or it admits nobody"
                 )
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._reconnected = self._ever_connected
             self._connected = self._ever_connected = True
         elif kind == zmq.EVENT_DISCONNECTED:
             self._connected = False
