@@ -20,13 +20,14 @@ from cloven.field.prg import SecretStream
 
 _EXACT_SVD = 768  # smaller side up to which the SVD is exact; above, randomised subspace iteration
 _FLOAT64_SPECTRUM = 1024
+_FLOAT64_SPLIT = 2**24  # entries up to which E is computed in float64; float32 above, to spare memory: its rounding is far below int8x2's
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 
 
 @dataclass(frozen=True)
 class Split:
-    """W = exposed + secret_b @ secret_a, float64: exposed [N, K], secret_b [N, k], secret_a [k, K]."""
+    """W = exposed + secret_b @ secret_a: exposed [N, K] (float64, or float32 if large), secret_b [N, k], secret_a [k, K] float64."""
 
     exposed: Tensor
     secret_a: Tensor
@@ -79,7 +80,7 @@ def truncated_svd(w: Tensor, k: int, stream: SecretStream) -> tuple[Tensor, Tens
         q = torch.linalg.qr(q).Q
         q = narrow @ torch.linalg.qr(narrow.t() @ q).Q
     basis = torch.linalg.qr(q.to(torch.float64)).Q  # [N, k + oversampling]
-    u, s, vt = torch.linalg.svd(basis.t() @ w.to(torch.float64), full_matrices=False)
+    u, s, vt = torch.linalg.svd((basis.to(torch.float32).t() @ narrow).to(torch.float64), full_matrices=False)
     return (basis @ u)[:, :k], s[:k], vt[:k]
 
 
@@ -90,10 +91,10 @@ def split(w: Tensor, rank: int, values: Tensor, stream: SecretStream) -> Split:
         values: all singular values of W, descending; what lies beyond the rank fills the hole.
         stream: secret randomness for O, D and the sketch.
     """
-    w = w.to(torch.float64)
+    w = w.to(torch.float64 if w.numel() <= _FLOAT64_SPLIT else torch.float32)
     if rank == 0:
         return Split(w, w.new_zeros(0, w.shape[1]), w.new_zeros(w.shape[0], 0))
     u, s, vt = truncated_svd(w, rank, stream)
     decoy = stream.choice(values[rank:], rank)[:, None] * stream.orthogonal(rank)  # D O
     secret_b = u @ (torch.diag(s) - decoy)
-    return Split(w - secret_b @ vt, vt, secret_b)
+    return Split(w - secret_b.to(w.dtype) @ vt.to(w.dtype), vt, secret_b)

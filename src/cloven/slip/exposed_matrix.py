@@ -43,39 +43,42 @@ class ExposedMatrix:
     def __repr__(self) -> str:
         return f"ExposedMatrix({tuple(self.codes.shape)}, <secret>)"
 
-    def dequantised(self) -> Tensor:
-        """E [N, K] as the trusted process reads it, float64: undoes the scramble and the quantisation."""
-        k = self.codes.shape[1]
-        unscrambled = torch.empty(self.codes.shape, dtype=torch.float64)
-        unscrambled[:, self.column_gather.long()] = self.codes.to(torch.float64) * self.column_scale.to(torch.float64)
-        rows = unscrambled[self.row_gather.long().flatten()].view(*self.row_gather.shape, k)  # [T, N, K]
-        return (rows * self.row_scale.to(torch.float64)[:, :, None]).sum(0)
+    def dequantised(self, rows: slice = slice(None)) -> Tensor:
+        """E [N, K] (or some of its rows) as the trusted process reads it, float64: undoes the scramble and the quantisation."""
+        scrambled = sum(
+            self.codes[gather.long()].to(torch.float64) * scale.to(torch.float64)[:, None]
+            for gather, scale in zip(self.row_gather[:, rows], self.row_scale[:, rows], strict=True)
+        )
+        assert isinstance(scrambled, Tensor)
+        unscrambled = torch.empty_like(scrambled)
+        unscrambled[:, self.column_gather.long()] = scrambled * self.column_scale.to(torch.float64)
+        return unscrambled
 
 
 def _quantise(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor]:
-    """Ê [N, K] float64 -> codes int8 [T·N, K], scales float64 [T, N]."""
+    """Ê [N, K] -> codes int8 [T·N, K], scales float64 [T, N]."""
     scale = matrix.abs().amax(1) / 127
-    scale = torch.where(scale == 0, 1.0, scale).to(torch.float32).to(torch.float64)  # as it will be stored
+    scale = torch.where(scale == 0, 1.0, scale).to(torch.float32).to(matrix.dtype)  # as it will be stored
     exact = matrix / scale[:, None]
-    first = exact.round().clamp(-127, 127)
-    codes, scales = [first], [scale]
+    first = exact.round().clamp_(-127, 127)
+    codes, scales = [first.to(torch.int8)], [scale.to(torch.float64)]
     if terms == 2:
-        codes.append(((exact - first) * _SECOND_TERM).round().clamp(-127, 127))
-        scales.append(scale / _SECOND_TERM)
-    return torch.cat(codes).to(torch.int8), torch.stack(scales)
+        codes.append(exact.sub_(first).mul_(_SECOND_TERM).round_().clamp_(-127, 127).to(torch.int8))
+        scales.append(scale.to(torch.float64) / _SECOND_TERM)
+    return torch.cat(codes), torch.stack(scales)
 
 
 def expose(matrix: Tensor, terms: int, stream: SecretStream | None) -> ExposedMatrix:
     """Equalise, quantise and scramble a stacked matrix.
 
     Args:
-        matrix: E, float64 [N, K].
+        matrix: E, float64 or float32 [N, K].
         terms: number of int8 terms, 1 or 2.
         stream: secret randomness for the scramble; None leaves rows and columns in place.
     """
     n, k = matrix.shape
     column = torch.linalg.vector_norm(matrix, dim=0)
-    column = torch.where(column == 0, 1.0, column / column.mean().clamp_min(1e-300)).to(torch.float32).to(torch.float64)
+    column = torch.where(column == 0, 1.0, column / column.mean().clamp_min(1e-30)).to(torch.float32).to(matrix.dtype)
     codes, scales = _quantise(matrix / column, terms)  # [T·N, K], [T, N]
     if stream is None:
         gather, rows = torch.arange(k), torch.arange(terms * n).view(terms, n)
@@ -85,7 +88,7 @@ def expose(matrix: Tensor, terms: int, stream: SecretStream | None) -> ExposedMa
         codes = codes[rho][:, gather] * row_sign.to(torch.int8)[:, None] * column_sign.to(torch.int8)
         rows = torch.argsort(rho).view(terms, n)  # ρ^-1
         scales = scales * row_sign[rows]
-        column = column[gather] * column_sign
+        column = column[gather].to(torch.float64) * column_sign
     return ExposedMatrix(
         codes.contiguous(),
         gather.to(torch.int32),

@@ -45,6 +45,7 @@ from cloven.slip.summary import Summary
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 VERSION = 1
+_ROWS_AT_A_TIME = 4096
 
 
 def prepare_slip(
@@ -177,7 +178,9 @@ def _write(source: Source, groups: list[Group], config: SlipConfig, partial: Pat
                 secret_shards.add(f"{name}.column_scale", matrix.column_scale)
             summary.add(name, rows, columns, rank_of[name], spectra[name])
             start += rows
-        summary.add_quantisation(stacked, matrix.dequantised())
+        for first in range(0, stacked.shape[0], _ROWS_AT_A_TIME):
+            rows_checked = slice(first, first + _ROWS_AT_A_TIME)
+            summary.add_quantisation(stacked[rows_checked], matrix.dequantised(rows_checked))
         described.append(tuple(shapes_of_group))
     exposed_shards.close()
 
