@@ -59,6 +59,9 @@ class OffloadedMatrix:
             RunError: x is not finite (before a pad is taken), or the worker is absent, silent or refuses.
             VerificationFailed: the answer is wrong; nothing of it was used.
         """
+        if not x.shape[0]:
+            meanwhile()
+            return x.new_empty(0, self.rows)
         pieces = x.split(rows_per_exchange(self.columns, self.rows))
         results = [self._exchange(piece, meanwhile if i == 0 else lambda: None) for i, piece in enumerate(pieces)]
         return results[0] if len(results) == 1 else torch.cat(results)

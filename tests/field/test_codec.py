@@ -23,7 +23,7 @@ def exact_products(codes: Tensor, x_int: Tensor) -> list[list[int]]:
 
 def assert_no_wrap(codes: Tensor, x: Tensor) -> Tensor:
     x_int, alpha = encode(x, row_bounds(codes))
-    assert x_int.dtype == torch.int64
+    assert x_int.dtype == torch.int32
     assert alpha.shape == (x.shape[0], 1)
     assert int(x_int.abs().max()) <= H  # residues themselves
     products = exact_products(codes, x_int)
@@ -81,6 +81,14 @@ def test_x_parallel_to_the_longest_row(k: int) -> None:
         x_int = assert_no_wrap(codes, sign * 3.7 * codes[3:].to(torch.float64))
         largest = max(abs(y) for y in exact_products(codes, x_int)[0])
         assert largest > 0.999 * H  # Cauchy–Schwarz is an equality here, so nothing is wasted either
+
+
+def test_rounding_has_its_room() -> None:
+    # all entries of a constant row round the same way: for some of these lengths up, by nearly ½‖W‖₁ in all
+    for k in range(1000, 1100):
+        codes = torch.full((1, k), 127, dtype=torch.int8)
+        x_int, _ = encode(torch.ones(1, k, dtype=torch.float64), row_bounds(codes))
+        assert 127 * int(x_int.sum()) <= H
 
 
 @pytest.mark.parametrize("outlier", [1e4, -1e4, 1e30])

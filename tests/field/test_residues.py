@@ -4,9 +4,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloven.field.residues import H, P, centre, is_residue
+from cloven.field.residues import H, P, add, centre, is_residue, subtract
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
+RESIDUE = st.integers(-H, H) | st.sampled_from([-H, -H + 1, -1, 0, 1, H - 1, H])
 
 
 def test_p_is_prime_and_h_its_half() -> None:
@@ -34,6 +35,17 @@ def test_centre_at_the_edges() -> None:
 def test_centre_keeps_the_shape() -> None:
     assert centre(torch.zeros(2, 3, 4, dtype=torch.int64)).shape == (2, 3, 4)
     assert centre(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3)
+
+
+@given(st.lists(st.tuples(RESIDUE, RESIDUE), min_size=1, max_size=20))
+def test_addition_and_subtraction(pairs: list[tuple[int, int]]) -> None:
+    a, b = (torch.tensor(values, dtype=torch.int32) for values in zip(*pairs, strict=True))
+    before = a.clone(), b.clone()
+    assert add(a, b).dtype == subtract(a, b).dtype == torch.int32
+    assert add(a, b).tolist() == [(x + y + H) % P - H for x, y in pairs]
+    assert subtract(a, b).tolist() == [(x - y + H) % P - H for x, y in pairs]
+    assert torch.equal(a, before[0])  # arguments are left alone
+    assert torch.equal(b, before[1])
 
 
 def test_is_residue() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import zmq
 
-from cloven.errors import BadInput, ClovenError, PeerRefused, RunError
+from cloven.errors import BadInput, PeerRefused, RunError
 from cloven.wire import admission
 from cloven.wire.admission import DOMAIN, Admission
 from cloven.wire.channel import Channel

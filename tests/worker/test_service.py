@@ -169,7 +169,7 @@ def test_a_failure_inside_is_answered_and_logged(
 
 def test_the_channels_view_of_refusals(bundle: Bundle, worker: Worker, context: Context) -> None:
     channel = Channel("inproc://worker", bundle.id, timeout=5, context=context)
-    with pytest.raises(WorkerRefused, match="layer: .*'group': no group 5: there are 2"):
+    with pytest.raises(WorkerRefused, match=r"layer: .*'group': no group 5: there are 2"):
         channel.multiply("layer", 5, random_residues(1, 16), 4, lambda: None)
     with pytest.raises(WorkerRefused, match="'size'"):
         channel.multiply("layer", 0, random_residues(1, 17), 4, lambda: None)
@@ -231,7 +231,7 @@ def test_a_living_workers_socket_is_not(bundle: Bundle, socket_folder: Path) -> 
     with serving(bundle.folder, address):
         second = None
         try:
-            with pytest.raises(RunError, match="cannot listen|already"):
+            with pytest.raises(RunError, match=r"cannot listen|already"):
                 second = Worker(bundle.folder, address)
         finally:
             if second is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cloven.bundle.verification import sha256_file
-from cloven.errors import BadBundle, BadInput
+from cloven.errors import BadBundle, BadInput, RunError
 
 SHARD_BYTES = 2**30  # well below the 5 GB that the format allows: a shard is held in memory until it is written
 
@@ -64,12 +64,12 @@ class ShardWriter:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         try:
             save_file(
-                {key: tensor.clone() if _shares(tensor) else tensor for key, tensor in self._pending.items()},
+                _separate(self._pending),
                 path,
                 metadata={"format": "pt"},
             )
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"{path}: cannot be written: {error}") from error
+            raise RunError(f"writing {name} failed: {error}") from error
         path.chmod(mode)
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -80,8 +80,15 @@ class ShardWriter:
         self._pending_bytes = 0
 
 
-def _shares(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() != tensor.nbytes
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, none sharing memory with another or with something larger: safetensors refuses those."""
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        result[name] = tensor.clone() if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen else tensor
+        seen.add(storage.data_ptr())
+    return result
 
 
 def map_matrix(path: Path, tensor: str, rows: int, columns: int) -> Tensor:

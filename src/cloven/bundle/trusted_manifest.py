@@ -21,8 +21,15 @@ from cloven.bundle.manifest import (
     parse_files,
     require,
 )
-from cloven.errors import ForeignBundle
+from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.field.codec import RowBounds
+
+
+def _row_bounds(one: dict[str, Any], path: Path) -> RowBounds:
+    try:
+        return RowBounds(**one)
+    except BadInput as error:
+        raise BadBundle(f"{path}: malformed ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class TrustedManifest:
         return cls(
             record["scheme"],
             exposed,
-            tuple(RowBounds(**one) for one in bounds),
+            tuple(_row_bounds(one, path) for one in bounds),
             parse_files(record["files"], path),
             record["parameters"],
             record["summary"],

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
+from cloven.errors import RunError
 from cloven.field.residues import H, P
 
 KEY_BYTES = 32
@@ -33,7 +34,10 @@ def _residues_of_words(words: npt.NDArray[np.uint32], width: int) -> npt.NDArray
         values = values.copy()
         for row in np.flatnonzero(rejected.any(axis=1)):
             tail = [w for w in words[row, width:] if w != P]
-            values[row, rejected[row]] = tail[: int(rejected[row].sum())]
+            count = int(rejected[row].sum())
+            if count > len(tail):  # NumPy would repeat a single word
+                raise RunError("a pad needs more spare words than it has")
+            values[row, rejected[row]] = tail[:count]
     signed = values.astype(np.int64)
     return np.where(signed > H, signed - P, signed).astype(np.int32)
 

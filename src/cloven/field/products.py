@@ -83,9 +83,12 @@ class Int8Digits:
         """See `Backend.block`."""
         m = c.shape[0]
         planes = digits(c)
+        codes = w.codes
+        if w.columns == 1:  # torch._int_mm reads out of bounds on [M, 1] @ [1, N]
+            planes, codes = (torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[1]))) for x in (planes, codes))
         if self.device.type == "cuda":  # more than 16 rows, multiples of 8
-            planes = torch.nn.functional.pad(planes, (0, w.codes.shape[1] - c.shape[1], 0, max(24 - 4 * m, -4 * m % 8)))
-        y = torch._int_mm(planes, w.codes.t())[: 4 * m, : w.rows].view(4, m, w.rows)
+            planes = torch.nn.functional.pad(planes, (0, codes.shape[1] - planes.shape[1], 0, max(24 - 4 * m, -4 * m % 8)))
+        y = torch._int_mm(planes, codes.t())[: 4 * m, : w.rows].view(4, m, w.rows)
         z = y[3].to(torch.int64)
         for i in (2, 1, 0):
             z = z.bitwise_left_shift_(8).add_(y[i])
@@ -135,7 +138,10 @@ def multiply(backend: Backend, c: Tensor, w: PlacedMatrix) -> Tensor:
 def self_check(backend: Backend) -> bool:
     """Whether a back end is exact on this machine: extremes that saturate 16- and 32-bit accumulators, and random values."""
     generator = torch.Generator().manual_seed(0)  # public test data, not secrets
-    m, n, k = 5, 24, 4096
+    return all(_check_shape(backend, generator, m, n, k) for m, n, k in ((5, 24, 4096), (1, 3, 1), (1, 1, 2)))
+
+
+def _check_shape(backend: Backend, generator: torch.Generator, m: int, n: int, k: int) -> bool:
     top = torch.tensor(H, dtype=torch.int32)
     alternating = torch.where(torch.arange(k) % 2 == 0, 127, -127).to(torch.int8)
     codes = [
@@ -171,7 +177,10 @@ def select_backend(device: str | torch.device = "cpu") -> Backend:
     Raises:
         RunError: no back end is exact there, or there is no such device.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise RunError(f"{device!r} is no device: use cpu, cuda or cuda:N") from error
     with _selecting:
         if str(device) not in _selected:
             for candidate in (Int8Digits(device), Float64(device)):

@@ -64,6 +64,7 @@ class LookAhead:
         self._may_run.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
+        self._sources.clear()
 
     def _run(self) -> None:
         try:

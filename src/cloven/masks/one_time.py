@@ -56,6 +56,8 @@ class Pads:
         mask, self._mask = self._mask, None
         if mask is None or os.getpid() != self._pid:
             raise PadMisuse("a pad masks once, in the process that made it")
+        if x_int.shape != mask.shape:  # broadcasting would put several rows under one pad
+            raise PadMisuse(f"pads of shape {tuple(mask.shape)} cannot mask rows of shape {tuple(x_int.shape)}")
         return add(x_int, mask)
 
     def unmask(self, z: Tensor) -> Tensor:
@@ -63,6 +65,8 @@ class Pads:
         image, self._image = self._image, None
         if image is None or self._mask is not None or os.getpid() != self._pid:
             raise PadMisuse("a pad unmasks once, after it has masked, in the process that made it")
+        if z.shape != image.shape:
+            raise PadMisuse(f"pads of shape {tuple(image.shape)} cannot unmask rows of shape {tuple(z.shape)}")
         return subtract(z, image)
 
 
@@ -147,12 +151,12 @@ class OneTimePads:
         with self._lock:
             parts = self._pop(rows)
         missing = rows - sum(mask.shape[0] for _, mask, _ in parts)
-        if missing:
+        if missing or not parts:
             with self._making:
                 with self._lock:  # the background thread may have just made some
                     parts += self._pop(missing)
                 missing = rows - sum(mask.shape[0] for _, mask, _ in parts)
-                if missing:
+                if missing or not parts:
                     parts.append(self._make(missing))
         return Pads(parts[0][0], torch.cat([mask for _, mask, _ in parts]), torch.cat([image for _, _, image in parts]), self._pid)
 

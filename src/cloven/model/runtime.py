@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from cloven.errors import SecurityError, SessionClosed
+from cloven.errors import BadInput, SecurityError, SessionClosed
 from cloven.telemetry import LayerStatistics, Telemetry
 from cloven.wire.channel import Channel
 from cloven.wire.limits import DEFAULT_TIMEOUT
@@ -42,6 +42,10 @@ class RuntimeOptions:
     look_ahead: int | None = None
     pad_bytes: int = DEFAULT_PAD_BYTES
     insecure_plain_tcp: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.look_ahead is not None and self.look_ahead < 0) or self.pad_bytes < 0:
+            raise BadInput("look_ahead and pad_bytes: give 0 or more")
 
     def with_timeout(self, timeout: float) -> RuntimeOptions:
         """The same with another timeout."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -33,16 +34,21 @@ class Source:
     @property
     def name(self) -> str:
         """What to call the model in a README: never a path."""
-        return self.folder.name if self.folder is not None else str(self.config.model_type)
+        return self.folder.resolve().name if self.folder is not None else str(self.config.model_type)
 
     def load(self) -> PreTrainedModel:
         """The model in the dtype of its checkpoint, on the CPU; its tensors stay memory-mapped until they are read."""
         if self.loaded is not None:
             return self.loaded
         try:
-            return AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype="auto", use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, config=self.config, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BadInput(f"{self.folder}: the weights cannot be loaded: {_first_line(error)}") from error
+        if report["missing_keys"]:  # transformers would fill them with random numbers
+            raise BadInput(f"{self.folder}: the checkpoint lacks the weight {min(report['missing_keys'])}")
+        return model
 
     def files(self, licences: bool = False) -> Iterator[Path]:
         """The tokenizer's files, or the licence files, of a model directory. Never code, never weights."""
@@ -58,7 +64,9 @@ class Source:
         card = self.folder / "README.md" if self.folder is not None else None
         if card is None or not card.is_file():
             return "not stated"
-        match = re.search(r"^licen[sc]e:\s*([\w.+-]+)\s*$", card.read_text(encoding="utf-8", errors="replace")[:4096], re.MULTILINE)
+        match = re.search(
+            r"^licen[sc]e:\s*[\"']?([\w.+-]+)[\"']?\s*$", card.read_text(encoding="utf-8", errors="replace")[:4096], re.MULTILINE
+        )
         return match[1] if match else "not stated"
 
 

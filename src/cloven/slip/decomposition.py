@@ -2,8 +2,14 @@
 
     W = U Σ Vᵀ                      W [N, K], U [N, r], V [K, r], r = min(N, K)
     R = W − U_k Σ_k V_kᵀ            removing the top singular part leaves U_k and V_k as null spaces of R: it would mark them
-    exposed  E = R + U_k D O V_kᵀ   O Haar-random [k, k], D drawn from the kept spectrum σ_{k+1..r}: the hole is filled
-    secret   B A = W − E,  A = V_kᵀ [k, K],  B = U_k (Σ_k − D O) [N, k]
+    exposed  E = R + (U_k D O + Y) V_kᵀ
+             O Haar-random [k, k], D drawn from the density of the kept spectrum σ_{k+1..r}: the hole is filled
+             Y = R G / ‖·‖, columns a third as long as D's rms, G Gaussian: couples the filling with the rest
+    secret   B A = W − E,  A = V_kᵀ [k, K],  B = U_k (Σ_k − D O) − Y [N, k]
+
+D must not be copied from the spectrum: a copied value stands in E's spectrum twice, and the pairs point at the secret (measured: overlap
+0.999 with int8x2). And without Y the filling consists of singular vectors of E of its own, whose values lie independently among the
+others; with Y every singular vector of E is a mixture.
 
 Guarantee: E's spectrum and singular vectors do not single out the secret's subspaces (tested: overlap at chance level). What E itself
 gives away of W is measured by the audit, not proved. Source: SLIP, arXiv 2407.10886; the decoy is ours.
@@ -23,6 +29,7 @@ _FLOAT64_SPECTRUM = 1024
 _FLOAT64_SPLIT = 2**24  # entries up to which E is computed in float64; float32 above, to spare memory: its rounding is far below int8x2's
 _OVERSAMPLING = 16
 _ITERATIONS = 6
+_COUPLING = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,21 @@ def truncated_svd(w: Tensor, k: int, stream: SecretStream) -> tuple[Tensor, Tens
         u, s, vt = torch.linalg.svd(w.to(torch.float64), full_matrices=False)
         return u[:, :k], s[:k], vt[:k]
     narrow = w.to(torch.float32)
-    q = narrow @ stream.normal(w.shape[1], min(k + _OVERSAMPLING, *w.shape)).to(torch.float32)
+    q = narrow @ stream.normal(w.shape[1], min(k + k // 2 + _OVERSAMPLING, *w.shape)).to(torch.float32)
     for _ in range(_ITERATIONS):
         q = torch.linalg.qr(q).Q
         q = narrow @ torch.linalg.qr(narrow.t() @ q).Q
     basis = torch.linalg.qr(q.to(torch.float64)).Q  # [N, k + oversampling]
     u, s, vt = torch.linalg.svd((basis.to(torch.float32).t() @ narrow).to(torch.float64), full_matrices=False)
     return (basis @ u)[:, :k], s[:k], vt[:k]
+
+
+def _draw_between(values: Tensor, n: int, stream: SecretStream) -> Tensor:
+    """n values with the density of a descending spectrum, none of them in it: uniform positions, linear interpolation."""
+    position = torch.from_numpy(stream.uniform(n)) * (len(values) - 1)
+    below = position.long().clamp_max(max(len(values) - 2, 0))
+    above = (below + 1).clamp_max(len(values) - 1)
+    return torch.lerp(values[below], values[above], position - below)
 
 
 def split(w: Tensor, rank: int, values: Tensor, stream: SecretStream) -> Split:
@@ -95,6 +110,10 @@ def split(w: Tensor, rank: int, values: Tensor, stream: SecretStream) -> Split:
     if rank == 0:
         return Split(w, w.new_zeros(0, w.shape[1]), w.new_zeros(w.shape[0], 0))
     u, s, vt = truncated_svd(w, rank, stream)
-    decoy = stream.choice(values[rank:], rank)[:, None] * stream.orthogonal(rank)  # D O
-    secret_b = u @ (torch.diag(s) - decoy)
+    sizes = _draw_between(values[rank:], rank, stream)  # D
+    removed = w - (u * s).to(w.dtype) @ vt.to(w.dtype)  # R
+    coupling = (removed @ stream.normal(w.shape[1], rank).to(w.dtype)).to(torch.float64)  # R G
+    lengths = torch.linalg.vector_norm(coupling, dim=0).clamp_min(1e-300)
+    coupling *= _COUPLING * sizes.square().mean().sqrt() / lengths  # Y
+    secret_b = u @ (torch.diag(s) - sizes[:, None] * stream.orthogonal(rank)) - coupling
     return Split(w - secret_b.to(w.dtype) @ vt.to(w.dtype), vt, secret_b)

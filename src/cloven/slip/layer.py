@@ -106,17 +106,16 @@ class SplitGroup:
         return clone
 
     def attach(self, product: Product) -> None:
-        """Use `product(x, meanwhile)`: float64 [M, K] in the worker's basis -> float64 [M, T·N], for all later calls."""
+        """Use `product(x, meanwhile)`: float64 [M, K] in the worker's basis -> float64 [M, T·N], for all later calls.
+
+        Replaces an earlier product, and with it whatever secrets it held.
+        """
         leader = self.members[0]
         self._column_gather = leader.column_gather.long()
         self._column_scale = leader.column_scale.double()
         self._row_gather = [member.row_gather.long() for member in self.members]
         self._row_scale = [member.row_scale.double() for member in self.members]
         self._product = product
-
-    def detach(self) -> None:
-        """Forget the session."""
-        self._product = None
 
     def output(self, position: int, x: Tensor) -> Tensor:
         """The output of one member; the first sibling to be called computes for all."""

@@ -106,8 +106,9 @@ def _partial_folder(out: Path) -> Iterator[Path]:
             partial.rename(out)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise RunError(f"{out}: writing failed: {error.strerror or error}; nothing was left behind") from error
+            if isinstance(error, OSError | RunError):
+                reason = (error.strerror if isinstance(error, OSError) else None) or error
+                raise RunError(f"{out}: {reason}; nothing was left behind") from error
             raise
     finally:
         os.close(lock)
@@ -202,10 +203,9 @@ def _write(source: Source, groups: list[Group], config: SlipConfig, partial: Pat
 
 
 def _finite_spectrum(name: str, matrix: Tensor) -> Tensor:
-    values = spectrum(matrix)
-    if not bool(torch.isfinite(values).all()):
+    if not bool(torch.isfinite(matrix).all()):
         raise BadInput(f"{name}: the weight holds NaN or infinity")
-    return values
+    return spectrum(matrix)
 
 
 def _write_configuration(model: PreTrainedModel, trusted: Path, bundle: str, shape: SplitModelShape) -> None:

@@ -111,7 +111,9 @@ def _connect_groups(
         session.pads.append(pads)
         session.offloaded.append(offloaded)
         session.on_close(pads.forget)
-        session.on_close(group.detach)
+        session.on_close(lambda group=group: group.attach(_ended_product(session)))  # type: ignore[misc]
+    session.on_close(session.pads.clear)
+    session.on_close(session.offloaded.clear)
     session.look_ahead = LookAhead(session.pads, _rows_ahead(manifest, options), lambda error: _end(session, error))
     session.on_close(session.look_ahead.stop)
 
@@ -119,6 +121,15 @@ def _connect_groups(
 def _guarded_product(session: Session, offloaded: OffloadedMatrix) -> Product:
     def product(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         return session.guarded(lambda: offloaded.product(x, meanwhile))
+
+    return product
+
+
+def _ended_product(session: Session) -> Product:
+    """What the groups call after the session: it says why there is none, and holds no secrets."""
+
+    def product(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        return session.guarded(lambda: x)  # raises
 
     return product
 

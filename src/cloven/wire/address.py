@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloven.errors import BadInput, PeerRefused
+from cloven.errors import BadInput, PeerRefused, RunError
 
 _LONGEST_IPC_PATH = 107  # bytes of sockaddr_un.sun_path, less the final zero
 _TCP = re.compile(r"tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+|\*):([0-9]{1,5})")
@@ -71,3 +72,22 @@ def check_socket_folder(address: Address, *, create: bool) -> None:
         return  # nobody listens there; the connection will say so
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise PeerRefused(f"{folder}: others can reach sockets in this folder; use one of your own with mode 0700")
+
+
+def require_free_path(address: Address) -> None:
+    """Refuse an ipc path where something else is, or where somebody listens: libzmq would unlink a socket without asking.
+
+    Raises:
+        BadInput: there is a file that is no socket.  RunError: a server listens there.
+    """
+    if address.path is None or not address.path.exists():
+        return
+    if not address.path.is_socket():
+        raise BadInput(f"{address}: there is a file at that path, and it is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(address.path))
+        except OSError:
+            return  # left behind by a dead worker
+    raise RunError(f"cannot listen at {address}: another worker listens there already")

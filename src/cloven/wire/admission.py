@@ -7,6 +7,8 @@ this thread is not there, every connection is refused.
 from __future__ import annotations
 
 import os
+import re
+import sys
 import threading
 from collections.abc import Callable
 
@@ -20,6 +22,7 @@ from cloven.wire.limits import MAX_CONNECTIONS
 DOMAIN = b"cloven"
 _ENDPOINT = "inproc://zeromq.zap.01"
 _POLL_MILLISECONDS = 100
+_IPC_PEER = re.compile(r"[A-Za-z.]*:([0-9]+):([0-9]+):[0-9]*")  # libzmq 4.3 on Linux: "localhost:uid:gid:pid"
 
 
 class Admission(threading.Thread):
@@ -28,13 +31,17 @@ class Admission(threading.Thread):
     Args:
         context: the server's own context.
         allowed: gives the public keys (raw, 32 bytes) that may connect by CURVE; None where CURVE is not used.
+        ipc: whether the sockets listen on ipc, so that every peer's user must be known.
 
     Guarantee: over CURVE, only listed keys connect; over ipc, only processes of this user; at most MAX_CONNECTIONS at a time.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: Callable[[], frozenset[bytes]] | None) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], allowed: Callable[[], frozenset[bytes]] | None, *, ipc: bool = False
+    ) -> None:
         super().__init__(name="cloven-admission", daemon=True)
         self._allowed = allowed
+        self._ipc = ipc
         self._stopping = threading.Event()
         self._open: set[int] = set()
         self._monitor: zmq.Socket[bytes] | None = None
@@ -85,7 +92,10 @@ class Admission(threading.Thread):
         if len(request) < 6:
             return [b"1.0", b"", b"500", b"malformed", b"", b""]
         version, number, domain, address, _identity, mechanism, *credentials = request
-        reason = self._refusal(version, domain, address.decode("ascii", "replace"), mechanism, credentials)
+        try:
+            reason = self._refusal(version, domain, address.decode("ascii", "replace"), mechanism, credentials)
+        except Exception as error:  # whatever happens, this thread answers, and the answer is no
+            reason = f"the check failed ({type(error).__name__})"
         if reason is None:
             return [version, number, b"200", b"OK", b"", b""]
         logger.warning("a connection was refused: %s", reason)
@@ -96,8 +106,11 @@ class Admission(threading.Thread):
             return "unknown ZAP version or domain"
         if len(self._open) > MAX_CONNECTIONS:
             return f"{MAX_CONNECTIONS} connections are open already"
-        if address.startswith(":") and address.split(":")[1] != str(os.getuid()):  # ipc: ":uid:gid:pid"
+        peer = _IPC_PEER.fullmatch(address)
+        if peer is not None and int(peer[1]) != os.getuid():
             return "another user's process on the ipc socket"
+        if peer is None and self._ipc and sys.platform == "linux":
+            return "a peer on the ipc socket whose user is not known"
         if self._allowed is None:
             return None if mechanism == b"NULL" else "a security mechanism that is not in use here"
         if mechanism != b"CURVE" or len(credentials) != 1:

@@ -11,8 +11,8 @@ Only masked residues ever enter a send buffer.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from cloven.errors import BadInput, ForeignBundle, PeerRefused, RunError, Sessio
 from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
-from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_PAYLOAD_BYTES, QUEUED_MESSAGES
+from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, QUEUED_MESSAGES
 from cloven.wire.messages import (
     ErrorAnswer,
     Hello,
@@ -100,12 +100,13 @@ class Channel:
         self._owns_context = context is None
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
+        self._socket.ipv6 = "[" in address
         self._socket.sndhwm = self._socket.rcvhwm = QUEUED_MESSAGES
-        self._socket.maxmsgsize = MAX_PAYLOAD_BYTES
+        self._socket.maxmsgsize = MAX_FRAME_BYTES
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
         heartbeat = max(1000, int(1000 * timeout / 6))  # a dead peer or network shows as a disconnect well within the timeout
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, heartbeat)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * timeout))  # a large answer delays the reply to a heartbeat
         if keys is not None:
             self._socket.curve_publickey, self._socket.curve_secretkey = keys.own.public, keys.own.secret
             self._socket.curve_serverkey = keys.worker
@@ -120,11 +121,16 @@ class Channel:
         self._connected = self.address.scheme == "inproc"
         self._ever_connected = self._connected
         self._reconnected = False
+        self._unsent: list[Frame] | None = None
         self._handshake_failures = 0
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._socket.connect(address)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise BadInput(f"{address}: one cannot connect to that: {error.strerror or error}") from error
 
     def hello(self) -> int:
         """Ask whether the worker holds the bundle.
@@ -213,15 +219,25 @@ class Channel:
         return parsed
 
     def _send(self, frames: list[Frame]) -> None:
-        with contextlib.suppress(zmq.Again):  # the queue to an absent worker is full
+        """Queue the frames; where the queue to an absent worker is full, `_receive` queues them when there is room."""
+        try:
             self._socket.send_multipart(frames, copy=False, flags=zmq.NOBLOCK)
+            self._unsent = None
+        except zmq.Again:
+            self._unsent = frames
+        self._poller.modify(self._socket, zmq.POLLIN if self._unsent is None else zmq.POLLIN | zmq.POLLOUT)
 
     def _receive(self, layer: str, request: int, deadline: float, record: LayerStatistics) -> tuple[Message, memoryview | None] | None:
-        while (left := deadline - time.monotonic()) > 0:
-            ready = dict(self._poller.poll(max(1, int(left * 1000))))
+        in_time = True
+        while in_time:
+            left = deadline - time.monotonic()
+            ready = dict(self._poller.poll(max(0, math.ceil(left * 1000))))
+            in_time = bool(ready) and left > 0  # one look even when the time is up: the answer may have come during `meanwhile`
             if self._monitor in ready:
                 self._watch(recv_monitor_message(self._monitor))
-            if self._socket not in ready:
+            if self._unsent is not None and ready.get(self._socket, 0) & zmq.POLLOUT:
+                self._send(self._unsent)
+            if not ready.get(self._socket, 0) & zmq.POLLIN:
                 if self._reconnected:
                     return None
                 continue
@@ -242,7 +258,8 @@ class Channel:
             raise PeerRefused(f"{self.address}: the worker refuses this key: put the public key in its allowed/ folder")
         if kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
             self._handshake_failures += 1
-            if self._handshake_failures >= 3 and not self._ever_connected:
+            final = kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # ZeroMQ does not try again after it
+            if (final or self._handshake_failures >= 3) and not self._ever_connected:
                 raise PeerRefused(
                     f"{self.address}: the peer ends the handshake: its key is not the pinned one, "
                     "only one side uses keys, or it admits nobody"

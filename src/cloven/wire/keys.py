@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def _read(path: Path, *, with_secret: bool) -> dict[str, str]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such key file; `cloven keygen DIR` makes DIR/worker and DIR/trusted") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not a readable key file") from error
     expected = {"format", "version", "public"} | ({"secret"} if with_secret else set())
     if not isinstance(record, dict) or set(record) != expected or record["format"] != _FORMAT or record["version"] != VERSION:
@@ -90,7 +91,7 @@ def _read(path: Path, *, with_secret: bool) -> dict[str, str]:
 def _z85(text: str, path: Path) -> bytes:
     try:
         return z85.decode(text)
-    except (ValueError, KeyError, OverflowError) as error:
+    except (ValueError, KeyError, OverflowError, struct.error) as error:
         raise BadInput(f"{path}: not a Z85 key") from error
 
 

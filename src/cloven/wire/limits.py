@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 MAX_PAYLOAD_BYTES = 64 * 2**20  # of one tensor frame, either way; longer batches are cut into several exchanges
-MAX_HEADER_BYTES = 1024
+MAX_HEADER_BYTES = 2048  # MAX_TEXT characters of 4 bytes, and the rest
+MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + 1024  # as ZeroMQ counts: CURVE adds 33 bytes to a frame
 MAX_FRAMES = 2  # header and payload
 MAX_TEXT = 300  # characters of an error message
 QUEUED_MESSAGES = 4  # high-water mark, per connection and direction

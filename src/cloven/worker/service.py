@@ -13,12 +13,12 @@ from typing import Any
 
 import zmq
 
-from cloven.errors import BadInput, RunError
+from cloven.errors import BadInput, ClovenError, RunError
 from cloven.telemetry import logger
-from cloven.wire.address import check_socket_folder, parse_address
+from cloven.wire.address import check_socket_folder, parse_address, require_free_path
 from cloven.wire.admission import Admission
 from cloven.wire.keys import WorkerKeys
-from cloven.wire.limits import HANDSHAKE_MILLISECONDS, LINGER_MILLISECONDS, MAX_PAYLOAD_BYTES, QUEUED_MESSAGES, rows_per_exchange
+from cloven.wire.limits import HANDSHAKE_MILLISECONDS, LINGER_MILLISECONDS, MAX_FRAME_BYTES, QUEUED_MESSAGES, rows_per_exchange
 from cloven.wire.messages import (
     ErrorAnswer,
     Hello,
@@ -56,7 +56,8 @@ class Worker:
         insecure_plain_tcp: listen on tcp without keys, with a banner.
         record: append every row received to this file, for audits: what a curious worker would keep.
 
-    Guarantee to its operator: malformed requests get an error answer; messages and queues are bounded; over CURVE only listed keys
+    Guarantee to its operator: malformed requests get an error answer; message sizes and queues are bounded (not the
+    number of frames in a message, which ZeroMQ cannot bound); over CURVE only listed keys
     connect, over ipc only this user. It is the untrusted party: nothing is guaranteed to anyone else.
     """
 
@@ -88,17 +89,20 @@ class Worker:
         self._admission: Admission | None = None
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.sndhwm = self._socket.rcvhwm = QUEUED_MESSAGES
-        self._socket.maxmsgsize = MAX_PAYLOAD_BYTES
+        self._socket.maxmsgsize = MAX_FRAME_BYTES
         self._socket.linger = LINGER_MILLISECONDS
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
+        self._socket.ipv6 = "[" in address
         if parsed.scheme != "inproc":
-            self._admission = Admission(self._context, keys.allowed if keys else None)
+            self._admission = Admission(self._context, keys.allowed if keys else None, ipc=parsed.scheme == "ipc")
             self._admission.guard(self._socket, keys.own.secret if keys else None)
             self._admission.start()
         try:
-            if parsed.path is not None and parsed.path.exists() and not parsed.path.is_socket():
-                raise BadInput(f"{address}: there is a file at that path, and it is no socket")
+            require_free_path(parsed)
             self._socket.bind(address)
+        except ClovenError:
+            self.close()
+            raise
         except zmq.ZMQError as error:
             self.close()
             raise RunError(f"cannot listen at {address}: {error.strerror or error}") from error

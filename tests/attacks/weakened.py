@@ -1,0 +1,26 @@
+"""SLIP with one of its rules broken, built by hand: shows that the attacks of this folder work when there is something to find."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cloven.field.prg import SecretStream
+from cloven.slip.decomposition import Split, truncated_svd
+
+
+def split_without_decoy(w: Tensor, rank: int, values: Tensor, stream: SecretStream) -> Split:
+    """The plain SVD split: R = W − U_k Σ_k V_kᵀ has U_k and V_k as null spaces."""
+    del values
+    w = w.double()
+    u, s, vt = truncated_svd(w, rank, stream)
+    return Split(w - (u * s) @ vt, vt, u * s)
+
+
+def split_with_copied_values(w: Tensor, rank: int, values: Tensor, stream: SecretStream) -> Split:
+    """A decoy whose values are copies of kept singular values: each of them is then in the exposed spectrum twice."""
+    w = w.double()
+    u, s, vt = truncated_svd(w, rank, stream)
+    decoy = stream.choice(values[rank:], rank)[:, None] * stream.orthogonal(rank)
+    secret_b = u @ (torch.diag(s) - decoy)
+    return Split(w - secret_b @ vt, vt, secret_b)
