@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_closing_while_another_thread_generates() -> None:
         thread = threading.Thread(target=work)
         thread.start()
         while session.telemetry.total().exchanges < 50:
-            pass
+            time.sleep(0.01)
         session.close()
         thread.join(20)
         assert not thread.is_alive()

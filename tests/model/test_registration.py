@@ -107,20 +107,39 @@ def test_without_importing_cloven_it_does_not_load() -> None:
     assert "mismatch" in result.stderr.lower()
 
 
-@pytest.mark.parametrize("order", ["import cloven, transformers", "import transformers, cloven", "import transformers.quantizers.auto, cloven"])
-def test_the_order_of_imports_does_not_matter(order: str) -> None:
-    script = f"""
-{order}
-import sys, torch
-from transformers import AutoModelForCausalLM
+LOAD = """
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 try:
     model(input_ids=torch.ones(1, 3, dtype=torch.long))
 except cloven.ClovenError as error:
     print(type(error).__name__)
 """
-    result = run_python(script, str(tiny_bundle("llama").trusted))
+
+
+def test_importing_transformers_first() -> None:
+    result = run_python(f"import transformers, cloven, sys, torch\nfrom transformers import AutoModelForCausalLM\n{LOAD}", str(tiny_bundle("llama").trusted))
     assert result.stdout == "NotAttached\n", result.stderr
+
+
+def test_importing_cloven_first_and_again() -> None:
+    """The hook waits for transformers, once, and a second import of cloven changes nothing."""
+    script = f"""
+import sys, importlib, cloven
+importlib.reload(cloven)
+print(sum(type(finder).__module__ == "cloven.registration_hook" for finder in sys.meta_path), "transformers" in sys.modules)
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+print(sum(type(finder).__module__ == "cloven.registration_hook" for finder in sys.meta_path), "cloven" in auto.AUTO_QUANTIZER_MAPPING)
+{LOAD}
+for name in [name for name in sys.modules if name == "cloven" or name.startswith("cloven.")]:
+    del sys.modules[name]
+import cloven
+cloven.SlipConfig, cloven.ClovenConfig
+print(auto.AUTO_QUANTIZER_MAPPING["cloven"].__name__)
+"""
+    result = run_python(script, str(tiny_bundle("llama").trusted))
+    assert result.stdout.splitlines() == ["1 False", "0 True", "NotAttached", "ClovenQuantizer"], result.stderr
 
 
 def test_importing_cloven_imports_neither_torch_nor_transformers() -> None:
@@ -136,31 +155,6 @@ def test_registering_twice_is_harmless() -> None:
     registration_hook.register()
     registration._register()
     assert AUTO_QUANTIZER_MAPPING["cloven"] is ClovenQuantizer and AUTO_QUANTIZATION_CONFIG_MAPPING["cloven"] is ClovenConfig
-
-
-def test_importing_it_again_is_harmless() -> None:
-    script = """
-import importlib, sys, cloven, transformers.quantizers.auto as auto
-for name in [name for name in sys.modules if name == "cloven" or name.startswith("cloven.")]:
-    del sys.modules[name]
-import cloven
-importlib.reload(cloven)
-cloven.SlipConfig, cloven.ClovenConfig
-print(type(auto.AUTO_QUANTIZER_MAPPING["cloven"]).__name__)
-"""
-    result = run_python(script)
-    assert result.returncode == 0, result.stderr
-
-
-def test_the_hook_wraps_the_loader_once() -> None:
-    script = """
-import sys, cloven, importlib
-importlib.reload(cloven)
-print(sum(type(finder).__module__ == "cloven.registration_hook" for finder in sys.meta_path))
-import transformers.quantizers.auto as auto
-print("cloven" in auto.AUTO_QUANTIZER_MAPPING, sum(type(finder).__module__ == "cloven.registration_hook" for finder in sys.meta_path))
-"""
-    assert run_python(script).stdout.split() == ["1", "True", "0"]
 
 
 def test_unknown_schemes() -> None:

@@ -89,6 +89,19 @@ class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise BadInput(f"ClovenConfig: unknown setting {sorted(unknown)[0]!r}")
         self.description = {name: description.get(name) for name in _DESCRIPTION}
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Parse what config.json holds.
+
+        Raises:
+            BadBundle: it names a worker, keys or a copy: a bundle must not choose them.
+        """
+        named = sorted(set(config_dict) & set(_RUNTIME))
+        if named:
+            raise BadBundle(f"config.json: holds the run-time setting {named[0]!r}; bundles never do, so somebody else wrote it")
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json gets: the description, never an address."""
         return {"quant_method": METHOD, **self.description}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -111,10 +112,11 @@ class Session:
             if self._reason is not None:
                 return
             self._reason = reason
-        for action in reversed(self._on_close):
-            action()
+        with contextlib.ExitStack() as stack:  # runs in reverse order, and all of them whatever one does
+            stack.callback(self.channel.close)
+            for action in self._on_close:
+                stack.callback(action)
         self._on_close.clear()
-        self.channel.close()
 
 
 def session_of(model: nn.Module) -> Session | None:

@@ -30,10 +30,13 @@ class Source:
     config: PretrainedConfig
     folder: Path | None = None
     loaded: PreTrainedModel | None = None
+    hub_id: str | None = None
 
     @property
     def name(self) -> str:
         """What to call the model in a README: never a path."""
+        if self.hub_id is not None:
+            return self.hub_id
         return self.folder.resolve().name if self.folder is not None else str(self.config.model_type)
 
     def load(self) -> PreTrainedModel:
@@ -64,9 +67,8 @@ class Source:
         card = self.folder / "README.md" if self.folder is not None else None
         if card is None or not card.is_file():
             return "not stated"
-        match = re.search(
-            r"^licen[sc]e:\s*[\"']?([\w.+-]+)[\"']?\s*$", card.read_text(encoding="utf-8", errors="replace")[:4096], re.MULTILINE
-        )
+        start = card.read_text(encoding="utf-8", errors="replace")[:4096]
+        match = re.search(r"^licen[sc]e:\s*[\"']?([\w.+-]+)[\"']?\s*$", start, re.MULTILINE)
         return match[1] if match else "not stated"
 
 
@@ -79,12 +81,12 @@ def open_source(model: str | Path | PreTrainedModel) -> Source:
     """
     if isinstance(model, PreTrainedModel):
         return _checked(Source(model.config, loaded=model))
-    folder = Path(model).expanduser()
+    folder, hub_id = Path(model).expanduser(), None
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(str(model)):
             raise BadInput(f"{model}: no such model directory")
         try:
-            folder = Path(snapshot_download(str(model), allow_patterns=_HUB_FILES))
+            folder, hub_id = Path(snapshot_download(str(model), allow_patterns=_HUB_FILES)), str(model)
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
             raise BadInput(f"{model}: no such directory, and the Hub gives no such model ({type(error).__name__})") from error
     if not (folder / "config.json").is_file():
@@ -93,10 +95,13 @@ def open_source(model: str | Path | PreTrainedModel) -> Source:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{folder}: config.json cannot be used: {_first_line(error)}") from error
-    return _checked(Source(config, folder))
+    return _checked(Source(config, folder, hub_id=hub_id))
 
 
 def _checked(source: Source) -> Source:
+    classes = source.config.architectures or []
+    if classes and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
+        raise UnsupportedModel(f"{source.name}: {classes[0]} is not a causal language model")
     if getattr(source.config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"{source.name}: is already quantised or split; prepare the original model")
     return source
