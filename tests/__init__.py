@@ -1,5 +1,6 @@
-"""The tests. Set here, before anything imports PyTorch: trusted process and worker share the cores, and spinning threads would take them."""
+"""The tests."""
 
 import os
 
+# Before anything imports PyTorch: both processes of a test share the cores, and spinning threads would take the other's.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -104,7 +105,9 @@ def test_help_is_quick(arguments: list[str]) -> None:
     assert arguments != ["--help"] or min(seconds) < 1.0
 
 
-@pytest.mark.parametrize("command", ["worker", "generate", "inspect", "keygen", "doctor", "demo", "prepare", "bench", "prepare slip", "bench slip"])
+@pytest.mark.parametrize(
+    "command", ["worker", "generate", "inspect", "keygen", "doctor", "demo", "prepare", "bench", "prepare slip", "bench slip"]
+)
 def test_every_command_explains_itself(command: str, cloven_here: Command) -> None:
     outcome = cloven_here(*command.split(), "--help")
     assert outcome.code == 0 and "Usage" in outcome.out and len(outcome.out) > 200
@@ -119,16 +122,15 @@ def test_unknown_commands_and_options(cloven_here: Command) -> None:
 # --- the whole way, as a user goes it: prepare, inspect, keygen, worker, generate, over tcp with keys
 
 
-def test_the_whole_way_over_tcp(folder: Path) -> None:
+def test_the_whole_way_over_tcp(folder: Path, cloven_here: Command) -> None:
     out, keys, port = folder / "out", folder / "keys", free_port()
-    made = run_cloven("prepare", "slip", str(cloven.demo_model_path()), str(out), "--precision", "int8x2")
-    assert made.returncode == 0, made.stderr
-    assert "kept secret" in made.stdout and str(out / "trusted") in made.stdout and cloven.open_bundle(out).id in made.stdout
-    assert made.stderr == ""  # no bars where there is no terminal
+    made = cloven_here("prepare", "slip", str(cloven.demo_model_path()), str(out), "--precision", "int8x2")
+    assert made.code == 0 and made.err == ""  # no bars where there is no terminal
+    assert "kept secret" in made.out and str(out / "trusted") in made.out and cloven.open_bundle(out).id in made.out
 
-    generated = run_cloven("keygen", str(keys))
-    assert generated.returncode == 0 and str(keys / "worker") in generated.stdout
-    assert "secret" not in generated.stdout and (keys / "trusted" / "key.json").stat().st_mode & 0o777 == 0o600
+    generated = cloven_here("keygen", str(keys))
+    assert generated.code == 0 and str(keys / "worker") in generated.out
+    assert "secret" not in generated.out and (keys / "trusted" / "key.json").stat().st_mode & 0o777 == 0o600
 
     address = f"tcp://127.0.0.1:{port}"
     worker = subprocess.Popen(
@@ -158,7 +160,17 @@ def test_plain_tcp_only_with_a_banner_on_both_sides(folder: Path, cloven_here: C
     one_line(cloven_here("generate", str(demo_bundle().trusted), "--worker", address, "--prompt", PROMPT), 2, "tcp needs keys")
     with WorkerProcess(demo_bundle().exposed, address, "--insecure-plain-tcp") as worker:
         outcome = cloven_here(
-            *("generate", str(demo_bundle().trusted), "--worker", address, "--prompt", PROMPT, "--max-new-tokens", "2", "--insecure-plain-tcp")
+            *(
+                "generate",
+                str(demo_bundle().trusted),
+                "--worker",
+                address,
+                "--prompt",
+                PROMPT,
+                "--max-new-tokens",
+                "2",
+                "--insecure-plain-tcp",
+            )
         )
         assert outcome.code == 0 and "INSECURE: plain tcp" in outcome.err
         assert "INSECURE: this worker listens on plain tcp" in worker.log()
@@ -173,7 +185,9 @@ def test_keys_of_somebody_else(folder: Path, cloven_here: Command) -> None:
         (folder / "mine" / "trusted" / "worker.json").write_bytes((folder / "theirs" / "trusted" / "worker.json").read_bytes())
         trusted = demo_bundle().trusted
         one_line(
-            cloven_here("generate", str(trusted), "--worker", address, "--keys", str(folder / "mine"), "--prompt", PROMPT, "--timeout", "20"),
+            cloven_here(
+                "generate", str(trusted), "--worker", address, "--keys", str(folder / "mine"), "--prompt", PROMPT, "--timeout", "20"
+            ),
             3,
             "the worker refuses this key",
         )
@@ -205,16 +219,13 @@ def test_generate_as_json(cloven_here: Command, demo_worker: WorkerProcess) -> N
     assert 0 < report["seconds_waiting"] < report["seconds"] and report["tokens_per_s"] == pytest.approx(6 / report["seconds"])
 
 
-def test_the_prompt_from_standard_input(demo_worker: WorkerProcess) -> None:
-    """Arguments are visible to every user of the machine; a pipe is not."""
+def test_the_prompt_from_standard_input(cloven_here: Command, demo_worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are visible to every user of the machine; a pipe is not. The address may come from the environment."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setenv("CLOVEN_WORKER", demo_worker.address)
     trusted = str(demo_bundle("int8x2").trusted)
-    result = run_cloven(
-        *("generate", trusted, "--prompt", "-", "--max-new-tokens", "6", "--dtype", "float32", "--json"),
-        stdin=PROMPT,
-        CLOVEN_WORKER=demo_worker.address,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["tokens"] == greedy(demo_model(), PROMPT, 6)
+    outcome = cloven_here("generate", trusted, "--prompt", "-", "--max-new-tokens", "6", "--dtype", "float32", "--json")
+    assert outcome.code == 0 and json.loads(outcome.out)["tokens"] == greedy(demo_model(), PROMPT, 6)
 
 
 def test_sampling_repeats_with_its_seed(cloven_here: Command, demo_worker: WorkerProcess) -> None:
@@ -227,6 +238,10 @@ def test_sampling_repeats_with_its_seed(cloven_here: Command, demo_worker: Worke
 def test_too_long_a_prompt(cloven_here: Command, demo_worker: WorkerProcess) -> None:
     one_line(generate(cloven_here, demo_worker, "--prompt", "word " * 600), 2, r"the prompt has \d+ tokens; .* more than the model's 512")
     one_line(generate(cloven_here, demo_worker, "--prompt", PROMPT, "--max-new-tokens", "512"), 2, "more than the model's 512")
+
+
+def test_an_empty_prompt(cloven_here: Command, demo_worker: WorkerProcess) -> None:
+    one_line(generate(cloven_here, demo_worker, "--prompt", ""), 2, "the prompt is empty")
 
 
 def test_bad_values(cloven_here: Command, demo_worker: WorkerProcess) -> None:
@@ -255,7 +270,11 @@ def test_a_socket_folder_open_to_others(folder: Path, cloven_here: Command) -> N
 
 def test_the_wrong_half_and_no_half(tmp_path: Path, cloven_here: Command, folder: Path) -> None:
     bundle, somewhere = demo_bundle(), f"ipc://{folder}/w"
-    for path, match in ((bundle.exposed, "give OUT/trusted"), (bundle.path, "give OUT/trusted"), (tmp_path / "nowhere", "give OUT/trusted")):
+    for path, match in (
+        (bundle.exposed, "give OUT/trusted"),
+        (bundle.path, "give OUT/trusted"),
+        (tmp_path / "nowhere", "give OUT/trusted"),
+    ):
         one_line(cloven_here("generate", str(path), "--worker", somewhere, "--prompt", PROMPT), 2, match)
     one_line(cloven_here("worker", str(bundle.trusted), "--listen", somewhere), 2, "is this the trusted half")
     one_line(cloven_here("worker", str(tmp_path / "nowhere"), "--listen", somewhere), 2, "is no bundle half")
@@ -296,14 +315,14 @@ def test_a_damaged_trusted_half(name: str, content: bytes | None, tmp_path: Path
     one_line(outcome, outcome.code, "")
 
 
-def test_a_tampered_trusted_half(tmp_path: Path, folder: Path) -> None:
+def test_a_tampered_trusted_half(tmp_path: Path, folder: Path, cloven_here: Command) -> None:
     trusted = copied(demo_bundle(), tmp_path / "out").trusted
     shard = trusted / "model-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    result = run_cloven("generate", str(trusted), "--worker", f"ipc://{folder}/w", "--prompt", PROMPT)
-    one_line(result, 3, r"model-00001\.safetensors: the file's bytes differ")
+    outcome = cloven_here("generate", str(trusted), "--worker", f"ipc://{folder}/w", "--prompt", PROMPT)
+    one_line(outcome, 3, r"model-00001\.safetensors: the file's bytes differ")
 
 
 # --- worker
@@ -371,6 +390,7 @@ def test_prepare_with_options(tmp_path: Path, cloven_here: Command) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_model_of_the_hub_without_a_network(tmp_path: Path) -> None:
     result = run_cloven("prepare", "slip", "no-such-org/no-such-model", str(tmp_path / "out"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     one_line(result, 2, "no such directory, and the Hub gives no such model")
@@ -414,9 +434,9 @@ def test_inspect_errors(tmp_path: Path, cloven_here: Command) -> None:
 
 
 def test_keygen_does_not_overwrite(folder: Path, cloven_here: Command) -> None:
-    assert cloven_here("keygen", str(folder / "keys")).code == 0
+    assert run_cloven("keygen", str(folder / "keys")).returncode == 0
     before = (folder / "keys" / "trusted" / "key.json").read_bytes()
-    one_line(cloven_here("keygen", str(folder / "keys")), 2, "holds keys already")
+    one_line(run_cloven("keygen", str(folder / "keys")), 2, "holds keys already")
     assert (folder / "keys" / "trusted" / "key.json").read_bytes() == before
     (folder / "file").write_text("")
     one_line(cloven_here("keygen", str(folder / "file")), 2, "cannot write keys there")

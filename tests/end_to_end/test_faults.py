@@ -116,7 +116,7 @@ def test_sigkill_in_the_middle_of_a_generation(folder: Path) -> None:
         thread.join(20)
         assert time.monotonic() - killed < 2 + 1.5
         assert len(caught) == 1 and isinstance(caught[0], WorkerUnreachable), caught
-        assert address in str(caught[0]) and "model.layers" in str(caught[0]) or "lm_head" in str(caught[0])
+        assert (address in str(caught[0]) and "model.layers" in str(caught[0])) or "lm_head" in str(caught[0])
         assert not session.closed
         session.channel.timeout = 20.0
         with WorkerProcess(bundle.exposed, address):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -292,3 +294,29 @@ def test_random_residues_helper_covers_the_field() -> None:
     values = random_residues(100, 1000)
     assert is_residue(values)
     assert int(values.max()) > 0.999 * H and int(values.min()) < -0.999 * H
+
+
+def test_pads_and_keys_are_neither_copied_nor_pickled() -> None:
+    key = PadKey()
+    source = pads_of(W, key=key)
+    for secret in (source.take(1), key, source):
+        for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(PadMisuse):
+                copier(secret)
+
+
+def test_a_key_destroyed_in_the_middle_never_gives_zero_key_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may close the session between the check of the key and its use: the checked copy is what is used."""
+    key = PadKey()
+    used: list[bytes] = []
+
+    def destroy_then_expand(secret: bytes, *arguments: int) -> torch.Tensor:
+        key.destroy()
+        used.append(bytes(secret))
+        return pad_residues(secret, *arguments)
+
+    monkeypatch.setattr(one_time, "pad_residues", destroy_then_expand)
+    key.residues(0, 0, 1, 4)
+    assert any(used[0])
+    with pytest.raises(PadMisuse, match="destroyed"):
+        key.residues(0, 1, 1, 4)

@@ -117,7 +117,9 @@ except cloven.ClovenError as error:
 
 
 def test_importing_transformers_first() -> None:
-    result = run_python(f"import transformers, cloven, sys, torch\nfrom transformers import AutoModelForCausalLM\n{LOAD}", str(tiny_bundle("llama").trusted))
+    result = run_python(
+        f"import transformers, cloven, sys, torch\nfrom transformers import AutoModelForCausalLM\n{LOAD}", str(tiny_bundle("llama").trusted)
+    )
     assert result.stdout == "NotAttached\n", result.stderr
 
 

@@ -17,8 +17,14 @@ def test_totals_by_kind() -> None:
     summary.add_quantisation(torch.full((2, 2), 10.0), torch.full((2, 2), 10.1))
     figures = summary.to_dict()
     assert figures["kinds"] == {
-        "q_proj": {"layers": 2, "parameters": 48, "secret_parameters": 30, "secret_energy": pytest.approx((9 + 8) / 20)},
-        "lm_head": {"layers": 1, "parameters": 60, "secret_parameters": 0, "secret_energy": 0.0},
+        "q_proj": {
+            "layers": 2,
+            "parameters": 48,
+            "secret_parameters": 30,
+            "layers_without_secret": 0,
+            "secret_energy": pytest.approx((9 + 8) / 20),
+        },
+        "lm_head": {"layers": 1, "parameters": 60, "secret_parameters": 0, "layers_without_secret": 1, "secret_energy": 0.0},
     }
     assert figures["secret_fraction"] == pytest.approx(30 / 108)
     assert figures["secret_energy"] == pytest.approx(17 / 22)

@@ -74,7 +74,7 @@ class _Process:
     """A `cloven.bench.runner` process."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "cloven.bench.runner", *arguments]
+        command = [sys.executable, "-P", "-m", "cloven.bench.runner", *arguments]
         environment = dict(os.environ)
         if arguments[0] == "split":
             environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cloven generate` does

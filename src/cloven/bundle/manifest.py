@@ -65,7 +65,7 @@ class ExposedManifest:
         record = load_manifest(folder, "cloven-exposed", {"bundle", "groups", "files"})
         manifest = parse_exposed(record, folder)
         if record["bundle"] != manifest.bundle:
-            raise BadBundle(f"{folder / MANIFEST}: the bundle id does not match the groups it lists; prepare the bundle again")
+            raise BadBundle(f"{folder / MANIFEST}: the bundle id does not match the groups it lists; copy the bundle again")
         return manifest
 
 
@@ -89,7 +89,7 @@ def load_manifest(folder: Path, kind: str, fields: set[str]) -> dict[str, Any]:
         other = {"cloven-exposed": "the trusted half", "cloven-trusted": "the exposed half"}[kind]
         raise BadBundle(f"{path}: expected a '{kind}' manifest; is this {other}, or not a bundle at all?")
     if record.get("version") != FORMAT_VERSION:
-        raise BadBundle(f"{path}: format version {record.get('version')!r}, this cloven reads version {FORMAT_VERSION}; prepare again")
+        raise BadBundle(f"{path}: format version {record.get('version')!r}, this cloven reads version {FORMAT_VERSION}")
     require(set(record) == fields | {"format", "version"}, path, "the set of fields")
     return record
 

@@ -39,7 +39,7 @@ def verify_files(folder: Path, files: dict[str, str]) -> None:
     """
     for name, expected in files.items():
         if sha256_file(folder / name) != expected:
-            raise TamperedBundle(f"{folder / name}: the file's bytes differ from what the manifest promises; copy or prepare it again")
+            raise TamperedBundle(f"{folder / name}: the file's bytes differ from what the manifest promises; copy it again")
 
 
 def verify_matrix(matrix: Tensor, expected: str, where: str) -> None:

@@ -48,8 +48,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     for name in ("CLOVEN_WORKER", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
         os.environ.pop(name, None)  # attached below, with all settings
-    model = AutoModelForCausalLM.from_pretrained(trusted, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(trusted)
+    model = AutoModelForCausalLM.from_pretrained(trusted, dtype=dtype, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(trusted, trust_remote_code=False)
     inputs = tokenizer(text, return_tensors="pt")
     length, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
     if length == 0:

@@ -28,11 +28,13 @@ def slip(
     scramble: Annotated[bool, typer.Option("--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices.")] = True,
 ) -> None:
     """Split a model by SLIP: the secret low-rank part for the trusted process, the rest for an untrusted worker."""
+    from cloven.cli.hardening import forbid_core_dumps
     from cloven.cli.progress import progress_bars
     from cloven.model.quiet import quiet_transformers
     from cloven.slip.config import SlipConfig
     from cloven.slip.prepare import prepare_slip
 
+    forbid_core_dumps()
     quiet_transformers()
     config = SlipConfig(secret_fraction, rank, precision, scramble)
     with progress_bars() as progress:
@@ -46,15 +48,26 @@ def _print_summary(bundle: Bundle) -> None:
 
     summary, parameters = bundle.manifest.summary, bundle.manifest.parameters
     table = Table(title=f"SLIP split, {parameters['precision']}, scramble {'on' if parameters['scramble'] else 'OFF'}")
-    for column in ("layers", "count", "parameters", "kept secret", "energy kept secret"):
+    for column in ("layers", "count", "parameters", "kept secret", "energy kept secret", "exposed whole"):
         table.add_column(column, justify="left" if column == "layers" else "right")
     for name, kind in summary["kinds"].items():
         share = kind["secret_parameters"] / kind["parameters"]
-        table.add_row(name, str(kind["layers"]), f"{kind['parameters']:,}", f"{share:.2%}", f"{kind['secret_energy']:.1%}")
-    table.add_row("all", "", "", f"{summary['secret_fraction']:.2%}", f"{summary['secret_energy']:.1%}")
+        table.add_row(
+            name,
+            str(kind["layers"]),
+            f"{kind['parameters']:,}",
+            f"{share:.2%}",
+            f"{kind['secret_energy']:.1%}",
+            str(kind["layers_without_secret"]),
+        )
+    table.add_row("all", "", "", f"{summary['secret_fraction']:.2%}", f"{summary['secret_energy']:.1%}", "")
     console = Console()
     console.print(table)
     console.print(f"Quantisation error of the exposed part: {summary['quantisation_error']:.2e} (relative, Frobenius).")
+    console.print(
+        "'exposed whole': matrices that got nothing of the budget; the worker holds them quantised and scrambled, but complete. "
+        "Keep this bundle: another one of the same model, in the same hands, would give away what is secret here."
+    )
     console.print(f"Bundle {bundle.id}", highlight=False)
     console.print(f"  keep   {bundle.trusted}   secret", highlight=False, soft_wrap=True)
     console.print(f"  copy   {bundle.exposed}   to the worker, and keep a copy beside the trusted half", highlight=False, soft_wrap=True)

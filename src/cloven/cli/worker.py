@@ -14,7 +14,7 @@ def worker(
     keys: Annotated[Path | None, typer.Option(help="The worker's folder of keys, from `cloven keygen`; needed for tcp.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as PyTorch takes.")] = 0,
-    record: Annotated[Path | None, typer.Option(help="Append what is received to this file, for audits.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write what is received to this file (what was there is lost), for audits.")] = None,
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Listen on tcp without keys. INSECURE.")] = False,
 ) -> None:
     """Serve an exposed half: multiply masked integers, for any number of sessions, until SIGTERM or SIGINT."""

@@ -26,7 +26,8 @@ class WorkerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="cloven-")  # mode 0700
         self.address = address or f"ipc://{self._folder.name}/worker"
         self._log = (Path(self._folder.name) / "worker.log").open("w+")
-        command = [sys.executable, "-m", "cloven", "worker", str(exposed), "--listen", self.address, *arguments]
+        # -P: the current folder is not searched for modules
+        command = [sys.executable, "-P", "-m", "cloven", "worker", str(exposed), "--listen", self.address, *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._log, stdin=subprocess.DEVNULL)
 
     def __enter__(self) -> WorkerProcess:

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class Pads:
 
     def __repr__(self) -> str:
         return f"Pads(first={self.first}, rows={self.rows}, <secret>)"
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise PadMisuse("pads are neither copied nor pickled: a copy could be used again")
 
     def mask(self, x_int: Tensor) -> Tensor:
         """c = x_int + m mod p: residues int32 [M, K] -> residues int32 [M, K]. Once."""
@@ -88,11 +91,15 @@ class PadKey:
     def __repr__(self) -> str:
         return "PadKey(<secret>)"
 
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise PadMisuse("a pad key is neither copied nor pickled")
+
     def residues(self, group: int, first: int, rows: int, width: int) -> Tensor:
         """The masks of pads first … first + rows − 1."""
-        if os.getpid() != self._pid or not any(self._key):
-            raise PadMisuse("this process was forked from the one that holds the pads: open a session of its own")
-        return pad_residues(self._key, group, first, rows, width)
+        key = bytes(self._key)  # one copy is tested and used: another thread may destroy the key at any moment
+        if os.getpid() != self._pid or not any(key):
+            raise PadMisuse("the pad key is destroyed: the session has ended, or this process was forked; open a session")
+        return pad_residues(key, group, first, rows, width)
 
     def destroy(self) -> None:
         """Overwrite the key."""
@@ -138,6 +145,9 @@ class OneTimePads:
         self._lock = threading.Lock()  # guards the queue and the counter
         self._making = threading.Lock()  # one batch at a time
         _live_sources.add(self)
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise PadMisuse("pads are neither copied nor pickled: a copy could be used again")
 
     @property
     def ready(self) -> int:

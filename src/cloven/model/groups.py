@@ -32,7 +32,7 @@ def trace_groups(config: PretrainedConfig) -> list[Group]:
     config._experts_implementation = "batched_mm"
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except ValueError as error:
             raise UnsupportedModel(f"{config.model_type}: is not a causal language model that transformers knows") from error
         require_supported(model, config.model_type)

@@ -145,7 +145,7 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         description = self.quantization_config.description
         if description["version"] != CONFIG_VERSION:
-            raise BadBundle(f"config.json: version {description['version']!r}, this cloven reads {CONFIG_VERSION}; prepare again")
+            raise BadBundle(f"config.json: version {description['version']!r}, this cloven reads {CONFIG_VERSION}")
         checkpoint = [Path(path) for path in kwargs.get("checkpoint_files") or []]
         if not checkpoint:
             raise BadBundle("a cloven bundle is loaded from its directory, with its safetensors files")
@@ -190,7 +190,7 @@ def _require_same_names(model: nn.Module, checkpoint: list[Path]) -> None:
     expected = set(model.state_dict())
     for names, what in ((expected - stored, "is missing"), (stored - expected, "is unexpected")):
         if names:
-            raise BadBundle(f"{checkpoint[0].parent}: tensor {sorted(names)[0]} {what}; copy or prepare the bundle again")
+            raise BadBundle(f"{checkpoint[0].parent}: tensor {sorted(names)[0]} {what}; copy the bundle again")
 
 
 def _register() -> None:

@@ -113,9 +113,9 @@ class Session:
                 return
             self._reason = reason
         with contextlib.ExitStack() as stack:  # runs in reverse order, and all of them whatever one does
-            stack.callback(self.channel.close)
             for action in self._on_close:
                 stack.callback(action)
+            stack.callback(self.channel.close)  # first: nothing is sent while keys are being destroyed
         self._on_close.clear()
 
 

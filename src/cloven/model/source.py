@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -45,7 +46,7 @@ class Source:
             return self.loaded
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder, config=self.config, dtype="auto", use_safetensors=True, output_loading_info=True
+                self.folder, config=self.config, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BadInput(f"{self.folder}: the weights cannot be loaded: {_first_line(error)}") from error
@@ -54,11 +55,16 @@ class Source:
         return model
 
     def files(self, licences: bool = False) -> Iterator[Path]:
-        """The tokenizer's files, or the licence files, of a model directory. Never code, never weights."""
+        """The tokenizer's files, or the licence files, of a model directory. Never code, never weights, nothing by a link to elsewhere."""
         if self.folder is None:
             return
+        homes = [self.folder.resolve()]
+        if self.hub_id is not None:
+            homes.append(self.folder.resolve().parents[1] / "blobs")  # the Hub's cache links its snapshots to them
         for pattern in _LICENCES if licences else _COPIED:
             for path in sorted(self.folder.glob(pattern)):
+                if not any(path.resolve().is_relative_to(home) for home in homes):
+                    continue
                 if path.is_file() and path.suffix not in (".py", ".safetensors") and path.stat().st_size <= _MAX_COPIED_BYTES:
                     yield path
 
@@ -109,6 +115,13 @@ def _checked(source: Source) -> Source:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def without_code(record: Any) -> Any:
+    """A configuration without `auto_map`, at any depth: a bundle never names code to run."""
+    if isinstance(record, dict):
+        return {name: without_code(value) for name, value in record.items() if name != "auto_map"}
+    return [without_code(value) for value in record] if isinstance(record, list) else record
 
 
 def other_tensors(model: PreTrainedModel, split: set[str]) -> Iterator[tuple[str, Tensor]]:

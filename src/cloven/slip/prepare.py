@@ -35,7 +35,7 @@ from cloven.field.codec import RowBounds, row_bounds
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.model.groups import Group, trace_groups
 from cloven.model.linears import bias_of, linears_of, matrix_of
-from cloven.model.source import Source, open_source, other_tensors
+from cloven.model.source import Source, open_source, other_tensors, without_code
 from cloven.slip.cards import exposed_card, trusted_card
 from cloven.slip.config import SlipConfig
 from cloven.slip.decomposition import allocate_ranks, spectrum, split
@@ -46,6 +46,7 @@ from cloven.slip.summary import Summary
 Progress = Callable[[str, int, int], None]  # stage, done, total
 VERSION = 1
 _ROWS_AT_A_TIME = 4096
+_MARKER = ".cloven-partial"  # tells our own half-written folder from somebody else's
 
 
 def prepare_slip(
@@ -69,7 +70,8 @@ def prepare_slip(
         BadInput, UnsupportedModel: before anything is written.  RunError: the disk is full, say; nothing is left behind.
 
     Guarantee: all split randomness comes from the operating system; the exposed half holds int8 codes and shapes only. Not hidden:
-    the shapes of the groups, and what the exposed codes give away of the weights (see docs/threat-model.md).
+    the shapes of the groups, and what the exposed codes give away of the weights (see docs/threat-model.md). Every call makes another
+    decoy: two bundles of one model in one party's hands give away the secret subspaces. Prepare once per model; copy bundles.
     """
     config = config or SlipConfig()
     out = Path(out).expanduser().absolute()
@@ -88,18 +90,25 @@ def _partial_folder(out: Path) -> Iterator[Path]:
     partial = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir(mode=0o700)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise BadInput(f"{out}: cannot be written: {error.strerror}") from error
+        raise BadInput(f"{out}: cannot be written beside {partial}: {error.strerror}") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise BadInput(f"{out}: another `cloven prepare` is writing there") from error
+        ours = (partial / _MARKER).is_file() or not any(partial.iterdir())
+        if os.fstat(lock).st_uid != os.getuid() or not ours:
+            raise BadInput(f"{partial}: is in the way, and no earlier `cloven prepare` of yours left it there; remove it first")
+        os.fchmod(lock, 0o700)
+        (partial / _MARKER).touch(mode=0o600)
         try:
             _empty(partial)
             yield partial
+            (partial / _MARKER).unlink()
             partial.chmod(0o755)
             if out.exists():
                 out.rmdir()
@@ -116,7 +125,9 @@ def _partial_folder(out: Path) -> Iterator[Path]:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.name == _MARKER:
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -210,8 +221,8 @@ def _finite_spectrum(name: str, matrix: Tensor) -> Tensor:
 
 def _write_configuration(model: PreTrainedModel, trusted: Path, bundle: str, shape: SplitModelShape) -> None:
     record: dict[str, Any] = model.config.to_dict()
-    for name in ("auto_map", "_name_or_path"):
-        record.pop(name, None)
+    record = without_code(record)
+    record.pop("_name_or_path", None)
     record["architectures"] = [type(model).__name__]
     record["dtype"] = str(model.dtype).removeprefix("torch.")
     record["tie_word_embeddings"] = False  # the head is split, the embedding stays trusted
@@ -230,7 +241,11 @@ def _write_configuration(model: PreTrainedModel, trusted: Path, bundle: str, sha
 
 def _write_cards(source: Source, partial: Path, config: SlipConfig, summary: Summary) -> None:
     for path in source.files():
-        shutil.copyfile(path, partial / "trusted" / path.name)
+        target = partial / "trusted" / path.name
+        if path.name == "tokenizer_config.json":
+            target.write_text(json.dumps(without_code(json.loads(path.read_text(encoding="utf-8"))), indent=1) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(path, target)
     for path in source.files(licences=True):
         shutil.copyfile(path, partial / "trusted" / path.name)
         shutil.copyfile(path, partial / "exposed" / path.name)

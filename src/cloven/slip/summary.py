@@ -11,11 +11,12 @@ from torch import Tensor
 
 @dataclass
 class Kind:
-    """Totals for all layers of one kind (q_proj, down_proj, …)."""
+    """Totals for all layers of one kind (q_proj, down_proj, …); `without_secret` counts matrices that got rank 0 of the budget."""
 
     layers: int = 0
     parameters: int = 0
     secret_parameters: int = 0
+    without_secret: int = 0
     secret_energy: float = 0.0
     energy: float = 0.0
 
@@ -33,6 +34,7 @@ class Summary:
         kind = self.kinds.setdefault(name.rpartition(".")[2], Kind())
         kind.layers += 1
         kind.parameters += rows * columns
+        kind.without_secret += rank == 0
         kind.secret_parameters += rank * (rows + columns)
         kind.secret_energy += float(spectrum[:rank].square().sum())
         kind.energy += float(spectrum.square().sum())
@@ -55,6 +57,7 @@ class Summary:
                     "layers": kind.layers,
                     "parameters": kind.parameters,
                     "secret_parameters": kind.secret_parameters,
+                    "layers_without_secret": kind.without_secret,
                     "secret_energy": kind.secret_energy / max(kind.energy, 1e-300),
                 }
                 for name, kind in self.kinds.items()

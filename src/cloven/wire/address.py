@@ -72,6 +72,8 @@ def check_socket_folder(address: Address, *, create: bool) -> None:
         return  # nobody listens there; the connection will say so
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise PeerRefused(f"{folder}: others can reach sockets in this folder; use one of your own with mode 0700")
+    if address.path.exists() and address.path.stat().st_uid != os.getuid():
+        raise PeerRefused(f"{address.path}: another user's socket")
 
 
 def require_free_path(address: Address) -> None:

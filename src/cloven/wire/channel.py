@@ -145,6 +145,7 @@ class Channel:
         welcome = self._exchange("hello", request, [], lambda message, _: message if isinstance(message, Welcome) else None)
         if welcome.bundle != self._bundle:
             raise ForeignBundle(f"{self.address}: the worker holds bundle {welcome.bundle.hex()}, expected {self._bundle.hex()}")
+        check_socket_folder(self.address, create=False)  # again: it may have been made since
         return welcome.groups
 
     def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:

@@ -73,6 +73,9 @@ def _read(path: Path, *, with_secret: bool) -> dict[str, str]:
             raise BadInput(f"{path}: {status.st_size} bytes is no key file")
         if with_secret and (stat.S_IMODE(status.st_mode) & 0o077 or status.st_uid != os.getuid()):
             raise PeerRefused(f"{path}: a secret key must belong to you and be closed to others: run chmod 600 {path}")
+        for place in (path, path.parent):
+            if place.stat().st_mode & 0o022:
+                raise PeerRefused(f"{place}: others could replace keys there: run chmod go-w {place}")
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such key file; `cloven keygen DIR` makes DIR/worker and DIR/trusted") from error

@@ -54,7 +54,7 @@ class Worker:
         keys: the worker's folder of keys; needed for tcp.
         device: "cpu", "cuda" or "cuda:N".
         insecure_plain_tcp: listen on tcp without keys, with a banner.
-        record: append every row received to this file, for audits: what a curious worker would keep.
+        record: write every row received to this file, anew, for audits: what a curious worker would keep.
 
     Guarantee to its operator: malformed requests get an error answer; message sizes and queues are bounded (not the
     number of frames in a message, which ZeroMQ cannot bound); over CURVE only listed keys

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cloven.bench import memory
+from cloven.bench.memory import anonymous_bytes, available_bytes, file_bytes
+
+
+def test_private_memory_grows_with_what_is_allocated() -> None:
+    before = anonymous_bytes()
+    held = bytearray(64 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])  # touched, so that the pages exist
+    assert 60 * 2**20 < anonymous_bytes() - before < 80 * 2**20
+    del held
+
+
+def test_of_another_process() -> None:
+    command = [sys.executable, "-c", "import sys; x = b'x' * 2**25; print('there', flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        assert 2**25 < anonymous_bytes(process.pid) < 2**28
+        assert 0 < file_bytes(process.pid) < 2**28
+        process.stdin.close()
+
+
+def test_nobody_has_that_process() -> None:
+    assert anonymous_bytes(2**30) == 0
+
+
+def test_available_memory() -> None:
+    assert 2**28 < available_bytes() < 2**50
+
+
+def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(memory.Path, "read_text", missing)
+    assert anonymous_bytes() == 0 and file_bytes() == 0
+    assert available_bytes() > 2**28

@@ -1,0 +1,82 @@
+"""The README's examples work as they are printed.
+
+A ```python block is a complete program. The lines of the ```sh blocks are commands of one session; those that contain `make `,
+`git clone` or `pip install` need a fresh clone and are not run. `MODEL` stands for a model directory: here it is the demo model's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cloven.zoo.demo import demo_model_path
+from tests.helpers import free_port
+
+README = Path(__file__).parents[1] / "README.md"
+NOT_RUN = ("make ", "git clone", "pip install")
+PORT = "5555"
+
+
+def blocks(*languages: str) -> list[str]:
+    text = README.read_text(encoding="utf-8")
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def environment() -> dict[str, str]:
+    """`cloven` is on the path, as in an activated virtual environment; no settings of the person who runs the tests."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("CLOVEN_")}
+    return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"}
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(blocks("python")[number], encoding="utf-8")
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "ROMEO:" in result.stdout and "exchanges=" in result.stdout
+    assert "Warning" not in result.stderr and "Traceback" not in result.stderr
+
+
+def commands() -> list[str]:
+    lines = [line.removeprefix("$ ") for block in blocks("sh", "console", "bash") for line in block.splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#") and not any(word in line for word in NOT_RUN)]
+
+
+def test_the_commands_of_a_session(tmp_path: Path) -> None:
+    (tmp_path / "MODEL").symlink_to(demo_model_path())
+    session = "\n".join(commands()).replace(PORT, str(free_port()))  # somebody else may be at the printed one
+    script = f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{session}\n"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr and "FAIL" not in result.stdout
+    assert (tmp_path / "OUT" / "trusted").is_dir() and (tmp_path / "OUT" / "exposed").is_dir()
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(blocks("python")) >= 1
+    shown = " ".join(commands())
+    assert all(f"cloven {name}" in shown for name in ("prepare slip", "keygen", "worker", "generate"))
+
+
+def test_every_command_shown_anywhere_exists() -> None:
+    named = set(re.findall(r"`?cloven (\w+)", README.read_text(encoding="utf-8")))
+    listed = subprocess.run([sys.executable, "-m", "cloven", "--help"], capture_output=True, text=True, timeout=30).stdout
+    commands_there = set(re.findall(r"^│ (\w+) ", listed, re.MULTILINE))
+    words = {"works", "does", "is", "are", "knows", "never"}  # where the text speaks about cloven
+    assert named - words <= commands_there, named - commands_there
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / target).exists(), target
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert "@@" not in text and "TODO" not in text and "ROMEO" in text
