@@ -42,6 +42,7 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
             worker.require_running()
 
 
+@pytest.mark.long
 def test_kill_and_a_second_start_at_the_same_address(socket_folder: Path) -> None:
     bundle, address = tiny_bundle("llama"), f"ipc://{socket_folder}/w"
     model = load(bundle.trusted)

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 import cloven
 from cloven.cli import hardening
 from cloven.cli.main import run
 from cloven.cluster.worker_process import WorkerProcess
-from tests.helpers import free_port
+from tests.end_to_end.liar import Liar
+from tests.helpers import FakeWorker, free_port
 from tests.split_models import (
     copied,
     demo_bundle,
@@ -122,6 +124,7 @@ def test_unknown_commands_and_options(cloven_here: Command) -> None:
 # --- the whole way, as a user goes it: prepare, inspect, keygen, worker, generate, over tcp with keys
 
 
+@pytest.mark.long  # the README's commands go the same way in the short form
 def test_the_whole_way_over_tcp(folder: Path, cloven_here: Command) -> None:
     out, keys, port = folder / "out", folder / "keys", free_port()
     made = cloven_here("prepare", "slip", str(cloven.demo_model_path()), str(out), "--precision", "int8x2")
@@ -254,6 +257,16 @@ def test_bad_values(cloven_here: Command, demo_worker: WorkerProcess) -> None:
 def test_no_worker(folder: Path, cloven_here: Command) -> None:
     outcome = cloven_here("generate", str(demo_bundle().trusted), "--worker", f"ipc://{folder}/w", "--prompt", PROMPT, "--timeout", "0.5")
     one_line(outcome, 1, "is `cloven worker` running there")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_nothing_of_a_lie_is_printed(
+    arguments: list[str], folder: Path, cloven_here: Command, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    bundle, address = demo_bundle(), f"ipc://{folder}/w"
+    with FakeWorker(context, address, Liar(bundle.exposed, lie_at=2)):
+        outcome = cloven_here("generate", str(bundle.trusted), "--worker", address, "--prompt", PROMPT, "--max-new-tokens", "4", *arguments)
+    one_line(outcome, 3, r"model\.layers\.0\.self_attn\.o_proj: the worker's answer is wrong in 1 of")
 
 
 def test_bad_addresses(cloven_here: Command) -> None:
