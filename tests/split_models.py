@@ -29,6 +29,8 @@ from cloven.zoo.tiny import tiny_model
 from tests.helpers import serving
 
 PRECISIONS = ("int8", "int8x2")
+for _name in ("CLOVEN_WORKER", "CLOVEN_KEYS", "CLOVEN_EXPOSED", "CLOVEN_LOG"):
+    os.environ.pop(_name, None)  # settings of the person who runs the tests
 
 
 @functools.cache

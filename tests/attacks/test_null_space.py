@@ -158,6 +158,20 @@ def test_the_secret_lies_in_no_part_of_the_spectrum(terms: int, layers: tuple[st
         assert left < 0.3 and right < 0.3  # 0.1 is expected; 0.2 more is six standard deviations
 
 
+@FORMS
+@TERMS
+def test_the_secret_is_not_told_by_the_shape_of_its_vectors(terms: int, layers: tuple[str, ...]) -> None:
+    """A trained layer's top singular vectors are more peaked than its others; scramble and signs do not change that. Mixed they are not."""
+    found = expected = total = 0.0
+    for view in views(split, terms, layers):
+        for vectors, secret in ((view.left, view.secret_left), (view.right, view.secret_right)):
+            peaked = vectors.pow(4).sum(0).argsort(descending=True)[: 2 * view.k]
+            found += float((vectors[:, peaked].t() @ secret).square().sum())
+            expected += view.k * len(peaked) / len(view.values)
+            total += view.k
+    assert found / total < expected / total + 0.15
+
+
 @pytest.mark.parametrize(("layers", "hollow"), [(TALL, "right"), (WIDE, "left"), (SQUARE, "both")], ids=["tall", "wide", "square"])
 @TERMS
 def test_without_a_decoy_the_bottom_is_the_secret(layers: tuple[str, ...], hollow: str, terms: int) -> None:

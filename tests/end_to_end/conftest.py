@@ -13,8 +13,6 @@ from tests.split_models import demo_bundle, tiny_bundle
 
 # The workers started here inherit it; for this process itself tests/__init__.py has set it before PyTorch was imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-for name in ("CLOVEN_WORKER", "CLOVEN_KEYS", "CLOVEN_EXPOSED", "CLOVEN_LOG"):
-    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -539,6 +539,19 @@ def test_demo_errors(cloven_here: Command) -> None:
     assert cloven_here("demo", "--prompts", "21").code == 2
 
 
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_bench_prints_what_was_measured(arguments: list[str], cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloven.bench import slip
+
+    texts = {"shape": "tiny", "precision": "int8"}
+    result = slip.SlipBench(**{**dict.fromkeys(slip.SlipBench.__dataclass_fields__, 3), **texts})
+    monkeypatch.setattr(slip, "bench_slip", lambda *_, **__: result)
+    outcome = cloven_here("bench", "slip", *arguments)
+    assert outcome.code == 0 and outcome.err == ""
+    assert json.loads(outcome.out)["decode_ratio"] == 3 if arguments else "SLIP, int8, tiny" in outcome.out
+
+
+@pytest.mark.long
 def test_bench(cloven_here: Command) -> None:
     outcome = cloven_here("bench", "slip", "--shape", "tiny", "--layers", "1", "--rounds", "1", "--tokens", "2", "--json")
     assert outcome.code == 0, outcome.err

@@ -71,6 +71,7 @@ def test_no_worker(folder: Path) -> None:
     within(1, lambda: cloven.attach(model, f"ipc://{folder}/w", timeout=1), WorkerUnreachable, "no worker at ipc:")
 
 
+@pytest.mark.long
 def test_a_worker_that_starts_a_little_later(folder: Path) -> None:
     """In the order in which people start things: the trusted side waits as long as its timeout allows."""
     bundle, address = tiny_bundle("llama"), f"ipc://{folder}/w"
@@ -146,10 +147,10 @@ def test_a_worker_that_sleeps(folder: Path) -> None:
     with WorkerProcess(bundle.exposed, address) as worker, open_session(model, address, timeout=15) as session:
         expected = greedy(demo_model(), PROMPT, 6)
         assert greedy(model, PROMPT, 6) == expected
-        session.channel.timeout = 1.0
+        session.channel.timeout = 0.5
         worker.process.send_signal(signal.SIGSTOP)
-        within(1, lambda: greedy(model, PROMPT, 6), WorkerTimeout, "no answer from the worker")
-        within(1, lambda: greedy(model, "Another prompt", 6), WorkerTimeout, "no answer from the worker")
+        for prompt in (PROMPT, "Another prompt"):
+            within(0.5, lambda prompt=prompt: greedy(model, prompt, 6), WorkerTimeout, "no answer from the worker")  # type: ignore[misc]
         session.channel.timeout = 15.0
         worker.process.send_signal(signal.SIGCONT)
         assert greedy(model, PROMPT, 6) == expected
@@ -169,7 +170,7 @@ def test_a_nap_shorter_than_the_timeout_goes_unnoticed(folder: Path) -> None:
         timer.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_worker_ends_cleanly(number: int, folder: Path) -> None:
     bundle, address = tiny_bundle("llama"), f"ipc://{folder}/w"
     model = load(bundle.trusted)

@@ -95,6 +95,8 @@ class _Process:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

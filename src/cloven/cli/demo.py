@@ -44,10 +44,11 @@ def demo(
 
 def _print(result: SlipDemo) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    console.print(f"[bold]{result.example_prompt}[/bold]{result.example_text}\n", highlight=False)
+    console.print(f"[bold]{escape(result.example_prompt)}[/bold]{escape(result.example_text)}\n", highlight=False)
     table = Table(title="SLIP on the demo model (float32 in the trusted process)", show_header=True)
     table.add_column("what")
     table.add_column("unsplit", justify="right")

@@ -35,16 +35,19 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
     import cloven
+    from cloven.bundle.trusted_manifest import TrustedManifest
+    from cloven.bundle.verification import verify_files
     from cloven.cli.hardening import forbid_core_dumps
-    from cloven.errors import BadBundle, BadInput
+    from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
 
     forbid_core_dumps()
     quiet_transformers()
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"dtype {dtype!r}: choose auto, float32 or bfloat16")
-    if not (trusted / "config.json").is_file():
-        raise BadBundle(f"{trusted}: no trusted half of a bundle (no config.json); give OUT/trusted")
+    manifest = TrustedManifest.read(trusted)
+    # What transformers would stumble over; the shards are hashed when they are loaded.
+    verify_files(trusted, {name: digest for name, digest in manifest.files.items() if not name.endswith(".safetensors")})
     text = sys.stdin.read() if prompt == "-" else prompt
     for name in ("CLOVEN_WORKER", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
         os.environ.pop(name, None)  # attached below, with all settings

@@ -69,5 +69,7 @@ def _print_summary(bundle: Bundle) -> None:
         "Keep this bundle: another one of the same model, in the same hands, would give away what is secret here."
     )
     console.print(f"Bundle {bundle.id}", highlight=False)
-    console.print(f"  keep   {bundle.trusted}   secret", highlight=False, soft_wrap=True)
-    console.print(f"  copy   {bundle.exposed}   to the worker, and keep a copy beside the trusted half", highlight=False, soft_wrap=True)
+    console.print(f"  keep   {bundle.trusted}   secret", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"  copy   {bundle.exposed}   to the worker; the trusted side keeps its copy too", highlight=False, soft_wrap=True, markup=False
+    )

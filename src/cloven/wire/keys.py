@@ -111,6 +111,9 @@ def generate_keys(folder: Path) -> None:
 
     Raises:
         BadInput: there are keys already, or the folder cannot be written.
+
+    Guarantee: fresh Curve25519 keys from libzmq's system generator; secret files have mode 0600, their folders 0700. Not hidden from
+    whoever can read as this user.
     """
     trusted, worker = folder / "trusted", folder / "worker"
     if trusted.exists() or worker.exists():
