@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cloven.errors import VerificationFailed
 from cloven.field.products import Backend, PlacedMatrix, multiply
-from cloven.field.residues import P
+from cloven.field.residues import P, row_blocks
 
 CHECKS = 2  # t: p^-2 < 2^-61
 _ROWS_AT_A_TIME = 32  # keeps the float64 halves in the cache
@@ -23,8 +23,9 @@ _MAX_WIDTH = 2**22  # 2^15·2^15·2·2^22 = 2^53: float64 sums of 16-bit halves 
 
 def _halves(x: Tensor) -> Tensor:
     """Residues int32 [R, L] -> float64 [2R, L], low halves (in [−2^15, 2^15)) above high halves: x = high·2^16 + low."""
-    low = x.add(2**15).bitwise_and_(0xFFFF).sub_(2**15)
-    return torch.cat([low, x.sub(low).bitwise_right_shift_(16)]).to(torch.float64)
+    values = x.numpy()
+    low = ((values + 2**15) & 0xFFFF) - 2**15
+    return torch.from_numpy(np.concatenate([low, (values - low) >> 16]).astype(np.float64))
 
 
 class Freivalds:
@@ -58,8 +59,7 @@ class Freivalds:
         Raises:
             VerificationFailed: some row of z is wrong.
         """
-        pairs = zip(z.split(_ROWS_AT_A_TIME), c.split(_ROWS_AT_A_TIME), strict=True)
-        wrong = sum(self._wrong_rows(torch.cat(pair, dim=1)) for pair in pairs)
+        wrong = sum(self._wrong_rows(torch.cat(pair, dim=1)) for pair in row_blocks(_ROWS_AT_A_TIME, z, c))
         if wrong:
             raise VerificationFailed(f"{what} is wrong in {wrong} of {c.shape[0]} rows; nothing of it was used")
 

@@ -6,6 +6,8 @@ is prime, and not Z_2^k, because a Freivalds check over Z_2^k misses errors that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,12 +35,20 @@ def centre(x: Tensor) -> Tensor:
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b mod p for residues of the same shape, int32: |a + b| ≤ 2H < 2^31, so one correction by p is enough."""
     total = a + b
-    return total.sub_((total > H).to(torch.int32).sub_((total < -H).to(torch.int32)).mul_(P))
+    return total.add_(total.clamp(-H, H).sub_(total).sign_().mul_(P))  # what sticks out above H loses p, below −H gains it
 
 
 def subtract(a: Tensor, b: Tensor) -> Tensor:
     """a − b mod p for residues of the same shape, int32."""
     return add(a, -b)
+
+
+def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Walk through the rows of tensors with the same number of rows, `rows` at a time, so that intermediates stay in the cache."""
+    if tensors[0].shape[0] <= rows:
+        yield tensors
+    else:
+        yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def is_residue(x: Tensor) -> bool:

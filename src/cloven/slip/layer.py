@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cloven.errors import NotAttached
+from cloven.field.residues import row_blocks
 from cloven.model.shared_input import SharedInput
 
 _ROWS_AT_A_TIME = 32  # keeps float64 intermediates in the cache
@@ -141,9 +142,7 @@ class SplitGroup:
         outputs = []
         for member, part, gather, scale in zip(self.members, trusted, self._row_gather, self._row_scale, strict=True):
             output = torch.empty(part.shape, dtype=x.dtype)
-            for y_rows, part_rows, out in zip(
-                y.split(_ROWS_AT_A_TIME), part.split(_ROWS_AT_A_TIME), output.split(_ROWS_AT_A_TIME), strict=True
-            ):
+            for y_rows, part_rows, out in row_blocks(_ROWS_AT_A_TIME, y, part, output):
                 total = part_rows.double()
                 for term in range(gather.shape[0]):
                     total.addcmul_(y_rows.index_select(1, gather[term]), scale[term])
