@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cloven.zoo.demo import demo_model_path
 from tests.helpers import free_port
 
@@ -33,29 +31,34 @@ def environment() -> dict[str, str]:
     return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"}
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python(number: int, tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text(blocks("python")[number], encoding="utf-8")
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "ROMEO:" in result.stdout and "exchanges=" in result.stdout
-    assert "Warning" not in result.stderr and "Traceback" not in result.stderr
-
-
 def commands() -> list[str]:
     lines = [line.removeprefix("$ ") for block in blocks("sh", "console", "bash") for line in block.splitlines()]
     return [line for line in lines if line.strip() and not line.startswith("#") and not any(word in line for word in NOT_RUN)]
 
 
-def test_the_commands_of_a_session(tmp_path: Path) -> None:
+def test_the_examples(tmp_path: Path) -> None:
+    """All at once, because each mostly waits for something: the Python programs, and the commands as one shell session."""
+    programs = []
+    for number, block in enumerate(blocks("python")):
+        script = tmp_path / f"example{number}.py"
+        script.write_text(block, encoding="utf-8")
+        programs.append(started([sys.executable, str(script)], tmp_path))
     (tmp_path / "MODEL").symlink_to(demo_model_path())
     session = "\n".join(commands()).replace(PORT, str(free_port()))  # somebody else may be at the printed one
-    script = f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{session}\n"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr and "FAIL" not in result.stdout
+    shell = started(["bash", "-c", f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{session}\n"], tmp_path)
+    for program in programs:
+        out, errors = program.communicate(timeout=240)
+        assert program.returncode == 0, errors
+        assert "ROMEO:" in out and "exchanges=" in out
+        assert "Warning" not in errors and "Traceback" not in errors
+    out, errors = shell.communicate(timeout=240)
+    assert shell.returncode == 0, errors
+    assert "Traceback" not in errors and "FAIL" not in out
     assert (tmp_path / "OUT" / "trusted").is_dir() and (tmp_path / "OUT" / "exposed").is_dir()
+
+
+def started(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment())
 
 
 def test_there_is_something_to_run() -> None:

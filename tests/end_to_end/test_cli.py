@@ -179,6 +179,7 @@ def test_plain_tcp_only_with_a_banner_on_both_sides(folder: Path, cloven_here: C
         assert "INSECURE: this worker listens on plain tcp" in worker.log()
 
 
+@pytest.mark.long
 def test_keys_of_somebody_else(folder: Path, cloven_here: Command) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
     for name in ("mine", "theirs"):

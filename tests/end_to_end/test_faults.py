@@ -170,7 +170,8 @@ def test_a_nap_shorter_than_the_timeout_goes_unnoticed(folder: Path) -> None:
         timer.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long  # in the short form test_worker_imports sends SIGINT, tests/cluster SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_ends_cleanly(number: int, folder: Path) -> None:
     bundle, address = tiny_bundle("llama"), f"ipc://{folder}/w"
     model = load(bundle.trusted)

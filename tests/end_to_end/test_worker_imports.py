@@ -35,7 +35,7 @@ def test_what_a_real_worker_imports(socket_folder: Path) -> None:
             with open_session(model, address):  # what is imported on the first request counts too
                 logits(model, random_ids(97, 1, 3))
         finally:
-            worker.send_signal(signal.SIGTERM)
+            worker.send_signal(signal.SIGINT)
             assert worker.wait(20) == 0
     imported = set(re.findall(r"^import time:.*\|\s*([\w.]+)\s*$", log.read_text(), re.MULTILINE))
     assert {"torch", "zmq", "cloven.worker.service", "cloven.field.products"} <= imported
