@@ -63,6 +63,13 @@ def within(seconds: float, act: Callable[[], object], kind: type[ClovenError], m
     assert time.monotonic() - started < seconds + 1.5
 
 
+def wait_until_under_way(session: cloven.Session, generation: threading.Thread) -> None:
+    """Some tokens into a generation."""
+    while session.telemetry.total().exchanges < 60:
+        assert generation.is_alive(), "it ended early"
+        time.sleep(0.01)
+
+
 # --- absence
 
 
@@ -107,8 +114,7 @@ def test_sigkill_in_the_middle_of_a_generation(folder: Path) -> None:
         session.channel.timeout = 2.0
         thread = threading.Thread(target=generate)
         thread.start()
-        while session.telemetry.total().exchanges < 60:
-            time.sleep(0.01)
+        wait_until_under_way(session, thread)
         first.kill()
         killed = time.monotonic()
         thread.join(20)
@@ -131,8 +137,7 @@ def test_a_generation_goes_on_over_a_restart(folder: Path) -> None:
     with WorkerProcess(bundle.exposed, address) as first, open_session(model, address, timeout=40) as session:
         thread = threading.Thread(target=lambda: written.append(greedy(model, PROMPT, 40)))
         thread.start()
-        while session.telemetry.total().exchanges < 60:
-            time.sleep(0.01)
+        wait_until_under_way(session, thread)
         first.kill()
         with WorkerProcess(bundle.exposed, address):
             thread.join(60)

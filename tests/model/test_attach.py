@@ -121,6 +121,7 @@ def test_closing_while_another_thread_generates() -> None:
         thread = threading.Thread(target=work)
         thread.start()
         while session.telemetry.total().exchanges < 50:
+            assert thread.is_alive(), caught
             time.sleep(0.01)
         session.close()
         thread.join(20)
