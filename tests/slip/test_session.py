@@ -231,18 +231,18 @@ def test_the_unsplit_logits() -> None:
 
 def test_a_model_that_is_not_split() -> None:
     with pytest.raises(BadInput, match="this is no split model"):
-        cloven.attach(tiny("llama"), "ipc:///tmp/w")
+        cloven.attach(tiny("llama"), "ipc:///nowhere/w")
 
 
 def test_unknown_options() -> None:
     with pytest.raises(BadInput, match="unknown option among lookahead"):
-        cloven.attach(load(tiny_bundle("llama").trusted), "ipc:///tmp/w", lookahead=3)
+        cloven.attach(load(tiny_bundle("llama").trusted), "ipc:///nowhere/w", lookahead=3)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
 def test_bad_timeouts(timeout: float) -> None:
     with pytest.raises(BadInput, match="timeout"):
-        cloven.attach(load(tiny_bundle("llama").trusted), "ipc:///tmp/w", timeout=timeout)
+        cloven.attach(load(tiny_bundle("llama").trusted), "ipc:///nowhere/w", timeout=timeout)
 
 
 @pytest.mark.parametrize("options", [{"look_ahead": -1}, {"pad_bytes": -1}])

@@ -81,9 +81,11 @@ class _Process:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.before = int(self._answer()["before"])
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def ask(self, op: str, **arguments: int) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -124,27 +126,22 @@ def bench_slip(
     with tempfile.TemporaryDirectory(prefix="cloven-bench-") as folder:
         progress("writing random weights", 0, 1)
         bundle = write_random_bundle(config, Path(folder) / "out", SlipConfig(precision=precision))
-        with WorkerProcess(bundle.exposed) as worker:
-            progress("loading", 0, 1)
-            split = _Process("split", str(bundle.trusted), worker.address)
-            plain = _Process("plain", shape, str(layers))
-            worker.require_running()
-            series: dict[str, list[dict[str, Any]]] = {
-                name: [] for name in ("plain", "ready", "inline", "plain_prefill", "prefill", "pads")
-            }
-            try:
-                for done in range(rounds + 1):  # the first round warms up
-                    progress("rounds", done, rounds + 1)
-                    one = _round(plain, split, tokens)
-                    if done:
-                        for name, result in one.items():
-                            series[name].append(result)
-                memory = split.ask("memory")
-                plain_memory = plain.ask("memory")
-                worker_bytes = anonymous_bytes(worker.pid)
-            finally:
-                split.stop()
-                plain.stop()
+        progress("loading", 0, 1)
+        series: dict[str, list[dict[str, Any]]] = {name: [] for name in ("plain", "ready", "inline", "plain_prefill", "prefill", "pads")}
+        with (
+            WorkerProcess(bundle.exposed) as worker,
+            _Process("split", str(bundle.trusted), worker.address) as split,
+            _Process("plain", shape, str(layers)) as plain,
+        ):
+            for done in range(rounds + 1):  # the first round warms up
+                progress("rounds", done, rounds + 1)
+                one = _round(plain, split, tokens)
+                if done:
+                    for name, result in one.items():
+                        series[name].append(result)
+            memory = split.ask("memory")
+            plain_memory = plain.ask("memory")
+            worker_bytes = anonymous_bytes(worker.pid)
     return _summarise(shape, precision, layers, rounds, tokens, series, (memory, split.before), plain_memory, worker_bytes)
 
 
