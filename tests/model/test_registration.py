@@ -246,7 +246,9 @@ def test_an_unknown_setting_in_the_configuration(bundle: Bundle) -> None:
 
 def test_an_address_in_the_configuration_is_not_used(bundle: Bundle) -> None:
     """A bundle must not choose its worker: addresses are never stored, and one that somebody wrote there is not believed."""
-    edit_json(bundle.trusted / "config.json", lambda record: record["quantization_config"].update(worker="ipc:///nowhere/evil/w", timeout=0.2))
+    edit_json(
+        bundle.trusted / "config.json", lambda record: record["quantization_config"].update(worker="ipc:///nowhere/evil/w", timeout=0.2)
+    )
     promise_what_is_there(bundle)
     with pytest.raises(BadInput):
         load(bundle.trusted)
