@@ -8,7 +8,7 @@ costs as many multiplications as the offloaded product: the work leaves the crit
 checked, S u = (S W) m, before it may be used: a bad kernel, memory or disk would otherwise give wrong tokens silently.
 
 Reuse is impossible by construction: an index is drawn under a lock from a counter that only grows, a `Pads` object masks once and
-unmasks once, and a forked child's key and pads are destroyed.
+unmasks once, and a forked child's key and waiting pads are destroyed.
 """
 
 from __future__ import annotations
