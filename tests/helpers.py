@@ -20,9 +20,11 @@ from cloven.bundle.shards import ShardWriter
 from cloven.bundle.verification import sha256_matrix
 from cloven.field.codec import row_bounds
 from cloven.field.freivalds import CHECKS, Freivalds
+from cloven.field.native.product import Native, load_kernels
 from cloven.field.prg import KEY_BYTES, SecretStream
-from cloven.field.products import Backend, Float64, Int8Digits, PlacedMatrix, select_backend
+from cloven.field.products import Backend, Float64, Int8Digits, PlacedMatrix
 from cloven.field.residues import H, P
+from cloven.field.selection import select_backend, self_check
 from cloven.masks.one_time import MaskSource, OneTimePads, PadKey
 from cloven.offload import OffloadedMatrix
 from cloven.wire.channel import Exchanger
@@ -53,9 +55,15 @@ def random_residues(m: int, k: int, seed: int = 0) -> Tensor:
     return torch.randint(-H, H + 1, (m, k), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
 
 
+def native_backend() -> Backend | None:
+    """The C++ kernel over the slow back end, so that a fall-back shows; None where it is not built."""
+    kernels = load_kernels()
+    return Native(kernels, Float64(CPU)) if kernels is not None else None
+
+
 def int8_digits_is_exact() -> bool:
     """Whether this machine's `_int_mm` can be tested at all (it saturates on CPUs without VNNI)."""
-    return select_backend().name == Int8Digits.name
+    return self_check(Int8Digits(CPU))
 
 
 def verifier(codes: Tensor, backend: Backend | None = None) -> Freivalds:
@@ -186,14 +194,13 @@ class Saturating:
         """The codes as they are."""
         return PlacedMatrix(codes, *codes.shape)
 
-    def block(self, c: Tensor, w: PlacedMatrix) -> Tensor:
+    def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
         """The right formula on wrong sums."""
         from cloven.field.products import digits
 
         m, k = c.shape
-        unsigned = digits(c).to(torch.int32) + 128
+        unsigned = digits(c).permute(2, 0, 1).reshape(4 * m, k).to(torch.int32) + 128
         codes = w.codes.to(torch.int32)
         products = torch.nn.functional.pad(unsigned[:, None, :] * codes[None, :, :], (0, k % 2))  # [4M, N, K]
         pairs = products.view(*products.shape[:2], -1, 2).sum(3).clamp(-(2**15), 2**15 - 1)
-        y = (pairs.sum(2) - 128 * codes.sum(1)).view(4, m, w.rows).to(torch.int64)
-        return y[0] + 2**8 * y[1] + 2**16 * y[2] + 2**24 * y[3]
+        return (pairs.sum(2) - 128 * codes.sum(1)).view(4, m, w.rows).to(torch.int32)

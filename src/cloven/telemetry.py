@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 logger = logging.getLogger("cloven")
 logger.addHandler(logging.NullHandler())
@@ -37,8 +37,8 @@ class LayerStatistics:
 
     def add(self, other: LayerStatistics) -> None:
         """Add another record to this one."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 class Telemetry:

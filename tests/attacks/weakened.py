@@ -21,6 +21,7 @@ def split_with_copied_values(w: Tensor, rank: int, values: Tensor, stream: Secre
     """A decoy whose values are copies of kept singular values: each of them is then in the exposed spectrum twice."""
     w = w.double()
     u, s, vt = truncated_svd(w, rank, stream)
-    decoy = stream.choice(values[rank:], rank)[:, None] * stream.orthogonal(rank)
+    kept = values[rank:]
+    decoy = kept[(torch.from_numpy(stream.uniform(rank)) * len(kept)).long(), None] * stream.orthogonal(rank)
     secret_b = u @ (torch.diag(s) - decoy)
     return Split(w - secret_b @ vt, vt, secret_b)

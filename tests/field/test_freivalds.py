@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cloven.errors import VerificationFailed
 from cloven.field.freivalds import CHECKS, Freivalds
-from cloven.field.products import Float64, select_backend
+from cloven.field.products import Float64
 from cloven.field.residues import H, P
+from cloven.field.selection import select_backend
 from tests.helpers import CPU, centred, python_product, random_codes, random_residues, verifier
 
 M, N, K = 4, 9, 12

@@ -172,15 +172,12 @@ def test_signs() -> None:
     assert abs(float(signs.sum())) < 500
 
 
-def test_uniform_choice_and_normal() -> None:
+def test_uniform_and_normal() -> None:
     stream = SecretStream(KEY, "u")
     u = stream.uniform(20_000)
     assert u.min() > 0
     assert u.max() < 1
     assert abs(u.mean() - 0.5) < 0.01
-    values = torch.tensor([3.0, 5.0, 7.0])
-    chosen = stream.choice(values, 3000)
-    assert set(chosen.tolist()) == {3.0, 5.0, 7.0}
     normal = stream.normal(100, 300)
     assert normal.shape == (100, 300)
     assert abs(float(normal.mean())) < 0.03

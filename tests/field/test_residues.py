@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cloven.field.residues import H, P, add, centre, is_residue, subtract
 
-INT64 = st.integers(-(2**63), 2**63 - 1)
+BELOW = st.integers(1 - 2**60, 2**60 - 1)
 RESIDUE = st.integers(-H, H) | st.sampled_from([-H, -H + 1, -1, 0, 1, H - 1, H])
 
 
@@ -16,8 +16,8 @@ def test_p_is_prime_and_h_its_half() -> None:
     assert 2 * H + 1 == P
 
 
-@given(st.lists(INT64, min_size=1, max_size=20))
-def test_centre_reduces_any_int64(values: list[int]) -> None:
+@given(st.lists(BELOW, min_size=1, max_size=20))
+def test_centre_reduces_what_is_below_2_to_the_60(values: list[int]) -> None:
     result = centre(torch.tensor(values, dtype=torch.int64))
     assert result.dtype == torch.int32
     for value, residue in zip(values, result.tolist(), strict=True):
@@ -26,8 +26,13 @@ def test_centre_reduces_any_int64(values: list[int]) -> None:
 
 
 def test_centre_at_the_edges() -> None:
-    edges = [base + d for base in (0, H, -H, P, -P, 2**31, 2**32, -(2**32), 2**62) for d in (-2, -1, 0, 1, 2)]
-    edges += [2**63 - 1, 2**63 - 2, -(2**63), -(2**63) + 1, P * (2**32), P * H]
+    edges = [
+        base + d
+        for base in (0, H, -H, P, -P, 2**31, -(2**31), 2**32, -(2**32), 2**59, -(2**59), P * 2**20, 2**60 - 3, 3 - 2**60)
+        for d in (-2, -1, 0, 1, 2)
+    ]
+    edges += [k * P + d for k in (2**28, -(2**28), H >> 1, -(H >> 1)) for d in (H, -H, H + 1, -H - 1)]
+    edges += [2**60 - 1, 1 - 2**60]
     result = centre(torch.tensor(edges, dtype=torch.int64)).tolist()
     assert result == [(value + H) % P - H for value in edges]
 

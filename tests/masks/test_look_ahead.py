@@ -50,20 +50,6 @@ def test_sources_are_filled_and_refilled_at_half() -> None:
         ahead.stop()
 
 
-def test_nothing_is_made_while_paused() -> None:
-    source = Source()
-    ahead = LookAhead([source], 8, no_error)
-    try:
-        wait_until(lambda: source.ready == 8)
-        with ahead.paused():
-            source.ready = 0
-            time.sleep(0.2)
-            assert source.ready == 0
-        wait_until(lambda: source.ready == 8)
-    finally:
-        ahead.stop()
-
-
 def test_none_in_advance() -> None:
     source = Source()
     ahead = LookAhead([source], 0, no_error)

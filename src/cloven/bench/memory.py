@@ -21,11 +21,6 @@ def anonymous_bytes(pid: int | str = "self") -> int:
     return _status(pid, "RssAnon")
 
 
-def file_bytes(pid: int | str = "self") -> int:
-    """Resident pages of mapped files (libraries, weights), in bytes."""
-    return _status(pid, "RssFile")
-
-
 def available_bytes() -> int:
     """Memory that new processes can have, in bytes."""
     try:

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cloven
-from cloven.bench.memory import anonymous_bytes, file_bytes
+from cloven.bench.memory import anonymous_bytes
 from cloven.model.quiet import quiet_transformers
 from cloven.slip.session import SlipSession
 from cloven.zoo.shapes import shape_config
@@ -70,8 +70,8 @@ class Runner:
         return {}
 
     def memory(self) -> dict[str, Any]:
-        """This process's own memory, and the files it maps, in bytes."""
-        return {"anonymous": anonymous_bytes(), "file": file_bytes(), "parameters": sum(p.nbytes for p in self.model.parameters())}
+        """This process's own memory and its model's, in bytes."""
+        return {"anonymous": anonymous_bytes(), "parameters": sum(p.nbytes for p in self.model.parameters())}
 
     def _reset(self) -> None:
         if self.session is not None:

@@ -22,6 +22,7 @@ from cloven.bench.memory import anonymous_bytes, available_bytes
 from cloven.bench.runner import CONTEXT
 from cloven.cluster.worker_process import WorkerProcess
 from cloven.errors import BadInput, RunError
+from cloven.field.selection import select_backend
 from cloven.slip.config import SlipConfig
 from cloven.zoo.random_bundle import write_random_bundle
 from cloven.zoo.shapes import linear_parameters, shape_config
@@ -34,10 +35,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SlipBench:
-    """Medians of one interleaved run. Times in seconds, memory in bytes; the unsplit model is bf16."""
+    """Medians of one interleaved run. Times in seconds, memory in bytes; the unsplit model is bf16;
+    `products` names the back end of the worker and of the pads."""
 
     shape: str
     precision: str
+    products: str
     layers: int
     layers_of_shape: int
     rounds: int
@@ -203,6 +206,7 @@ def _summarise(
     return SlipBench(
         shape=shape,
         precision=precision,
+        products=select_backend().name,
         layers=layers,
         layers_of_shape=shape_config(shape).num_hidden_layers,
         rounds=rounds,

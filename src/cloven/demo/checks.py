@@ -13,7 +13,9 @@ import zmq
 
 import cloven
 from cloven.errors import ClovenError
-from cloven.field.products import select_backend
+from cloven.field.native.product import load_kernels
+from cloven.field.products import Float64
+from cloven.field.selection import select_backend
 from cloven.wire.admission import Admission
 
 _PACKAGES = ("torch", "transformers", "safetensors", "pyzmq", "cryptography")
@@ -60,9 +62,11 @@ def _products() -> list[Check]:
         except ClovenError as error:
             checks.append(Check(f"exact product on {device}", False, str(error), "use another device, or another build of PyTorch"))
             continue
-        advice = (
-            "" if backend.name == "int8-digits" else "slow: torch._int_mm is not exact here (a CPU without VNNI); another machine is faster"
-        )
+        advice = ""
+        if Float64.name in backend.name:
+            advice = "slow: torch._int_mm is not exact here (a CPU without VNNI); another machine is faster"
+        elif device == "cpu" and load_kernels() is None:
+            advice = "twice as fast for single tokens with the C++ kernels: install a compiler (g++), then reinstall cloven"
         checks.append(Check(f"exact product on {device}", True, f"{backend.name}, self-check passed", advice))
     return checks
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cloven.errors import BadInput, RunError
 from cloven.field.residues import H
 
-ZERO_NORM = 2.0**-100  # shorter rows encode as zeros (and are masked like any other)
+ZERO_NORM = 2.0**-100  # shorter rows have α = 1 and so round to zeros (and are masked like any other)
 _SLACK = 1 - 2.0**-20
 
 
@@ -61,17 +62,19 @@ def encode(x: Tensor, bounds: RowBounds, noise: float = 0.0) -> tuple[Tensor, Te
     Raises:
         RunError: x holds NaN or infinity. Raised before a pad is taken.
     """
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [M, 1]
-    if not bool(torch.isfinite(norm).all()):
+    norms = [math.sqrt(row @ row) for row in x.numpy()]  # no overflow: activations are float32 at most
+    if not all(map(math.isfinite, norms)):
         raise RunError("the activations hold NaN or infinity: nothing was sent")
     room = _SLACK * (H - 0.5 * bounds.l1 - noise)
     if room <= 0:
         raise BadInput(f"row bounds leave no room in the field: l1={bounds.l1}, noise={noise}")
-    alpha = torch.where(norm < ZERO_NORM, 1.0, room / (max(1.0, bounds.l2) * norm.clamp_min(ZERO_NORM)))
-    x_int = torch.round(torch.where(norm < ZERO_NORM, 0.0, x * alpha))
-    return x_int.to(torch.int32), alpha
+    scale = room / max(1.0, bounds.l2)
+    alpha = torch.tensor([[1.0 if norm < ZERO_NORM else scale / norm] for norm in norms], dtype=torch.float64)
+    x_int = x.numpy() * alpha.numpy()
+    np.rint(x_int, out=x_int)
+    return torch.from_numpy(x_int.astype(np.int32)), alpha
 
 
 def decode(y_int: Tensor, alpha: Tensor) -> Tensor:
     """Undo `encode` after the product: int [M, N] and alpha [M, 1] -> float64 [M, N]."""
-    return y_int.to(torch.float64) / alpha
+    return torch.from_numpy(y_int.numpy() / alpha.numpy())

@@ -8,7 +8,10 @@ After the first reject S must be dropped: the caller ends the session.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,15 +20,18 @@ from cloven.field.products import Backend, PlacedMatrix, multiply
 from cloven.field.residues import P, row_blocks
 
 CHECKS = 2  # t: p^-2 < 2^-61
-_ROWS_AT_A_TIME = 32  # keeps the float64 halves in the cache
+_ROWS_AT_A_TIME = 16  # keeps the float64 halves in the cache
 _MAX_WIDTH = 2**22  # 2^15·2^15·2·2^22 = 2^53: float64 sums of 16-bit halves stay exact
 
 
-def _halves(x: Tensor) -> Tensor:
-    """Residues int32 [R, L] -> float64 [2R, L], low halves (in [−2^15, 2^15)) above high halves: x = high·2^16 + low."""
-    values = x.numpy()
-    low = ((values + 2**15) & 0xFFFF) - 2**15
-    return torch.from_numpy(np.concatenate([low, (values - low) >> 16]).astype(np.float64))
+def _halves(x: Tensor) -> npt.NDArray[np.float64]:
+    """Residues int32 [R, L] -> float64 [R, L, 2], both halves in [−2^15, 2^15]: x = high·2^16 + low.
+
+    Adding 2^15 makes the low half an offset of 2^15, and the exclusive or takes the offset off again.
+    """
+    balanced = x.numpy() + np.int32(2**15)
+    balanced ^= np.int32(2**15)
+    return balanced.view(np.int16).astype(np.float64).reshape(*x.shape, 2)
 
 
 class Freivalds:
@@ -44,7 +50,8 @@ class Freivalds:
             raise ValueError(f"S of shape {tuple(s.shape)} does not fit a matrix [{w.rows}, {w.columns}]")
         transposed = backend.place(w.codes[: w.rows, : w.columns].t())
         sw = multiply(backend, s, transposed).cpu()  # S W: [2, N] @ [N, K] -> [2, K]
-        self._test = _halves(torch.cat([s, -sw], dim=1))  # [4, N + K]: S z − (S W) c = 0
+        test = _halves(torch.cat([s, -sw], dim=1))
+        self._test = test.transpose(0, 2, 1).reshape(2 * CHECKS, -1).copy()  # [4, N + K], low and high half of each row of S ‖ −S W
 
     def __repr__(self) -> str:
         return "Freivalds(<secret>)"
@@ -64,9 +71,12 @@ class Freivalds:
             raise VerificationFailed(f"{what} is wrong in {wrong} of {c.shape[0]} rows; nothing of it was used")
 
     def _wrong_rows(self, both: Tensor) -> int:
-        """How many rows of z‖c [M, N + K] do not satisfy S z − (S W) c = 0."""
-        m = both.shape[0]
-        sums = _halves(both) @ self._test.t()  # [2M, 4], exact integers below 2^53
-        parts = sums.numpy().astype(np.int64).reshape(2, m, 2, CHECKS) % P  # [half of z‖c, M, half of S, t]
-        residual = parts[0, :, 0] + (parts[0, :, 1] + parts[1, :, 0]) * 2**16 + parts[1, :, 1] * 2  # 2^32 ≡ 2 (mod p)
-        return int(np.count_nonzero((residual % P).any(axis=1)))
+        """How many rows of z ‖ c [M, N + K] do not satisfy S z − (S W) c = 0."""
+        sums: Any = (self._test @ _halves(both)).astype(np.int64)  # [4, N + K] @ [M, N + K, 2] -> [M, 4, 2], exact below 2^53
+        return sum(any(_residual(rows) for rows in zip(row[::2], row[1::2], strict=True)) for row in sums.tolist())
+
+
+def _residual(rows: tuple[list[int], list[int]]) -> int:
+    """One entry of S z − (S W) c mod p, from the sums with the low and the high half of S; each for both halves of z ‖ c."""
+    (low_low, low_high), (high_low, high_high) = rows
+    return (low_low + (low_high + high_low) * 2**16 + high_high * 2**32) % P

@@ -26,20 +26,20 @@ _TAIL = 16  # spare words of a pad; needing more of them has probability < 2^-40
 
 
 def _residues_of_words(words: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.int32]:
-    """The first `width` words of each row with 31 bits ≠ p, centred: [rows, width + _TAIL] -> [rows, width]."""
-    words = words & np.uint32(P)
-    values = words[:, :width]
-    rejected = values == P
-    if rejected.any():
-        values = values.copy()
-        for row in np.flatnonzero(rejected.any(axis=1)):
-            tail = [w for w in words[row, width:] if w != P]
-            count = int(rejected[row].sum())
+    """The first `width` words of each row with 31 bits ≠ p, centred: [rows, width + _TAIL] -> [rows, width]. Row by row, in the cache."""
+    residues = np.empty((len(words), width), np.int32)
+    for row, out in zip(words, residues, strict=True):
+        bits = row & np.uint32(P)
+        np.copyto(out, bits[:width], casting="unsafe")
+        rejected = out == P
+        if rejected.any():
+            tail = [word for word in bits[width:] if word != P]
+            count = int(rejected.sum())
             if count > len(tail):  # NumPy would repeat a single word
                 raise RunError("a pad needs more spare words than it has")
-            values[row, rejected[row]] = tail[:count]
-    signed = values.astype(np.int64)
-    return np.where(signed > H, signed - P, signed).astype(np.int32)
+            out[rejected] = tail[:count]
+        out -= np.multiply((out > H).view(np.int8), P, dtype=np.int32)
+    return residues
 
 
 def pad_residues(key: bytes | bytearray, group: int, first: int, rows: int, width: int) -> Tensor:
@@ -92,10 +92,6 @@ class SecretStream:
     def uniform(self, n: int) -> npt.NDArray[np.float64]:
         """n numbers uniform in the open interval (0, 1), 53 bits each."""
         return ((self.words(n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-
-    def choice(self, values: Tensor, n: int) -> Tensor:
-        """n entries of a vector, drawn uniformly with replacement."""
-        return values.index_select(0, torch.from_numpy((self.uniform(n) * len(values)).astype(np.int64)))
 
     def normal(self, rows: int, columns: int) -> Tensor:
         """Standard Gaussians by Box–Muller, float64 [rows, columns]."""

@@ -2,35 +2,36 @@
 
     c [M, K] residues    W [N, K] int8, |W| ≤ 127    z [M, N] residues
 
-Two back ends, equal bit for bit (and to Python integers, in the tests):
+Back ends, equal bit for bit (and to Python integers, in the tests); a third is `cloven.field.native.product`:
 
 `int8-digits`   each residue is four balanced base-256 digits, r = Σ_i 256^i·d_i, |d_0..2| ≤ 128, |d_3| ≤ 64; the digits are
                 stacked as 4M int8 rows, one int8×int8→int32 product (`torch._int_mm`: VNNI on a CPU, tensor cores on a GPU)
                 multiplies them, and Σ_i 2^{8i}·y_i is combined in int64 and reduced.
-                128·127·65536 < 2^31, so int32 is exact for inner dimensions up to 65,536; longer ones are cut.
+                128·128·65536 < 2^31, so int32 is exact for inner dimensions up to 65,536; longer ones are cut.
 `float64`       a float64 product of whole residues: 2^30·127·65536 < 2^53, exact in any order of summation.
 
-`torch._int_mm` saturates silently on CPUs without VNNI, so a back end is used only after a self-check with all-maximal, all-minimal,
-alternating and random values on the device that it will run on (`select_backend`).
+`torch._int_mm` saturates silently on CPUs without VNNI: take a back end from `cloven.field.selection`, which checks it first.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cloven.errors import RunError
-from cloven.field.residues import H, P, centre
+from cloven.field.residues import centre, centre_, row_blocks
 
 MAX_INNER = 65_536  # both back ends are exact up to here
-ROWS_AT_A_TIME = 256  # bounds the int32 intermediate [4·rows, N]
+DIGITS = 4
+ROWS_AT_A_TIME = 256
+_INT32_BYTES_AT_A_TIME = 64 * 2**20  # bounds the digits' products [4·rows, N]
 _FLOAT64_BYTES_AT_A_TIME = 64 * 2**20
 _BALANCE = 0x808080
-_FEW_ROWS = 1  # measured: up to here the product with W on the left is faster
+_FEW_ROWS = 16  # measured: up to here the product with W on the left is faster
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,23 @@ class Backend(Protocol):
     def place(self, codes: Tensor) -> PlacedMatrix:
         """Take an int8 matrix [N, K] (a view where possible) for later products."""
 
-    def block(self, c: Tensor, w: PlacedMatrix) -> Tensor:
-        """c [M, K] · Wᵀ for K ≤ MAX_INNER: residues int32 in, int64 out, congruent to the product."""
+    def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
+        """c [M, K] · Wᵀ for K ≤ MAX_INNER in parts: residues int32 in; int32 [T, M, N] out, c Wᵀ ≡ Σ_t 256^t·parts[t] (mod p).
+
+        What is returned is valid until the same thread's next call.
+        """
 
 
 def digits(c: Tensor) -> Tensor:
-    """Balanced base-256 digits: residues [M, K] int32 -> [4·M, K] int8, digit 0 of every row first.
+    """Balanced base-256 digits: residues [M, K] int32 -> int8 [M, K, 4], digit 0 first.
 
     Adding 0x808080 turns the three low digits into bytes with an offset of 128, and the exclusive or takes the offset off again.
     """
-    m, k = c.shape
-    planes = ((c + _BALANCE) ^ _BALANCE).contiguous().view(torch.int8).view(m, k, 4)
-    return planes.permute(2, 0, 1).reshape(4 * m, k)  # [M, K, 4] -> [4, M, K] -> [4M, K]
+    if c.is_cuda:
+        return ((c + _BALANCE) ^ _BALANCE).contiguous().view(torch.int8).view(*c.shape, DIGITS)
+    balanced = np.add(c.numpy(), np.int32(_BALANCE), order="C")
+    balanced ^= np.int32(_BALANCE)
+    return torch.from_numpy(balanced.view(np.int8).reshape(*c.shape, DIGITS))
 
 
 class Int8Digits:
@@ -72,31 +78,40 @@ class Int8Digits:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._local = threading.local()
 
     def place(self, codes: Tensor) -> PlacedMatrix:
-        """On CUDA both sides are padded to multiples of 8, as cuBLASLt wants them."""
+        """A view, but for a single row; on CUDA both sides are padded to multiples of 8, as cuBLASLt wants them."""
         n, k = codes.shape
         if self.device.type == "cuda":
             codes = torch.nn.functional.pad(codes, (0, -k % 8, 0, -n % 8)).to(self.device)
+        elif n == 1:  # torch._int_mm takes the stride of a single row for granted, and a view may have any
+            codes = torch.empty(1, k, dtype=torch.int8).copy_(codes)
         return PlacedMatrix(codes, n, k)
 
-    def block(self, c: Tensor, w: PlacedMatrix) -> Tensor:
-        """See `Backend.block`."""
-        m = c.shape[0]
-        planes = digits(c)
-        codes = w.codes
+    def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
+        """See `Backend.parts`: the products of the digits, T = 4."""
+        m, k = c.shape
+        codes, planes = w.codes, digits(c)
+        planes = planes.view(k, DIGITS).t() if m == 1 else planes.permute(2, 0, 1).reshape(DIGITS * m, k)  # [4M, K]
         if w.columns == 1:  # torch._int_mm reads out of bounds on [M, 1] @ [1, N]
             planes, codes = (torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[1]))) for x in (planes, codes))
         if self.device.type == "cuda":  # more than 16 rows, multiples of 8
             planes = torch.nn.functional.pad(planes, (0, codes.shape[1] - planes.shape[1], 0, max(24 - 4 * m, -4 * m % 8)))
-        if self.device.type == "cpu" and m <= _FEW_ROWS:  # [N, K] @ [K, 4M]: oneDNN then reads W as it lies, without packing it first
-            y = torch._int_mm(codes, planes.t())[: w.rows].t().view(4, m, w.rows)
+            y = torch._int_mm(planes, codes.t())[: 4 * m, : w.rows]
+        elif m <= _FEW_ROWS:  # [N, K] @ [K, 4M]: oneDNN then reads W as it lies, without packing it first
+            y = torch._int_mm(codes, planes.t()).t()
         else:
-            y = torch._int_mm(planes, codes.t())[: 4 * m, : w.rows].view(4, m, w.rows)
-        z = y[3].to(torch.int64)
-        for i in (2, 1, 0):
-            z = z.bitwise_left_shift_(8).add_(y[i])
-        return z
+            y = torch._int_mm(planes, codes.t(), out=self._scratch(planes.shape[0], w.rows))
+        parts: Tensor = y.unflatten(0, (DIGITS, m))
+        return parts
+
+    def _scratch(self, rows: int, columns: int) -> Tensor:
+        """This thread's memory for a product: fresh pages for every product would cost as much as the product itself."""
+        memory: Tensor | None = getattr(self._local, "memory", None)
+        if memory is None or memory.numel() < rows * columns:
+            memory = self._local.memory = torch.empty(rows * columns, dtype=torch.int32)
+        return memory[: rows * columns].view(rows, columns)
 
 
 class Float64:
@@ -111,11 +126,11 @@ class Float64:
         """A matrix on the device, unpadded."""
         return PlacedMatrix(codes.to(self.device), *codes.shape)
 
-    def block(self, c: Tensor, w: PlacedMatrix) -> Tensor:
-        """See `Backend.block`; W is widened a few rows at a time."""
+    def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
+        """See `Backend.parts`: the product itself, T = 1; W is widened a few rows at a time."""
         step = max(1, _FLOAT64_BYTES_AT_A_TIME // (8 * w.columns))
         c64 = c.to(torch.float64)
-        return torch.cat([(c64 @ rows.to(torch.float64).t()).to(torch.int64) for rows in w.codes.split(step)], dim=1)
+        return torch.cat([centre((c64 @ rows.to(torch.float64).t()).to(torch.int64)) for rows in w.codes.split(step)], dim=1)[None]
 
 
 def multiply(backend: Backend, c: Tensor, w: PlacedMatrix) -> Tensor:
@@ -134,69 +149,26 @@ def multiply(backend: Backend, c: Tensor, w: PlacedMatrix) -> Tensor:
             total += multiply(backend, part, backend.place(codes))
         return centre(total)
     z = torch.empty((c.shape[0], w.rows), dtype=torch.int32, device=backend.device)
-    for rows, out in zip(c.split(ROWS_AT_A_TIME), z.split(ROWS_AT_A_TIME), strict=True):
-        out.copy_(centre(backend.block(rows.to(backend.device), w)))
+    step = max(1, min(ROWS_AT_A_TIME, _INT32_BYTES_AT_A_TIME // (4 * DIGITS * w.rows)))
+    for rows, out in row_blocks(step, c, z):
+        combine(backend.parts(rows.to(backend.device), w), out)
     return z
 
 
-def self_check(backend: Backend) -> bool:
-    """Whether a back end is exact on this machine: extremes that saturate 16- and 32-bit accumulators, and random values."""
-    generator = torch.Generator().manual_seed(0)  # public test data, not secrets
-    return all(_check_shape(backend, generator, m, n, k) for m, n, k in ((5, 24, 4096), (1, 3, 1), (1, 1, 2)))
+def combine(parts: Tensor, out: Tensor) -> None:
+    """Σ_t 256^t·parts[t] mod p: int32 [T, M, N] -> `out`, residues, int32 [M, N]. On a CPU row by row, in the cache."""
+    if parts.is_cuda:
+        _combine(parts, out, parts[-1].to(torch.int64))
+    else:
+        y, z = parts.numpy(), out.numpy()
+        for row in range(z.shape[0]):
+            _combine(y[:, row], z[row], y[-1, row].astype(np.int64))
 
 
-def _check_shape(backend: Backend, generator: torch.Generator, m: int, n: int, k: int) -> bool:
-    top = torch.tensor(H, dtype=torch.int32)
-    alternating = torch.where(torch.arange(k) % 2 == 0, 127, -127).to(torch.int8)
-    codes = [
-        torch.full((n, k), 127, dtype=torch.int8),
-        torch.full((n, k), -127, dtype=torch.int8),
-        alternating.expand(n, k).contiguous(),
-        torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator),
-    ]
-    residues = [
-        top.expand(m, k).contiguous(),
-        (-top).expand(m, k).contiguous(),
-        torch.full((m, k), -(128 + 128 * 256 + 128 * 65536), dtype=torch.int32),  # three digits of −128
-        torch.randint(-H, H + 1, (m, k), dtype=torch.int32, generator=generator),
-    ]
-    for w in codes:
-        placed = backend.place(w)
-        exact = w.to(torch.int64)
-        for c in residues:
-            low, high = (c & 0xFFFF).to(torch.int64), (c >> 16).to(torch.int64)  # int64 holds both partial sums exactly
-            expected = centre((high @ exact.t() % P) * 65536 + low @ exact.t())
-            if not torch.equal(multiply(backend, c, placed).cpu(), expected):
-                return False
-    return True
-
-
-_selected: dict[str, Backend] = {}
-_selecting = threading.Lock()
-
-
-def select_backend(device: str | torch.device = "cpu") -> Backend:
-    """The fastest back end that passes its self-check on `device`; checked once per process and device.
-
-    Raises:
-        RunError: no back end is exact there, or there is no such device.
-    """
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise RunError(f"{device!r} is no device: use cpu, cuda or cuda:N") from error
-    with _selecting:
-        if str(device) not in _selected:
-            for candidate in (Int8Digits(device), Float64(device)):
-                try:
-                    exact = self_check(candidate)
-                except (RuntimeError, AssertionError) as error:  # no such device, or no such operation on it
-                    if candidate.name == "float64":
-                        raise RunError(f"device {device} cannot be used: {error}") from error
-                    continue
-                if exact:
-                    _selected[str(device)] = candidate
-                    break
-            else:
-                raise RunError(f"no exact product on device {device}: run `cloven doctor`")
-        return _selected[str(device)]
+def _combine(parts: Any, out: Any, total: Any) -> None:
+    """For tensors or arrays; `total` holds the highest part and is overwritten. |total| < 2^31·2^24·(1 + 2^-7) < 2^60."""
+    for t in reversed(range(parts.shape[0] - 1)):
+        total <<= 8
+        total += parts[t]
+    centre_(total)
+    out[...] = total

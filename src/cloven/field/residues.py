@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,28 +21,50 @@ def centre(x: Tensor) -> Tensor:
     """Reduce integers modulo p to centred residues.
 
     Args:
-        x: int64, any shape, any value.
+        x: integers, any shape, |x| < 2^60.
 
     Returns:
         int32 of the same shape, in [−H, H], congruent to x modulo p.
-
-    2^31 ≡ 1 (mod p), so x = (x >> 31)·2^31 + (x & p) ≡ (x >> 31) + (x & p). One fold takes 64 bits to [−2^32, 2^32 + p], a second
-    one to [−2, p + 2]; what lies above H then loses p.
     """
-    x = (x & P) + (x >> 31)
-    x = (x & P) + (x >> 31)
-    return torch.where(x > H, x - P, x).to(torch.int32)
+    x = x.to(torch.int64, copy=True)
+    centre_(x)
+    return x.to(torch.int32)
+
+
+def centre_(x: Tensor | npt.NDArray[np.int64]) -> None:
+    """`centre` in place, for a tensor or an array.
+
+    2^31 ≡ 1 (mod p), so x = (x >> 31)·2^31 + (x & p) ≡ (x >> 31) + (x & p) =: y, which lies in [−2^29, 2^31 + 2^29). Then
+    k = (y + 2^30) >> 31 is 1 where y > H and 0 elsewhere, and y − k·p is centred.
+    """
+    k = x >> 31
+    x &= P
+    x += k
+    k = x + (H + 1)
+    k >>= 31
+    k *= P
+    x -= k
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b mod p for residues of the same shape, int32: |a + b| ≤ 2H < 2^31, so one correction by p is enough."""
-    total = a + b
-    return total.add_(total.clamp(-H, H).sub_(total).sign_().mul_(P))  # what sticks out above H loses p, below −H gains it
+    """a + b mod p for residues of the same shape, int32 on the CPU."""
+    return _wrapped(np.add, a, b)
 
 
 def subtract(a: Tensor, b: Tensor) -> Tensor:
-    """a − b mod p for residues of the same shape, int32."""
-    return add(a, -b)
+    """a − b mod p for residues of the same shape, int32 on the CPU."""
+    return _wrapped(np.subtract, a, b)
+
+
+def _wrapped(operation: np.ufunc, a: Tensor, b: Tensor) -> Tensor:
+    """|a ± b| ≤ 2H < 2^31, so one correction by p is enough: what sticks out above H loses p, below −H gains it."""
+    result = np.empty(a.shape, np.int32)
+    for x, y, out in zip(*(np.atleast_2d(array) for array in (a.numpy(), b.numpy(), result)), strict=True):
+        operation(x, y, out=out)
+        excess = (out > H).view(np.int8)
+        excess -= (out < -H).view(np.int8)
+        out -= np.multiply(excess, P, dtype=np.int32)
+    return torch.from_numpy(result)
 
 
 def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -52,8 +76,6 @@ def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def is_residue(x: Tensor) -> bool:
-    """Whether every entry of an int32 tensor is a centred residue."""
-    if x.numel() == 0:
-        return True
-    low, high = torch.aminmax(x)
-    return bool(low >= -H) and bool(high <= H)
+    """Whether every entry of an int32 tensor on the CPU is a centred residue."""
+    values = x.numpy()
+    return not values.size or (int(values.min()) >= -H and int(values.max()) <= H)

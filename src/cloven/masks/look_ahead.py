@@ -1,15 +1,13 @@
 """A background thread that makes pads ahead of need.
 
 Every source is kept at `rows` ready pads: when one falls to half of that, the missing ones are made in one batch. The thread sleeps
-while nothing is missing. An error stops it and is
-reported once: a bad pad must end the session.
+while nothing is missing. An error stops it and is reported once: a bad pad must end the session.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cloven.errors import ClovenError, RunError
@@ -41,27 +39,13 @@ class LookAhead:
     def __init__(self, sources: Sequence[Fillable], rows: int, on_error: Callable[[ClovenError], None]) -> None:
         self._sources, self._rows, self._on_error = list(sources), rows, on_error
         self._stopping = threading.Event()
-        self._may_run = threading.Event()
-        self._may_run.set()
-        self._between = threading.Lock()  # held while a batch is made
         self._thread = threading.Thread(target=self._run, name="cloven-pads", daemon=True)
         if rows:
             self._thread.start()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """No batch is made inside this block; waits for the one in the making."""
-        self._may_run.clear()
-        try:
-            with self._between:
-                yield
-        finally:
-            self._may_run.set()
-
     def stop(self) -> None:
         """End the thread, after the batch in the making."""
         self._stopping.set()
-        self._may_run.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
         self._sources.clear()
@@ -69,7 +53,6 @@ class LookAhead:
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                self._may_run.wait()
                 if not self._fill_once():
                     self._stopping.wait(_IDLE_SECONDS)
         except Exception as error:
@@ -80,9 +63,8 @@ class LookAhead:
     def _fill_once(self) -> bool:
         made = False
         for source in self._sources:
-            if self._stopping.is_set() or not self._may_run.is_set():
+            if self._stopping.is_set():
                 break
             if source.ready <= self._rows // 2:
-                with self._between:
-                    made = source.fill(self._rows) > 0 or made
+                made = source.fill(self._rows) > 0 or made
         return made

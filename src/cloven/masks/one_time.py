@@ -168,7 +168,10 @@ class OneTimePads:
                 missing = rows - sum(mask.shape[0] for _, mask, _ in parts)
                 if missing or not parts:
                     parts.append(self._make(missing))
-        return Pads(parts[0][0], torch.cat([mask for _, mask, _ in parts]), torch.cat([image for _, _, image in parts]), self._pid)
+        first, mask, image = parts[0]
+        if len(parts) > 1:
+            mask, image = torch.cat([mask for _, mask, _ in parts]), torch.cat([image for _, _, image in parts])
+        return Pads(first, mask, image, self._pid)
 
     def fill(self, rows: int) -> int:
         """Make pads until `rows` rows are ready; returns how many were made."""

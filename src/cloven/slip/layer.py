@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,8 +68,9 @@ class SplitLinear(nn.Module):
         return self.group.output(self.position, x)
 
     def trusted_part(self, x: Tensor) -> Tensor:
-        """B (A x): float32 [M, K] -> float32 [M, N]."""
-        return (x @ self.secret_a.t()) @ self.secret_b.t()
+        """B (A x) + b: float32 [M, K] -> float32 [M, N]."""
+        secret = (x @ self.secret_a.t()) @ self.secret_b.t()
+        return secret if self.bias is None else secret.add_(self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SplitLinear:
         """`model.to(dtype)` leaves the float32 factors and scales alone: rounding them would change tokens silently."""
@@ -112,10 +114,10 @@ class SplitGroup:
         Replaces an earlier product, and with it whatever secrets it held.
         """
         leader = self.members[0]
-        self._column_gather = leader.column_gather.long()
-        self._column_scale = leader.column_scale.double()
-        self._row_gather = [member.row_gather.long() for member in self.members]
-        self._row_scale = [member.row_scale.double() for member in self.members]
+        self._column_gather = leader.column_gather.numpy().astype(np.int64)  # [K]
+        self._column_scale = leader.column_scale.double().numpy()
+        self._row_gather = torch.cat([member.row_gather for member in self.members], dim=1).long().numpy()  # [T, N of all members]
+        self._row_scale = torch.cat([member.row_scale for member in self.members], dim=1).double().numpy()
         self._product = product
 
     def output(self, position: int, x: Tensor) -> Tensor:
@@ -130,27 +132,35 @@ class SplitGroup:
                 f"{self.name}: no worker is attached: start `cloven worker`, then set CLOVEN_WORKER before loading, "
                 "or call cloven.attach(model, ADDRESS)"
             )
-        rows = x.reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
-        trusted: list[Tensor] = []
+        rows = x.detach().reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
+        widths = [member.out_features for member in self.members]
+        total = torch.empty(rows.shape[0], sum(widths))  # B A x + b of all members
 
         def meanwhile() -> None:
             rows32 = rows.float()
-            trusted.extend(member.trusted_part(rows32) for member in self.members)
+            for member, part in zip(self.members, total.split(widths, dim=1), strict=True):
+                part.copy_(member.trusted_part(rows32))
 
-        scrambled = rows.double().index_select(1, self._column_gather) * self._column_scale  # [M, K], the worker's basis
-        y = self._product(scrambled, meanwhile)  # [M, T·N]
-        outputs = []
-        for member, part, gather, scale in zip(self.members, trusted, self._row_gather, self._row_scale, strict=True):
-            output = torch.empty(part.shape, dtype=x.dtype)
-            for y_rows, part_rows, out in row_blocks(_ROWS_AT_A_TIME, y, part, output):
-                total = part_rows.double()
-                for term in range(gather.shape[0]):
-                    total.addcmul_(y_rows.index_select(1, gather[term]), scale[term])
-                if member.bias is not None:
-                    total += member.bias
-                out.copy_(total)
-            outputs.append(output.view(*x.shape[:-1], member.out_features))
-        return outputs
+        y = self._product(self._scrambled(rows), meanwhile)  # [M, T·N]
+        outputs = torch.empty(total.shape, dtype=x.dtype)
+        for y_rows, total_rows, out in row_blocks(_ROWS_AT_A_TIME, y, total, outputs):
+            out.copy_(self._unscrambled(y_rows).add_(total_rows))
+        return [output.reshape(*x.shape[:-1], output.shape[1]) for output in outputs.split(widths, dim=1)]
+
+    def _scrambled(self, rows: Tensor) -> Tensor:
+        """[M, K] -> float64 [M, K] in the worker's basis. NumPy, here and below: at one row, the cost is that of starting an operation."""
+        result = rows.double().numpy().take(self._column_gather, axis=1)
+        result *= self._column_scale
+        return torch.from_numpy(result)
+
+    def _unscrambled(self, y: Tensor) -> Tensor:
+        """What the worker's basis hides, of all terms: float64 [M, T·N] -> E x, float64 [M, N of all members]."""
+        values = y.numpy()
+        result = values.take(self._row_gather[0], axis=1)
+        result *= self._row_scale[0]
+        for gather, scale in zip(self._row_gather[1:], self._row_scale[1:], strict=True):
+            result += values.take(gather, axis=1) * scale
+        return torch.from_numpy(result)
 
 
 def _fixed(*shape: int, dtype: torch.dtype) -> nn.Parameter:

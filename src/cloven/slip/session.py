@@ -21,7 +21,8 @@ from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.errors import BadBundle, ClovenError
 from cloven.field.freivalds import CHECKS, Freivalds
 from cloven.field.prg import KEY_BYTES, SecretStream
-from cloven.field.products import PlacedMatrix, select_backend
+from cloven.field.products import PlacedMatrix
+from cloven.field.selection import select_backend
 from cloven.masks.look_ahead import LookAhead
 from cloven.masks.one_time import OneTimePads, PadKey
 from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session

@@ -12,7 +12,8 @@ from cloven.bundle.manifest import ExposedManifest
 from cloven.bundle.shards import map_matrix
 from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle
-from cloven.field.products import Backend, PlacedMatrix, multiply, select_backend
+from cloven.field.products import Backend, PlacedMatrix, multiply
+from cloven.field.selection import select_backend
 
 
 @dataclass(frozen=True)

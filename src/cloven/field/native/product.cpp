@@ -1,0 +1,166 @@
+// Exact products of residues and int8 matrices, for few rows: z = c Wᵀ mod p, p = 2^31 − 1.
+//
+//     c [M, K] int32, centred residues      W [N, K] int8, any value      z [M, N] int32, centred residues
+//
+//  1  c mod p ∈ [0, p) is written as four unsigned bytes: planes d = 0 … 3 of every row.
+//  2  y_d = Σ_k plane_d[k]·W[n, k] in int32, exact for K ≤ 65,536: 255·128·65,536 < 2^31.
+//  3  z = Σ_d 256^d·y_d mod p, in int64.
+//
+// W is read once, whatever M is: a block of its rows meets all planes before the next one is touched.
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "pool.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define CLOVEN_X86 1
+#endif
+
+namespace {
+
+constexpr std::int64_t kP = (std::int64_t{1} << 31) - 1;
+constexpr std::int64_t kH = (kP - 1) / 2;
+constexpr std::int64_t kMaxInner = 65536;
+constexpr std::int64_t kStep = 64;       // planes are padded with zeros to a multiple of this
+constexpr int kRows = 4;                 // rows of W that share a pass over the planes
+constexpr std::int64_t kChunkBytes = 1 << 18;
+
+using Plane = std::int16_t;  // wide enough for the 16-bit multiply-add; the byte kernel has planes of its own
+
+struct Job {
+  const std::uint8_t* bytes;  // [M, 4, padded]
+  const Plane* words;         // the same in 16 bits, for CPUs without a byte product
+  std::int64_t m, k, padded;
+  const std::int8_t* w;
+  std::int64_t n, stride, rows_per_chunk;
+  std::int32_t* z;
+  void (*dot)(const Job&, const std::int8_t* const* w, std::int64_t m, std::int32_t (*y)[4]);
+};
+
+std::int32_t reduced(const std::int32_t (&y)[4]) {
+  // |total| < 2^31·(1 + 2^8 + 2^16 + 2^24) < 2^56; one fold by 2^31 ≡ 1, then one p where it sticks out
+  const std::int64_t total = y[0] + y[1] * (std::int64_t{1} << 8) + y[2] * (std::int64_t{1} << 16) + y[3] * (std::int64_t{1} << 24);
+  const std::int64_t folded = (total & kP) + (total >> 31);
+  return static_cast<std::int32_t>(folded > kH ? folded - kP : folded);
+}
+
+// y[r][d] for kRows rows of W and the planes of row m.
+#define CLOVEN_DOT_WORDS                                                                    \
+  for (int r = 0; r < kRows; ++r)                                                           \
+    for (int d = 0; d < 4; ++d) {                                                           \
+      const Plane* plane = job.words + (m * 4 + d) * job.padded;                            \
+      std::int32_t sum = 0;                                                                 \
+      for (std::int64_t i = 0; i < job.k; ++i) sum += plane[i] * static_cast<Plane>(w[r][i]); \
+      y[r][d] = sum;                                                                        \
+    }
+
+void dot_portable(const Job& job, const std::int8_t* const* w, std::int64_t m, std::int32_t (*y)[4]) { CLOVEN_DOT_WORDS }
+
+#if CLOVEN_X86
+__attribute__((target("avx2"))) void dot_avx2(const Job& job, const std::int8_t* const* w, std::int64_t m, std::int32_t (*y)[4]) {
+  CLOVEN_DOT_WORDS
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void dot_avx512_vnni(
+    const Job& job, const std::int8_t* const* w, std::int64_t m, std::int32_t (*y)[4]) {
+  const std::uint8_t* planes = job.bytes + m * 4 * job.padded;
+  __m512i sum[kRows][4];
+  for (auto& row : sum)
+    for (auto& one : row) one = _mm512_setzero_si512();
+  const std::int64_t ahead = kRows * job.stride;  // the next rows: four streams of one row each are too short for the CPU to foresee
+  const std::int64_t whole = job.k / kStep * kStep;
+  for (std::int64_t i = 0; i < whole; i += kStep) {
+    __m512i plane[4];
+    for (int d = 0; d < 4; ++d) plane[d] = _mm512_loadu_si512(planes + d * job.padded + i);
+    for (int r = 0; r < kRows; ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(w[r]) + i + ahead), _MM_HINT_T0);
+      const __m512i codes = _mm512_loadu_si512(w[r] + i);
+      for (int d = 0; d < 4; ++d) sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], plane[d], codes);
+    }
+  }
+  if (whole < job.k) {
+    const __mmask64 mask = (__mmask64{1} << (job.k - whole)) - 1;
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i codes = _mm512_maskz_loadu_epi8(mask, w[r] + whole);
+      for (int d = 0; d < 4; ++d) sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], _mm512_loadu_si512(planes + d * job.padded + whole), codes);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int d = 0; d < 4; ++d) y[r][d] = _mm512_reduce_add_epi32(sum[r][d]);
+}
+#endif
+
+void chunk(const void* what, std::int64_t index) {
+  const Job& job = *static_cast<const Job*>(what);
+  const std::int64_t first = index * job.rows_per_chunk;
+  const std::int64_t last = first + job.rows_per_chunk < job.n ? first + job.rows_per_chunk : job.n;
+  for (std::int64_t n = first; n < last; n += kRows) {
+    const std::int8_t* w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = job.w + (n + r < last ? n + r : last - 1) * job.stride;  // the last row again, unused
+    for (std::int64_t m = 0; m < job.m; ++m) {
+      std::int32_t y[kRows][4];
+      job.dot(job, w, m, y);
+      for (int r = 0; r < kRows && n + r < last; ++r) job.z[m * job.n + n + r] = reduced(y[r]);
+    }
+  }
+}
+
+cloven::Pool* pool = new cloven::Pool;  // never destroyed: its threads sleep in it until the process ends
+
+int best_kernel() {
+#if CLOVEN_X86
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return 2;
+  if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+  return 0;
+}
+
+}  // namespace
+
+#define CLOVEN_API extern "C" __attribute__((visibility("default")))
+
+// The fastest kernel that this CPU runs: 0 portable, 1 AVX2, 2 AVX-512 VNNI.
+CLOVEN_API int cloven_kernel() { return best_kernel(); }
+
+// A forked child has none of the threads: it starts with a pool of its own. The old one is left as it was at the fork.
+CLOVEN_API void cloven_after_fork() { pool = new cloven::Pool; }
+
+// z = c Wᵀ mod p. Strides in bytes of W only; c and z are dense. Returns 0, or 1 if the arguments are out of range or memory is short.
+CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n,
+                              std::int64_t stride, std::int32_t* z, int threads, int kernel) {
+  if (m < 0 || n < 0 || k < 1 || k > kMaxInner || kernel < 0 || kernel > best_kernel()) return 1;
+  if (m == 0 || n == 0) return 0;
+  const std::int64_t padded = (k + kStep - 1) / kStep * kStep;
+  const std::size_t size = static_cast<std::size_t>(m * 4 * padded);
+  thread_local std::vector<std::uint8_t> bytes;
+  thread_local std::vector<Plane> words;
+  const bool wide = kernel < 2;
+  try {
+    if (wide) words.assign(size, 0);
+    else bytes.assign(size, 0);
+  } catch (...) {
+    return 1;
+  }
+  for (std::int64_t row = 0; row < m; ++row)
+    for (std::int64_t i = 0; i < k; ++i) {
+      const std::int64_t signed_value = c[row * k + i];
+      const std::uint32_t value = static_cast<std::uint32_t>(signed_value < 0 ? signed_value + kP : signed_value);
+      for (int d = 0; d < 4; ++d) {
+        const std::size_t at = static_cast<std::size_t>((row * 4 + d) * padded + i);
+        const std::uint8_t digit = static_cast<std::uint8_t>(value >> (8 * d));
+        if (wide) words[at] = digit;
+        else bytes[at] = digit;
+      }
+    }
+  Job job{bytes.data(), words.data(), m, k, padded, w, n, stride, 0, z, dot_portable};
+#if CLOVEN_X86
+  if (kernel == 1) job.dot = dot_avx2;
+  if (kernel == 2) job.dot = dot_avx512_vnni;
+#endif
+  job.rows_per_chunk = (kChunkBytes / k + kRows - 1) / kRows * kRows;
+  pool->run(chunk, &job, (n + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
+  return 0;
+}

@@ -1,0 +1,64 @@
+// The kernels against slow products, for the sanitizers: every kernel, sizes around the vector widths, several threads, extremes.
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+extern "C" int cloven_kernel();
+extern "C" void cloven_after_fork();
+extern "C" int cloven_product(const std::int32_t*, std::int64_t, std::int64_t, const std::int8_t*, std::int64_t, std::int64_t,
+                              std::int32_t*, int, int);
+
+namespace {
+
+constexpr std::int64_t kP = (std::int64_t{1} << 31) - 1, kH = (kP - 1) / 2;
+
+int wrong(std::int64_t m, std::int64_t k, std::int64_t n, int threads, int kernel, unsigned seed) {
+  std::mt19937_64 random(seed);
+  std::uniform_int_distribution<std::int64_t> residue(-kH, kH), code(-128, 127);
+  std::vector<std::int32_t> c(m * k), z(m * n);
+  std::vector<std::int8_t> w(n * k);  // exactly as large as it must be: a byte too far is an error
+  for (auto& x : c) x = static_cast<std::int32_t>(seed % 3 == 0 ? (seed % 2 ? kH : -1) : residue(random));
+  for (auto& x : w) x = static_cast<std::int8_t>(seed % 3 == 0 ? (seed % 2 ? 127 : -128) : code(random));
+  if (cloven_product(c.data(), m, k, w.data(), n, k, z.data(), threads, kernel)) return 1;
+  int bad = 0;
+  for (std::int64_t i = 0; i < m; ++i)
+    for (std::int64_t j = 0; j < n; ++j) {
+      std::int64_t sum = 0;
+      for (std::int64_t l = 0; l < k; ++l) sum = (sum + std::int64_t{c[i * k + l]} * w[j * k + l]) % kP;
+      sum = sum > kH ? sum - kP : sum < -kH ? sum + kP : sum;
+      bad += sum != z[i * n + j];
+    }
+  return bad;
+}
+
+}  // namespace
+
+int main() {
+  int bad = 0, done = 0;
+  unsigned seed = 0;
+  for (int kernel = 0; kernel <= cloven_kernel(); ++kernel) {
+    for (std::int64_t k : {1, 2, 63, 64, 65, 200})
+      for (std::int64_t n : {1, 3, 4, 5, 9})
+        for (std::int64_t m : {1, 2, 16}) bad += wrong(m, k, n, 2, kernel, ++seed), ++done;
+    bad += wrong(1, 4096, 200, 3, kernel, ++seed), ++done;  // several chunks
+    bad += wrong(1, 65536, 5, 2, kernel, seed += 3 - seed % 3), ++done;
+  }
+  std::vector<int> results(4);
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([i, &results] {
+      for (unsigned round = 0; round < 10; ++round) results[i] += wrong(1, 512, 600, 3, cloven_kernel(), 100 + 10 * i + round);
+    });
+  for (auto& caller : callers) caller.join();
+  for (int result : results) bad += result, ++done;
+  cloven_after_fork();
+  bad += wrong(1, 4096, 200, 3, cloven_kernel(), ++seed), ++done;
+  if (bad) return std::fprintf(stderr, "%d wrong entries\n", bad), 1;
+  std::printf("ok, %d products\n", done);
+  std::fflush(stdout);
+  std::_Exit(0);  // the pool's threads never end
+}
