@@ -43,9 +43,8 @@ def _print(result: SlipBench) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"SLIP, {result.precision}, {result.shape}, {result.layers} of {result.layers_of_shape} layers; unsplit: bf16; {result.products}"
-    )
+    layers = f"{result.layers} of {result.layers_of_shape} layers"
+    table = Table(title=f"SLIP, {result.precision}, {result.shape}, {layers}; unsplit: bf16; {result.products}")
     for column in ("", "unsplit", "split", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row(
