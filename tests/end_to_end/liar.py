@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from cloven.field.residues import centre
-from cloven.wire.messages import Hello, Multiply, Product, Welcome, pack, residue_frame, residues_of_frame, unpack
+from cloven.wire.messages import Multiply, Product, pack, residue_frame, residues_of_frame, unpack
+from cloven.wire.schema import Hello, Welcome
 from cloven.worker.matrices import Matrices
 
 

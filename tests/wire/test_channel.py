@@ -29,7 +29,8 @@ from cloven.errors import (
 )
 from cloven.field.residues import H
 from cloven.wire.channel import PLAIN_TCP_BANNER, Channel
-from cloven.wire.messages import ErrorAnswer, Hello, Message, Multiply, Product, Welcome, pack, residue_frame, unpack
+from cloven.wire.messages import Message, Multiply, Product, pack, residue_frame, unpack
+from cloven.wire.schema import ErrorAnswer, Hello, Welcome
 from tests.helpers import Behaviour, Context, FakeWorker, free_port, python_product, random_codes, random_residues, serving, write_exposed
 
 BUNDLE = bytes(range(16))

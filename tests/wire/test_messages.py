@@ -14,20 +14,8 @@ from hypothesis import strategies as st
 from cloven.field.residues import H
 from cloven.wire import messages
 from cloven.wire.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_TEXT
-from cloven.wire.messages import (
-    ERROR_CODES,
-    ErrorAnswer,
-    Hello,
-    MalformedMessage,
-    Message,
-    Multiply,
-    Product,
-    Welcome,
-    pack,
-    residue_frame,
-    residues_of_frame,
-    unpack,
-)
+from cloven.wire.messages import Message, Multiply, Product, pack, residue_frame, residues_of_frame, unpack
+from cloven.wire.schema import ERROR_CODES, ErrorAnswer, Hello, MalformedMessage, Welcome
 
 BUNDLE = bytes(range(16))
 NUMBER = st.integers(0, 2**63 - 1)
@@ -91,7 +79,7 @@ def test_vectors(name: str) -> None:
 
 
 def test_every_type_has_a_vector() -> None:
-    assert set(VECTORS) == set(EXAMPLES) == set(messages._TYPES)
+    assert set(VECTORS) == set(EXAMPLES) == set(messages.WORKER._types)
 
 
 @settings(max_examples=300)

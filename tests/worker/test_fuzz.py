@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cloven.wire.limits import MAX_PAYLOAD_BYTES
-from cloven.wire.messages import ErrorAnswer, Hello, Multiply, Product, Welcome, pack, residue_frame, unpack
+from cloven.wire.messages import Multiply, Product, pack, residue_frame, unpack
+from cloven.wire.schema import ErrorAnswer, Hello, Welcome
 from cloven.worker.service import Worker
 from tests.helpers import Context, python_product, random_codes, random_residues, serving, write_exposed
 

@@ -16,9 +16,11 @@ import zmq
 from cloven.errors import BadInput, ForeignBundle, PeerRefused, RunError, WorkerRefused
 from cloven.wire.channel import Channel
 from cloven.wire.limits import rows_per_exchange
-from cloven.wire.messages import ErrorAnswer, Hello, Message, Multiply, Product, Welcome, pack, residue_frame, unpack
+from cloven.wire.messages import Message, Multiply, Product, pack, residue_frame, unpack
+from cloven.wire.schema import ErrorAnswer, Hello, Welcome
+from cloven.wire.server import PLAIN_TCP_BANNER
 from cloven.worker.matrices import Matrices
-from cloven.worker.service import PLAIN_TCP_BANNER, Worker
+from cloven.worker.service import Worker
 from tests.helpers import Context, free_port, python_product, random_codes, random_residues, serving, write_exposed
 
 GROUPS = [random_codes(4, 16, 1), random_codes(9, 7, 2)]
@@ -197,7 +199,7 @@ def test_tcp_needs_keys_or_the_insecure_option(bundle: Bundle, caplog: pytest.Lo
     with pytest.raises(BadInput, match="cloven keygen"):
         Worker(bundle.folder, address)
     Worker(bundle.folder, address, insecure_plain_tcp=True).close()
-    assert PLAIN_TCP_BANNER in caplog.text
+    assert PLAIN_TCP_BANNER.format(what="worker") in caplog.text
 
 
 def test_a_folder_that_others_can_reach(bundle: Bundle, socket_folder: Path) -> None:
@@ -252,7 +254,7 @@ def test_stopping(bundle: Bundle, socket_folder: Path) -> None:
     before = admission_threads()
     with serving(bundle.folder, f"ipc://{socket_folder}/w") as worker:
         pass
-    assert worker._socket.closed
+    assert worker._socket is not None and worker._socket.closed
     assert admission_threads() == before
     worker.close()  # again: no harm
 

@@ -97,7 +97,8 @@ class Admission(threading.Thread):
         except Exception as error:  # whatever happens, this thread answers, and the answer is no
             reason = f"the check failed ({type(error).__name__})"
         if reason is None:
-            return [version, number, b"200", b"OK", b"", b""]
+            user = credentials[0].hex().encode() if mechanism == b"CURVE" else b"local"  # what `Server` calls the peer
+            return [version, number, b"200", b"OK", user, b""]
         logger.warning("a connection was refused: %s", reason)
         return [version, number, b"400", b"refused", b"", b""]
 

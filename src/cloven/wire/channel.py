@@ -27,19 +27,8 @@ from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
 from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, QUEUED_MESSAGES
-from cloven.wire.messages import (
-    ErrorAnswer,
-    Hello,
-    MalformedMessage,
-    Message,
-    Multiply,
-    Product,
-    Welcome,
-    pack,
-    residue_frame,
-    residues_of_frame,
-    unpack,
-)
+from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, residues_of_frame
+from cloven.wire.schema import ErrorAnswer, Hello, MalformedMessage, Schema, Welcome
 
 Frame = bytes | memoryview
 _M = TypeVar("_M")
@@ -82,13 +71,15 @@ class Channel:
         insecure_plain_tcp: bool = False,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         telemetry: Telemetry | None = None,
+        schema: Schema = WORKER,
     ) -> None:
         if not 0 < timeout < 86_400:
             raise BadInput(f"timeout {timeout}: give seconds, more than 0")
         self.address: Address = parse_address(address)
         self.timeout = timeout
         self.telemetry = telemetry or Telemetry()
-        self._bundle = bundle
+        self.bundle = bundle
+        self._schema = schema
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         if self.address.scheme == "tcp" and keys is None:
@@ -141,10 +132,10 @@ class Channel:
         Raises:
             ForeignBundle, PeerRefused, WorkerUnreachable, WorkerTimeout.
         """
-        request = Hello(next(self._ids), self._bundle)
-        welcome = self._exchange("hello", request, [], lambda message, _: message if isinstance(message, Welcome) else None)
-        if welcome.bundle != self._bundle:
-            raise ForeignBundle(f"{self.address}: the worker holds bundle {welcome.bundle.hex()}, expected {self._bundle.hex()}")
+        request = Hello(self.next_id(), self.bundle)
+        welcome = self.exchange("hello", request, [], lambda message, _: message if isinstance(message, Welcome) else None)
+        if welcome.bundle != self.bundle:
+            raise ForeignBundle(f"{self.address}: the worker holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
         check_socket_folder(self.address, create=False)  # again: it may have been made since
         return welcome.groups
 
@@ -156,14 +147,18 @@ class Channel:
             meanwhile: trusted work to do while the worker computes.
         """
         rows = c.shape[0]
-        request = Multiply(next(self._ids), self._bundle, group, rows)
+        request = Multiply(self.next_id(), self.bundle, group, rows)
 
-        def parse(message: Message, payload: memoryview | None) -> Tensor | None:
+        def parse(message: Any, payload: memoryview | None) -> Tensor | None:
             if not isinstance(message, Product) or message.rows != rows or payload is None:
                 return None
             return residues_of_frame(payload, rows, columns_out)
 
-        return self._exchange(layer, request, [residue_frame(c)], parse, meanwhile)
+        return self.exchange(layer, request, [residue_frame(c)], parse, meanwhile)
+
+    def next_id(self) -> int:
+        """The number of the next request."""
+        return next(self._ids)
 
     def close(self) -> None:
         """Close the connection; later calls raise SessionClosed."""
@@ -175,15 +170,22 @@ class Channel:
                 if self._owns_context:
                     self._context.destroy(linger=0)
 
-    def _exchange(
+    def exchange(
         self,
         layer: str,
-        request: Hello | Multiply,
+        request: Any,
         payload: list[Frame],
-        parse: Callable[[Message, memoryview | None], _M | None],
+        parse: Callable[[Any, memoryview | None], _M | None],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> _M:
-        frames: list[Frame] = [pack(request), *payload]
+        """One exchange: a request of the schema, with at most one payload frame, -> what `parse` makes of the answer.
+
+        Args:
+            layer: name for statistics and errors.
+            parse: the answer -> a result, or None where it is not an answer to this request.
+            meanwhile: trusted work to do while the other side computes.
+        """
+        frames: list[Frame] = [self._schema.pack(request), *payload]
         size = sum(memoryview(frame).nbytes for frame in frames)
         record = LayerStatistics(exchanges=1, rows=getattr(request, "rows", 0))
         with self._lock:
@@ -228,7 +230,7 @@ class Channel:
             self._unsent = frames
         self._poller.modify(self._socket, zmq.POLLIN if self._unsent is None else zmq.POLLIN | zmq.POLLOUT)
 
-    def _receive(self, layer: str, request: int, deadline: float, record: LayerStatistics) -> tuple[Message, memoryview | None] | None:
+    def _receive(self, layer: str, request: int, deadline: float, record: LayerStatistics) -> tuple[Any, memoryview | None] | None:
         in_time = True
         while in_time:
             left = deadline - time.monotonic()
@@ -245,7 +247,7 @@ class Channel:
             frames: list[Any] = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
             record.bytes_down += sum(memoryview(frame).nbytes for frame in frames)
             try:
-                message, payload = unpack(frames)
+                message, payload = self._schema.unpack(frames)
             except MalformedMessage as error:
                 raise WorkerRefused(f"{layer}: the worker's answer is malformed: {error}") from error
             if message.id == request or (isinstance(message, ErrorAnswer) and message.id == 0):

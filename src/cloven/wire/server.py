@@ -1,0 +1,160 @@
+"""A server: one socket, guarded, that answers one request at a time and lives on whatever it receives."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import zmq
+
+from cloven.errors import BadInput, ClovenError, RunError
+from cloven.telemetry import logger
+from cloven.wire.address import check_socket_folder, parse_address, require_free_path
+from cloven.wire.admission import Admission
+from cloven.wire.keys import WorkerKeys
+from cloven.wire.limits import HANDSHAKE_MILLISECONDS, LINGER_MILLISECONDS, MAX_FRAME_BYTES, QUEUED_MESSAGES
+from cloven.wire.schema import ErrorAnswer, MalformedMessage, Schema
+
+_POLL_MILLISECONDS = 100
+_REPORT_SECONDS = 60.0
+Frame = bytes | memoryview
+
+PLAIN_TCP_BANNER = (
+    "INSECURE: this {what} listens on plain tcp: anybody on the network can use it, and read and alter the traffic. "
+    "Use keys made by `cloven keygen`."
+)
+
+
+class Server:
+    """Answers requests at an address; a subclass says how, in `answer`, and calls `bind` when it is ready.
+
+    Args:
+        what: what to call the server in messages.
+        address: ipc://PATH or tcp://HOST:PORT; inproc://NAME with a shared `context`, for tests.
+        schema: the messages.
+        keys: the server's folder of keys; needed for tcp.
+        insecure_plain_tcp: listen on tcp without keys, with a banner.
+
+    Guarantee to its operator: malformed requests get an error answer; message sizes and queues are bounded (not the number of frames in
+    a message, which ZeroMQ cannot bound); over CURVE only listed keys connect, over ipc only this user.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        address: str,
+        schema: Schema,
+        *,
+        keys: WorkerKeys | None = None,
+        insecure_plain_tcp: bool = False,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        parsed = parse_address(address)
+        if parsed.scheme == "tcp" and keys is None:
+            if not insecure_plain_tcp:
+                raise BadInput(f"{address}: tcp needs keys; make them with `cloven keygen DIR` and give --keys DIR")
+            logger.warning(PLAIN_TCP_BANNER.format(what=what))
+        check_socket_folder(parsed, create=True)
+        self._what, self._address, self._parsed, self._schema, self._keys = what, address, parsed, schema, keys
+        self.answered = 0
+        self.refused = 0
+        self._rows = 0
+        self._stop = threading.Event()
+        self._context = context or zmq.Context()
+        self._owns_context = context is None
+        self._admission: Admission | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+
+    def bind(self) -> None:
+        """Listen: when everything that an answer needs is there.
+
+        Raises:
+            RunError, BadInput: the address is taken, or not this machine's.
+        """
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.sndhwm = self._socket.rcvhwm = QUEUED_MESSAGES
+        self._socket.maxmsgsize = MAX_FRAME_BYTES
+        self._socket.linger = LINGER_MILLISECONDS
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
+        self._socket.ipv6 = "[" in self._address
+        if self._parsed.scheme != "inproc":
+            self._admission = Admission(self._context, self._keys.allowed if self._keys else None, ipc=self._parsed.scheme == "ipc")
+            self._admission.guard(self._socket, self._keys.own.secret if self._keys else None)
+            self._admission.start()
+        try:
+            require_free_path(self._parsed)
+            self._socket.bind(self._address)
+        except ClovenError:
+            self.close()
+            raise
+        except zmq.ZMQError as error:
+            self.close()
+            raise RunError(f"cannot listen at {self._address}: {error.strerror or error}") from error
+
+    def answer(self, frames: list[Any], peer: str) -> list[Frame]:
+        """The frames that answer a request.
+
+        Args:
+            frames: buffers of the request, header first.
+            peer: the peer's public key in hexadecimal over CURVE, "local" over ipc, "" where nobody was asked.
+
+        Raises:
+            MalformedMessage: becomes an error answer.
+        """
+        raise NotImplementedError
+
+    def serve(self) -> None:
+        """Answer requests until `stop`; then close."""
+        assert self._socket is not None, "bind comes first"
+        reported = time.monotonic()
+        try:
+            while not self._stop.is_set():
+                try:
+                    if self._socket.poll(_POLL_MILLISECONDS):
+                        self._one_request(self._socket)
+                except zmq.ZMQError as error:
+                    if error.errno == zmq.ETERM:
+                        break
+                    logger.error("a message was dropped: %s", error)
+                if time.monotonic() - reported > _REPORT_SECONDS:
+                    reported = time.monotonic()
+                    logger.info("answered %d requests (%d rows), refused %d", self.answered, self._rows, self.refused)
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Ask `serve` to end; safe from a signal handler or another thread."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Close the socket; no more connections."""
+        if self._socket is not None and not self._socket.closed:
+            self._socket.close()
+            if self._admission is not None:
+                self._admission.stop()
+            if self._owns_context:
+                self._context.destroy(linger=LINGER_MILLISECONDS)
+            logger.info("stopped after %d answers, %d refusals", self.answered, self.refused)
+
+    def _one_request(self, socket: zmq.Socket[bytes]) -> None:
+        peer, *frames = socket.recv_multipart(copy=False)
+        try:
+            answer = self.answer([frame.buffer for frame in frames], self._name_of(frames))
+            self.answered += 1
+        except MalformedMessage as error:
+            self.refused += 1
+            answer = [self._schema.pack(ErrorAnswer(error.request, error.code, str(error)))]
+        except Exception:  # the server lives on; the traceback names code lines, never values
+            self.refused += 1
+            logger.exception("a request failed")
+            answer = [self._schema.pack(ErrorAnswer(0, "internal", f"the {self._what} failed on this request; its log says why"))]
+        socket.send_multipart([peer.bytes, *answer], copy=False)
+
+    def _name_of(self, frames: list[Any]) -> str:
+        if self._admission is None or not frames:
+            return ""
+        try:
+            return str(frames[0].get("User-Id"))
+        except zmq.ZMQError:
+            return ""
