@@ -86,8 +86,8 @@ def load_manifest(folder: Path, kind: str, fields: set[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BadBundle(f"{path}: not readable as JSON") from error
     if not isinstance(record, dict) or record.get("format") != kind:
-        other = {"cloven-exposed": "the trusted half", "cloven-trusted": "the exposed half"}[kind]
-        raise BadBundle(f"{path}: expected a '{kind}' manifest; is this {other}, or not a bundle at all?")
+        other = "the trusted half" if kind.endswith("exposed") else "the exposed half"
+        raise BadBundle(f"{path}: expected a '{kind}' manifest; is this {other}, a bundle of another scheme, or not a bundle at all?")
     if record.get("version") != FORMAT_VERSION:
         raise BadBundle(f"{path}: format version {record.get('version')!r}, this cloven reads version {FORMAT_VERSION}")
     require(set(record) == fields | {"format", "version"}, path, "the set of fields")

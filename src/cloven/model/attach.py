@@ -1,4 +1,4 @@
-"""`cloven.attach`: connect a loaded model to its worker."""
+"""`cloven.attach`: connect a loaded model to its worker, or its enclave."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cloven.model.runtime import RuntimeOptions, Session
 
 def attach(
     model: PreTrainedModel,
-    worker: str,
+    address: str,
     keys: str | Path | None = None,
     *,
     exposed: str | Path | None = None,
     **options: Any,
 ) -> Session:
-    """Connect a model loaded from OUT/trusted to a worker.
+    """Connect a model loaded from a bundle to its worker (SLIP) or its enclave (KV-Shield).
 
     Args:
-        model: what `AutoModelForCausalLM.from_pretrained("OUT/trusted")` returned.
-        worker: ipc://PATH on one host, tcp://HOST:PORT between hosts.
+        model: what `AutoModelForCausalLM.from_pretrained` returned for OUT/trusted (SLIP) or OUT/exposed (KV-Shield).
+        address: ipc://PATH on one host, tcp://HOST:PORT between hosts.
         keys: the trusted side's folder of keys, made by `cloven keygen`; needed for tcp.
         exposed: the trusted side's own copy of OUT/exposed; the sibling of OUT/trusted if not given.
         options: `timeout` (seconds), `look_ahead` (rows of pads), `pad_bytes`, `insecure_plain_tcp`; see `RuntimeOptions`.
@@ -43,7 +43,7 @@ def attach(
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, ClovenConfig):
         raise BadInput("this is no split model: load OUT/trusted of a bundle that `cloven prepare` made")
-    settings = RuntimeOptions(worker, Path(keys) if keys is not None else None, Path(exposed) if exposed is not None else None)
+    settings = RuntimeOptions(address, Path(keys) if keys is not None else None, Path(exposed) if exposed is not None else None)
     try:
         settings = replace(settings, **options)
     except TypeError as error:

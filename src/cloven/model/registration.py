@@ -21,23 +21,34 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cloven.bundle.trusted_manifest import TrustedManifest
-from cloven.bundle.verification import verify_files
-from cloven.errors import BadBundle, BadInput, ForeignBundle
+from cloven.errors import BadBundle, BadInput
 from cloven.model.runtime import RuntimeOptions
 from cloven.telemetry import logger
 
 METHOD = "cloven"
 CONFIG_VERSION = 1
 _DESCRIPTION = ("scheme", "version", "bundle", "model")
-_RUNTIME = ("worker", "keys", "exposed", "timeout")
+_RUNTIME = ("worker", "enclave", "keys", "exposed", "timeout")
 
 
 class Scheme(Protocol):
-    """What a scheme does with a model that is being loaded."""
+    """What a scheme does with a model that is being loaded.
+
+    `peer` names what a session connects to: the setting of `ClovenConfig`, and CLOVEN_… in the environment. `places` names the devices
+    that `device_map` may give, as beginnings; none: the CPU only.
+    """
+
+    peer: str
+    places: tuple[str, ...]
+
+    def verify(self, folder: Path, bundle: object, checkpoint: list[Path]) -> None:
+        """Require that the files to be loaded are those of the bundle that config.json names."""
 
     def swap(self, model: nn.Module, description: dict[str, Any]) -> None:
         """Replace modules, on the meta device."""
+
+    def finish(self, model: nn.Module) -> None:
+        """What there is to do once the weights are there."""
 
     def attach(self, model: nn.Module, options: RuntimeOptions) -> Any:
         """Open a session and connect the modules to it."""
@@ -68,8 +79,9 @@ class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
         AutoModelForCausalLM.from_pretrained("OUT/trusted", quantization_config=ClovenConfig(worker="ipc:///run/me/worker"))
 
     Args:
-        worker, keys, exposed, timeout: see `cloven.attach`; never stored. The environment's CLOVEN_WORKER, CLOVEN_KEYS and
-            CLOVEN_EXPOSED fill what is not given.
+        worker, enclave: the address of what the scheme connects to; never stored. The environment's CLOVEN_WORKER and CLOVEN_ENCLAVE
+            fill what is not given.
+        keys, exposed, timeout: see `cloven.attach`; never stored. The environment's CLOVEN_KEYS and CLOVEN_EXPOSED fill in.
         description: what config.json holds; only the loader gives it.
     """
 
@@ -79,9 +91,11 @@ class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
         keys: str | None = None,
         exposed: str | None = None,
         timeout: float | None = None,
+        enclave: str | None = None,
         **description: Any,
     ) -> None:
         self.quant_method = METHOD
+        self.enclave = enclave
         self.worker, self.keys, self.exposed, self.timeout = worker, keys, exposed, timeout
         description.pop("quant_method", None)
         unknown = set(description) - set(_DESCRIPTION)
@@ -113,14 +127,14 @@ class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __repr__(self) -> str:
         return f"ClovenConfig(scheme={self.description['scheme']!r}, bundle={self.description['bundle']!r})"
 
-    def options(self) -> RuntimeOptions | None:
-        """Run-time settings, or None where no worker is known."""
-        worker = self.worker or os.environ.get("CLOVEN_WORKER")
-        if not worker:
+    def options(self, peer: str) -> RuntimeOptions | None:
+        """Run-time settings for a scheme's peer, or None where its address is not known."""
+        address = getattr(self, peer) or os.environ.get(f"CLOVEN_{peer.upper()}")
+        if not address:
             return None
         keys = self.keys or os.environ.get("CLOVEN_KEYS") or None
         exposed = self.exposed or os.environ.get("CLOVEN_EXPOSED") or None
-        given = RuntimeOptions(worker, Path(keys) if keys else None, Path(exposed) if exposed else None)
+        given = RuntimeOptions(address, Path(keys) if keys else None, Path(exposed) if exposed else None)
         return given if self.timeout is None else given.with_timeout(self.timeout)
 
 
@@ -133,13 +147,16 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """The trusted side is the CPU; offloading to disk would leave secret tensors in files."""
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if any(str(place).startswith(("cuda", "disk", "mps")) or isinstance(place, int) for place in places):
+        allowed = scheme_named(self.quantization_config.description["scheme"]).places
+        if not allowed and any(str(place).startswith(("cuda", "disk", "mps")) or isinstance(place, int) for place in places):
             raise BadInput(
                 "device_map: the trusted half of a split model runs on the CPU; leave device_map out (the worker takes --device)"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Everything stays on the CPU."""
+        """Everything stays on the CPU, where the scheme says so."""
+        if scheme_named(self.quantization_config.description["scheme"]).places:
+            return device_map
         return None if device_map is None else {"": "cpu"}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -150,23 +167,20 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint:
             raise BadBundle("a cloven bundle is loaded from its directory, with its safetensors files")
         self._folder = checkpoint[0].parent
-        manifest = TrustedManifest.read(self._folder)
-        if manifest.bundle != description["bundle"]:
-            raise ForeignBundle(f"{self._folder}: config.json is of bundle {description['bundle']}, manifest.json of {manifest.bundle}")
-        verify_files(self._folder, {path.name: manifest.files.get(path.name, "") for path in checkpoint})
-        verify_files(self._folder, {"config.json": manifest.files.get("config.json", "")})
-        scheme_named(description["scheme"]).swap(model, description["model"])
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
+        scheme = scheme_named(description["scheme"])
+        scheme.verify(self._folder, description["bundle"], checkpoint)
+        scheme.swap(model, description["model"])
         _require_same_names(model, checkpoint)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        model.cloven_trusted = self._folder
-        options = self.quantization_config.options()
+        model.cloven_folder = self._folder
+        scheme = scheme_named(self.quantization_config.description["scheme"])
+        scheme.finish(model)
+        options = self.quantization_config.options(scheme.peer)
         if options is not None:
-            scheme_named(self.quantization_config.description["scheme"]).attach(model, options)
+            scheme.attach(model, options)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` is refused: a manifest binds OUT/trusted to its exposed half. Copy the directory instead."""
@@ -187,7 +201,7 @@ def _require_same_names(model: nn.Module, checkpoint: list[Path]) -> None:
                 stored.update(shard.keys())
         except (OSError, SafetensorError) as error:
             raise BadBundle(f"{path}: not a safetensors file: {error}") from error
-    expected = set(model.state_dict())
+    expected = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", None) or ())
     for names, what in ((expected - stored, "is missing"), (stored - expected, "is unexpected")):
         if names:
             raise BadBundle(f"{checkpoint[0].parent}: tensor {sorted(names)[0]} {what}; copy the bundle again")

@@ -24,10 +24,10 @@ MOST_PADS_AHEAD = 256
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How to reach the worker.
+    """How to reach the worker, or the enclave.
 
     Args:
-        worker: ipc://PATH or tcp://HOST:PORT.
+        address: ipc://PATH or tcp://HOST:PORT.
         keys: the trusted side's folder of keys, for tcp.
         exposed: the trusted side's own copy of exposed/; the sibling of trusted/ if not given.
         timeout: seconds that an answer may take.
@@ -36,7 +36,7 @@ class RuntimeOptions:
         insecure_plain_tcp: allow tcp without keys.
     """
 
-    worker: str
+    address: str
     keys: Path | None = None
     exposed: Path | None = None
     timeout: float = DEFAULT_TIMEOUT

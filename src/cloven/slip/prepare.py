@@ -11,13 +11,10 @@ OUT is written beside its place as `.OUT.partial` and renamed at the end, so tha
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,11 @@ from transformers import PreTrainedModel
 
 from cloven.bundle.bundle import Bundle, open_bundle
 from cloven.bundle.manifest import ExposedGroup, ExposedManifest
+from cloven.bundle.partial_folder import partial_folder, require_new
 from cloven.bundle.shards import ShardWriter
 from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.bundle.verification import sha256_file, sha256_matrix
-from cloven.errors import BadInput, RunError
+from cloven.errors import BadInput
 from cloven.field.codec import RowBounds, row_bounds
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.model.groups import Group, trace_groups
@@ -46,7 +44,6 @@ from cloven.slip.summary import Summary
 Progress = Callable[[str, int, int], None]  # stage, done, total
 VERSION = 1
 _ROWS_AT_A_TIME = 4096
-_MARKER = ".cloven-partial"  # tells our own half-written folder from somebody else's
 
 
 def prepare_slip(
@@ -76,61 +73,11 @@ def prepare_slip(
     config = config or SlipConfig()
     out = Path(out).expanduser().absolute()
     source = open_source(model)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: exists already; choose another OUT, or remove it first")
+    require_new(out)
     groups = trace_groups(source.config)
-    with _partial_folder(out) as partial, torch.no_grad():
+    with partial_folder(out) as partial, torch.no_grad():
         _write(source, groups, config, partial, progress)
     return open_bundle(out)
-
-
-@contextlib.contextmanager
-def _partial_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes OUT if all goes well and vanishes otherwise; what an earlier run left behind is removed."""
-    partial = out.parent / f".{out.name}.partial"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir(mode=0o700)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise BadInput(f"{out}: cannot be written beside {partial}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(f"{out}: another `cloven prepare` is writing there") from error
-        ours = (partial / _MARKER).is_file() or not any(partial.iterdir())
-        if os.fstat(lock).st_uid != os.getuid() or not ours:
-            raise BadInput(f"{partial}: is in the way, and no earlier `cloven prepare` of yours left it there; remove it first")
-        os.fchmod(lock, 0o700)
-        (partial / _MARKER).touch(mode=0o600)
-        try:
-            _empty(partial)
-            yield partial
-            (partial / _MARKER).unlink()
-            partial.chmod(0o755)
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError | RunError):
-                reason = (error.strerror if isinstance(error, OSError) else None) or error
-                raise RunError(f"{out}: {reason}; nothing was left behind") from error
-            raise
-    finally:
-        os.close(lock)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name == _MARKER:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _write(source: Source, groups: list[Group], config: SlipConfig, partial: Path, progress: Progress) -> None:

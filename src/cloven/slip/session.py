@@ -59,7 +59,7 @@ def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
         PeerRefused, WorkerUnreachable, WorkerTimeout: the worker.
     """
     groups = groups_of(model)
-    trusted = getattr(model, "cloven_trusted", None)
+    trusted = getattr(model, "cloven_folder", None)
     if not isinstance(trusted, Path):
         raise BadBundle("this model was not loaded from OUT/trusted")
     manifest = TrustedManifest.read(trusted)
@@ -68,7 +68,7 @@ def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
     copy = ExposedCopy(options.exposed or trusted.parent / "exposed", manifest)
     telemetry = Telemetry()
     channel = Channel(
-        options.worker,
+        options.address,
         bytes.fromhex(manifest.bundle),
         keys=trusted_keys(options.keys) if options.keys is not None else None,
         timeout=options.timeout,

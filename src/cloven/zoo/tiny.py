@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GemmaConfig,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -53,6 +54,8 @@ def _configs() -> dict[str, PretrainedConfig]:
         "gpt2": GPT2Config(
             vocab_size=_VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0, pad_token_id=0
         ),
+        "llama-mha": LlamaConfig(**_without("num_key_value_heads")),
+        "glm": GlmConfig(**_SIZES, partial_rotary_factor=0.5),
         "gpt-neox": GPTNeoXConfig(**_without("head_dim", "num_key_value_heads"), rotary_pct=0.5),
     }
 

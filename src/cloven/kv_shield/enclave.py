@@ -1,0 +1,256 @@
+"""The enclave: holds the keys, rotates, keys, and restores. No weights, no cache, no transformers.
+
+For layer l and rows x = q ‖ k (‖ v) of positions p:
+
+    permute   q', k' arrive permuted by the weights; norm and rotation on permuted vectors; restore: a_i = a'_{π_v⁻¹(i)}
+    session   q, k, v arrive plain; norm, rotation, then q' = [q, 0] F⁻ᵀ, k' = [k, ν] F, v' = [v, ν] F_v; restore: (a' F_v⁻¹)[: d]
+
+Guarantee: keys never leave this process. In session mode a session belongs to the peer that opened it, keys are fresh for every
+sequence, and a place in the cache is keyed once: there is no way to ask for the same place again, or for what was keyed before.
+Not hidden from the accelerator: hidden states, q, k, v as they pass, attention scores. It is the cache at rest that is protected.
+Source: KV-Shield as corrected in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cloven.bundle.verification import verify_files
+from cloven.errors import BadBundle
+from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.kv_shield.keys import SessionKeys, session_keys
+from cloven.kv_shield.manifest import TRUSTED, KvManifest
+from cloven.kv_shield.messages import SESSION_BYTES
+from cloven.kv_shield.rotary import Rotary, RotaryGather
+from cloven.kv_shield.shapes import AttentionShape
+from cloven.wire.schema import MalformedMessage
+
+KEYS_FILE = "keys.safetensors"
+MAX_SEQUENCES = 1024  # with keys, at a time
+IDLE_SECONDS = 3600.0
+
+
+@dataclass
+class _Session:
+    """The sequences of one cache. `keyed[l]` counts the places keyed in layer l."""
+
+    peer: str
+    sequences: int
+    stream: SecretStream
+    keyed: list[int]
+    keys: list[list[SessionKeys] | None] = field(repr=False)  # by layer, then sequence; drawn when a layer is first used
+    used: float
+
+
+@dataclass(frozen=True)
+class _Layer:
+    shape: AttentionShape
+    norms: tuple[Tensor, Tensor] | None  # weights of the norms of q and k, repeated for every head: [W_q], [W_k]
+    gather: RotaryGather | None
+    restore: Tensor | None  # π_v⁻¹ over all heads, int64 [H·d]; None in session mode
+
+
+class Enclave:
+    """The keys of one bundle.
+
+    Args:
+        folder: OUT/trusted.
+
+    Raises:
+        BadBundle, TamperedBundle: not a trusted half, or altered.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = KvManifest.read(folder, TRUSTED)
+        verify_files(folder, self.manifest.files)
+        self.bundle = bytes.fromhex(self.manifest.bundle)
+        self.config = self.manifest.config
+        try:
+            with safe_open(folder / KEYS_FILE, framework="pt") as file:
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._rotary = _rotary_of(stored)
+            self._layers = [self._layer(shape, index, stored) for index, shape in enumerate(self.manifest.layers)]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise BadBundle(f"{folder / KEYS_FILE}: not the keys of this bundle ({type(error).__name__})") from error
+        self._sessions: dict[bytes, _Session] = {}
+        self._tables: tuple[Tensor, torch.dtype, tuple[Tensor, Tensor]] | None = None
+
+    def __repr__(self) -> str:
+        return "Enclave(<secret>)"
+
+    @property
+    def layers(self) -> int:
+        """Number of attention layers."""
+        return len(self._layers)
+
+    @property
+    def noise(self) -> int:
+        """ρ: dimensions added to every head; 0 in permute mode."""
+        return self.config.noise_dims if self.config.mode == "session" else 0
+
+    def widths_in(self, layer: int) -> int:
+        """Width of the rows that `key` takes: q ‖ k, and v in session mode."""
+        q, k, v = self._layers[layer].shape.widths()
+        return q + k + (v if self.noise else 0)
+
+    def width_keyed(self, layer: int) -> int:
+        """Width of the rows that `restore` takes."""
+        return self._layers[layer].shape.widths(self.noise)[0]
+
+    def open(self, sequences: int, peer: str) -> bytes:
+        """A session with fresh keys for that many sequences, for this peer alone; returns its name."""
+        if not self.noise:
+            raise MalformedMessage("session", "this bundle's keys are in its weights: there are no sessions")
+        now = time.monotonic()
+        for name in [name for name, session in self._sessions.items() if now - session.used > IDLE_SECONDS]:
+            del self._sessions[name]
+        if sum(session.sequences for session in self._sessions.values()) + sequences > MAX_SEQUENCES:
+            raise MalformedMessage("session", f"{MAX_SEQUENCES} sequences have keys already: close some")
+        name = secrets.token_bytes(SESSION_BYTES)
+        stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/session")
+        self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [None] * self.layers, now)
+        return name
+
+    def close(self, name: bytes, peer: str) -> None:
+        """Drop a session's keys: what was keyed with them stays keyed for ever."""
+        self._session(name, peer)
+        del self._sessions[name]
+
+    @torch.no_grad()
+    def key(self, layer: int, x: Tensor, positions: Tensor, name: bytes, first: int, peer: str) -> Tensor:
+        """Norm, rotate and key rows.
+
+        Args:
+            x: q ‖ k (‖ v) [B, S, W], in the model's dtype.
+            positions: int32 [B, S]; −1 for a pad.
+            name, first, peer: the session, the place of the first row in its caches, who asks.
+
+        Returns:
+            q' ‖ k' (‖ v'), [B, S, W'].
+
+        Raises:
+            MalformedMessage: no such layer, session or position; a place that was keyed before, or is not the next one.
+        """
+        place = self._layer_at(layer)
+        if int(positions.min()) < -1 or int(positions.max()) >= self.manifest.limit:
+            raise MalformedMessage("size", f"a position outside 0 to {self.manifest.limit - 1}")
+        q_width, k_width, _ = place.shape.widths()
+        session = self._next(layer, x.shape, name, first, peer) if self.noise else None
+        qk = self._normed(place, x[..., : q_width + k_width])
+        if place.gather is not None:
+            qk = place.gather.rotate(qk, self._tables_for(positions.clamp_min(0), x.dtype))
+        if session is None:
+            return qk
+        keyed = self._keyed(session, layer, place.shape, qk, x[..., q_width + k_width :], positions < 0)
+        session.keyed[layer] += x.shape[1]  # only now: the answer exists
+        return keyed
+
+    @torch.no_grad()
+    def restore(self, layer: int, a: Tensor, name: bytes, peer: str) -> Tensor:
+        """The true attention output: a' [B, S, H·(d + ρ)] -> a [B, S, H·d]."""
+        place = self._layer_at(layer)
+        if place.restore is not None:
+            return a.index_select(-1, place.restore)
+        session = self._session(name, peer)
+        if a.shape[0] != session.sequences or not session.keyed[layer]:
+            raise MalformedMessage("session", "this session has keyed nothing there, or another number of sequences")
+        shape, size = place.shape, place.shape.head_dim + self.noise
+        keys = torch.stack([one.v_inverse for one in self._keys(session, layer)])  # [B, G, D, D]
+        b, s = a.shape[:2]
+        grouped = a.view(b, s, shape.kv_heads, -1, size).permute(0, 2, 1, 3, 4).reshape(b, shape.kv_heads, -1, size).float()
+        true = (grouped @ keys)[..., : shape.head_dim]  # [B, G, S·(H/G), d]
+        return true.view(b, shape.kv_heads, s, -1, shape.head_dim).permute(0, 2, 1, 3, 4).reshape(b, s, -1).to(a.dtype)
+
+    def _layer(self, shape: AttentionShape, index: int, stored: dict[str, Tensor]) -> _Layer:
+        per_kv, d = shape.heads // shape.kv_heads, shape.head_dim
+        identity = torch.arange(d).expand(shape.kv_heads, d)
+        pi = stored[f"{index}.qk"].long() if not self.noise else identity
+        of_heads = torch.cat([pi.repeat_interleave(per_kv, 0), pi])  # π of every head of q ‖ k
+        gather = self._rotary.gather(of_heads) if shape.rotary and self._rotary is not None else None
+        restore = None
+        if not self.noise:
+            inverse = torch.argsort(stored[f"{index}.v"].long(), dim=1).repeat_interleave(per_kv, 0)
+            restore = (inverse + d * torch.arange(shape.heads)[:, None]).flatten()
+        norms = None
+        if shape.norm_epsilon is not None:
+            weights = [stored[f"{index}.{name}_norm"] for name in "qk"]
+            norms = (weights[0][pi].repeat_interleave(per_kv, 0), weights[1][pi])
+        return _Layer(shape, norms, gather, restore)
+
+    def _layer_at(self, layer: int) -> _Layer:
+        if layer >= self.layers:
+            raise MalformedMessage("group", f"no layer {layer}: there are {self.layers}")
+        return self._layers[layer]
+
+    def _session(self, name: bytes, peer: str) -> _Session:
+        session = self._sessions.get(name)
+        if session is None or session.peer != peer:
+            raise MalformedMessage("session", "no such session of yours: it was never opened, has ended, or the enclave was restarted")
+        session.used = time.monotonic()
+        return session
+
+    def _next(self, layer: int, shape: torch.Size, name: bytes, first: int, peer: str) -> _Session:
+        session = self._session(name, peer)
+        if shape[0] != session.sequences:
+            raise MalformedMessage("session", f"{shape[0]} sequences, but the session was opened for {session.sequences}")
+        if first != session.keyed[layer]:
+            raise MalformedMessage("session", f"place {first} of the cache: the next one is {session.keyed[layer]}, each is keyed once")
+        return session
+
+    def _keys(self, session: _Session, layer: int) -> list[SessionKeys]:
+        keys, shape = session.keys[layer], self._layers[layer].shape
+        if keys is None:
+            size = shape.head_dim + self.noise
+            keys = session.keys[layer] = [session_keys(session.stream, shape.kv_heads, size) for _ in range(session.sequences)]
+        return keys
+
+    def _normed(self, place: _Layer, qk: Tensor) -> Tensor:
+        """RMS norms of q and k per head, as transformers computes them: in float32, then the weight in the vectors' dtype."""
+        if place.norms is None or place.shape.norm_epsilon is None:
+            return qk
+        heads = qk.unflatten(-1, (-1, place.shape.head_dim)).float()
+        heads = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + place.shape.norm_epsilon)
+        normed: Tensor = torch.cat(place.norms).to(qk.dtype) * heads.to(qk.dtype)
+        return normed.flatten(-2)
+
+    def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The tables of the last positions are kept: every layer of a token asks for the same ones."""
+        assert self._rotary is not None
+        kept = self._tables
+        if kept is None or kept[1] != dtype or not torch.equal(kept[0], positions):
+            kept = self._tables = (positions.clone(), dtype, self._rotary.tables(positions, dtype))
+        return kept[2]
+
+    def _keyed(self, session: _Session, layer: int, shape: AttentionShape, qk: Tensor, v: Tensor, pads: Tensor) -> Tensor:
+        b, s = qk.shape[:2]
+        keys, d, size = self._keys(session, layer), shape.head_dim, shape.head_dim + self.noise
+        f_k, f_q, f_v = (torch.stack([getattr(key, name) for key in keys]) for name in ("k", "k_inverse", "v"))  # [B, G, D, D]
+        q_width = shape.heads * d
+        q = qk[..., :q_width].float().reshape(b, s, shape.kv_heads, -1, d).permute(0, 2, 1, 3, 4)  # [B, G, S, H/G, d]
+        keyed_q = q.reshape(b, shape.kv_heads, -1, d) @ f_q.transpose(2, 3)[:, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
+        keyed_q = keyed_q.view(b, shape.kv_heads, s, -1, size).permute(0, 2, 1, 3, 4).reshape(b, s, -1)
+        parts = [keyed_q]
+        for plain, matrix in ((qk[..., q_width:], f_k), (v, f_v)):
+            rows = plain.float().reshape(b, s, shape.kv_heads, d).transpose(1, 2)  # [B, G, S, d]
+            level = rows.pow(2).mean(-1, keepdim=True).sqrt()
+            noise = session.stream.normal(b * shape.kv_heads * s, self.noise).float().view(b, shape.kv_heads, s, self.noise) * level
+            parts.append((torch.cat([rows, noise], -1) @ matrix).transpose(1, 2).reshape(b, s, -1))
+        keyed = torch.cat(parts, -1)
+        if bool(pads.any()):  # what stood there must not show that it is padding, nor be worth anything
+            random = session.stream.normal(int(pads.sum()), keyed.shape[-1]).float()
+            keyed[pads] = random * keyed[~pads].std() if not bool(pads.all()) else random
+        return keyed.to(qk.dtype)
+
+
+def _rotary_of(stored: dict[str, Tensor]) -> Rotary | None:
+    if "rotary.frequencies" not in stored:
+        return None
+    names = ("frequency", "partner", "sign")
+    return Rotary(stored["rotary.frequencies"], float(stored["rotary.scaling"]), *(stored[f"rotary.{name}"].long() for name in names))

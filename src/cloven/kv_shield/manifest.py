@@ -1,0 +1,89 @@
+"""The manifests of a KV-Shield bundle, and the enclave's secrets on disk.
+
+OUT/exposed/manifest.json   {format, version, bundle, mode, noise_dims, seal_idle, layers, files: {name: sha256}}
+OUT/trusted/manifest.json   {format, version, scheme, bundle, mode, noise_dims, seal_idle, layers, limit, files: {name: sha256}}
+OUT/trusted/keys.safetensors   permutations, the weights of the norms of q and k, the rotary embedding's frequencies
+
+The bundle id is the first 16 bytes of the SHA-256 of the canonical JSON of the layers and of the weights' hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloven.bundle.manifest import FORMAT_VERSION, MANIFEST, load_manifest, parse_files, require
+from cloven.errors import BadBundle, BadInput
+from cloven.kv_shield.config import KvShieldConfig
+from cloven.kv_shield.shapes import AttentionShape, parse_attention
+
+EXPOSED, TRUSTED = "cloven-kv-exposed", "cloven-kv-trusted"
+_COMMON = {"bundle", "mode", "noise_dims", "seal_idle", "layers", "files"}
+
+
+def bundle_id(layers: tuple[AttentionShape, ...], weights: dict[str, str]) -> str:
+    """The id, 32 hexadecimal digits, of a bundle with these layers and weight files."""
+    canonical = json.dumps([FORMAT_VERSION, [layer.to_dict() for layer in layers], weights], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class KvManifest:
+    """One half's manifest.
+
+    Args:
+        kind: EXPOSED or TRUSTED.
+        bundle: the id, hexadecimal.
+        limit: positions that the model was made for (trusted half; 0 in the exposed one).
+    """
+
+    kind: str
+    bundle: str
+    config: KvShieldConfig
+    layers: tuple[AttentionShape, ...]
+    files: dict[str, str]
+    limit: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json, with mode 0600 in the trusted half."""
+        record: dict[str, Any] = {
+            "format": self.kind,
+            "version": FORMAT_VERSION,
+            "bundle": self.bundle,
+            **self.config.to_dict(),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "files": self.files,
+        }
+        if self.kind == TRUSTED:
+            record |= {"scheme": "kv-shield", "limit": self.limit}
+        path = folder / MANIFEST
+        path.touch(mode=0o600 if self.kind == TRUSTED else 0o644)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path, kind: str) -> KvManifest:
+        """Read and check a manifest.
+
+        Raises:
+            BadBundle: missing, malformed, of another kind or version, or its id does not match its contents.
+        """
+        record = load_manifest(folder, kind, _COMMON | ({"scheme", "limit"} if kind == TRUSTED else set()))
+        path = folder / MANIFEST
+        require(isinstance(record["bundle"], str) and isinstance(record["layers"], list) and len(record["layers"]) > 0, path, "layers")
+        layers = tuple(parse_attention(layer, path) for layer in record["layers"])
+        files = parse_files(record["files"], path)
+        require(type(record["noise_dims"]) is int and type(record["seal_idle"]) is bool and isinstance(record["mode"], str), path, "mode")
+        try:
+            config = KvShieldConfig(record["mode"], record["noise_dims"], record["seal_idle"])
+        except BadInput as error:
+            raise BadBundle(f"{path}: malformed ({error})") from error
+        limit = record.get("limit", 0)
+        require(type(limit) is int and 0 <= limit < 2**30, path, "limit")
+        if kind == EXPOSED:
+            weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+            if record["bundle"] != bundle_id(layers, weights):
+                raise BadBundle(f"{path}: the bundle id does not match what it lists; copy the bundle again")
+        return cls(kind, record["bundle"], config, layers, files, limit)

@@ -1,0 +1,66 @@
+"""KV-Shield as a scheme of `cloven.model.registration`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cloven.bundle.verification import verify_files
+from cloven.errors import BadBundle, ForeignBundle
+from cloven.kv_shield.layer import KeyedAttention
+from cloven.kv_shield.manifest import EXPOSED, KvManifest
+from cloven.kv_shield.session import KvSession, open_session
+from cloven.kv_shield.shapes import parse_attention
+from cloven.model.registration import register_scheme
+from cloven.model.runtime import RuntimeOptions
+
+
+class KvShield:
+    """Makes the projections of attention layers call the enclave."""
+
+    peer = "enclave"
+    places: tuple[str, ...] = ("cuda", "cpu")
+
+    def verify(self, folder: Path, bundle: object, checkpoint: list[Path]) -> None:
+        """See `Scheme.verify`."""
+        manifest = KvManifest.read(folder, EXPOSED)
+        if manifest.bundle != bundle:
+            raise ForeignBundle(f"{folder}: config.json is of bundle {bundle}, manifest.json of {manifest.bundle}")
+        verify_files(folder, {path.name: manifest.files.get(path.name, "") for path in checkpoint})
+        verify_files(folder, {"config.json": manifest.files.get("config.json", "")})
+
+    def swap(self, model: Any, description: dict[str, Any]) -> None:
+        """See `Scheme.swap`: the projections' weights are stored flat."""
+        if not isinstance(description, dict) or set(description) != {"mode", "noise_dims", "layers"}:
+            raise BadBundle("config.json: malformed (KV-Shield's description)")
+        noise = description["noise_dims"] if description["mode"] == "session" else 0
+        attentions = []
+        for index, record in enumerate(description["layers"]):
+            shape = parse_attention(record, Path("config.json"))
+            try:
+                attention = model.get_submodule(shape.name)
+                for name in shape.projections:
+                    module = attention.get_submodule(name)
+                    module.cloven_shape = tuple(module.weight.shape)
+                    module.weight = nn.Parameter(torch.empty(module.weight.numel(), dtype=module.weight.dtype, device=module.weight.device))
+                attentions.append(KeyedAttention(model, index, shape, noise))
+            except AttributeError as error:
+                raise BadBundle(f"config.json: this model has no {shape.name} as it describes it") from error
+        model.cloven_attentions = attentions
+
+    def finish(self, model: Any) -> None:
+        """See `Scheme.finish`: the weights get their shape."""
+        for module in model.modules():
+            shape = getattr(module, "cloven_shape", None)
+            if shape is not None:
+                module.weight = nn.Parameter(module.weight.data.view(shape), requires_grad=False)
+
+    def attach(self, model: nn.Module, options: RuntimeOptions) -> KvSession:
+        """See `Scheme.attach`."""
+        return open_session(model, options)
+
+
+register_scheme("kv-shield", KvShield())

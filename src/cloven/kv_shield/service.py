@@ -1,0 +1,90 @@
+"""The enclave as a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from cloven.kv_shield.enclave import Enclave
+from cloven.kv_shield.messages import (
+    DTYPES,
+    ENCLAVE,
+    Close,
+    Closed,
+    Key,
+    Keyed,
+    Open,
+    Opened,
+    Restore,
+    Restored,
+    frame_of,
+    tensor_of,
+)
+from cloven.wire.keys import WorkerKeys
+from cloven.wire.schema import Hello, MalformedMessage, Welcome
+from cloven.wire.server import Frame, Server
+
+_POSITION_BYTES = 4
+
+
+class EnclaveServer(Server):
+    """Serves the keys of one bundle at one address.
+
+    Args:
+        folder: OUT/trusted.
+        address, keys, insecure_plain_tcp, context: see `Server`.
+
+    Guarantee: see `Enclave`; messages never hold a key.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        address: str,
+        *,
+        keys: WorkerKeys | None = None,
+        insecure_plain_tcp: bool = False,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        super().__init__("enclave", address, ENCLAVE, keys=keys, insecure_plain_tcp=insecure_plain_tcp, context=context)
+        self.enclave = Enclave(Path(folder))
+        self.bind()
+
+    def answer(self, frames: list[Any], peer: str) -> list[Frame]:
+        """See `Server.answer`."""
+        message, payload = ENCLAVE.unpack(frames)
+        if message.__class__ not in (Hello, Open, Key, Restore, Close):
+            raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
+        if message.bundle != self.enclave.bundle:
+            raise MalformedMessage("bundle", f"this enclave holds the keys of bundle {self.enclave.bundle.hex()}", message.id)
+        try:
+            return self._answer(message, payload, peer)
+        except MalformedMessage as error:
+            error.request = message.id
+            raise
+
+    def _answer(self, message: Any, payload: memoryview | None, peer: str) -> list[Frame]:
+        if isinstance(message, Hello):
+            return [ENCLAVE.pack(Welcome(message.id, self.enclave.bundle, self.enclave.layers))]
+        if isinstance(message, Open):
+            return [ENCLAVE.pack(Opened(message.id, self.enclave.open(message.sequences, peer)))]
+        if isinstance(message, Close):
+            self.enclave.close(message.session, peer)
+            return [ENCLAVE.pack(Closed(message.id))]
+        assert payload is not None  # the schema says so
+        if message.layer >= self.enclave.layers:
+            raise MalformedMessage("group", f"no layer {message.layer}: there are {self.enclave.layers}")
+        self._rows += message.batch * message.rows
+        dtype, place = DTYPES[message.dtype], (message.batch, message.rows)
+        if isinstance(message, Key):
+            split = _POSITION_BYTES * message.batch * message.rows
+            positions = tensor_of(payload[:split], place, torch.int32)
+            x = tensor_of(payload[split:], (*place, self.enclave.widths_in(message.layer)), dtype)
+            keyed = self.enclave.key(message.layer, x, positions, message.session, message.first, peer)
+            return [ENCLAVE.pack(Keyed(message.id, *place)), frame_of(keyed)]
+        a = tensor_of(payload, (*place, self.enclave.width_keyed(message.layer)), dtype)
+        restored = self.enclave.restore(message.layer, a, message.session, peer)
+        return [ENCLAVE.pack(Restored(message.id, *place)), frame_of(restored)]

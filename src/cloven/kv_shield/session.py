@@ -1,0 +1,210 @@
+"""A KV-Shield session on the accelerator's side: which positions a call is about, which cache it fills, and the exchanges.
+
+The base model's call tells positions and pads: they are read from its arguments and from those of its rotary embedding. In session mode
+every cache (transformers' `Cache` object) has its own session in the enclave, opened when its first row is keyed and closed when the
+object is gone; a call without a cache gets one for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cloven.errors import BadBundle, BadInput, RunError
+from cloven.kv_shield.layer import KeyedAttention
+from cloven.kv_shield.manifest import EXPOSED, KvManifest
+from cloven.kv_shield.messages import (
+    DTYPES,
+    ENCLAVE,
+    NO_SESSION,
+    Close,
+    Closed,
+    Key,
+    Keyed,
+    Open,
+    Opened,
+    Restore,
+    Restored,
+    frame_of,
+    tensor_of,
+)
+from cloven.model.attention import rotary_module
+from cloven.model.runtime import RuntimeOptions, Session
+from cloven.telemetry import Telemetry
+from cloven.wire.channel import Channel
+from cloven.wire.keys import trusted_keys
+from cloven.wire.limits import MAX_PAYLOAD_BYTES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class KvSession(Session):
+    """A model's connection to its enclave: see `Session`.
+
+    Guarantee: what the cache holds is keyed. Not hidden from this process: hidden states, and q, k, v until they are keyed.
+    """
+
+    def __init__(self, model: nn.Module, channel: Channel, telemetry: Telemetry, manifest: KvManifest) -> None:
+        super().__init__(model, channel, telemetry)
+        self._layers = manifest.layers
+        self._noise = manifest.config.noise_dims if manifest.config.mode == "session" else 0
+        self._of_cache: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+        self._gone: list[bytes] = []  # of caches that no longer exist: closed at the next call
+        self._call = threading.local()
+        self._hooks = [self._base(model).register_forward_pre_hook(self._enter, with_kwargs=True)]
+        rotary = rotary_module(model)
+        if rotary is not None:
+            self._hooks.append(rotary.register_forward_pre_hook(self._rotate, with_kwargs=True))
+        for hook in self._hooks:
+            self.on_close(hook.remove)
+
+    @staticmethod
+    def _base(model: Any) -> nn.Module:
+        base: nn.Module = model.base_model
+        return base
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if self._noise and isinstance(mask, Tensor) and mask.dim() != 2:
+            raise BadInput("session mode needs a mask [batch, length], to know which rows are pads")
+        if self._noise and isinstance(mask, dict):
+            raise BadInput("session mode needs a mask [batch, length]: this cache (a static one) makes its own; use a dynamic cache")
+        self._call.mask = mask if isinstance(mask, Tensor) else None
+        self._call.positions = None
+        alone: bytes | None = getattr(self._call, "alone", None)  # the session of the last call without a cache
+        if alone is not None:
+            self._gone.append(alone)
+        self._call.alone = None
+
+    def _rotate(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+
+    def key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
+        """See `kv_shield.layer.Peer`."""
+        return self.guarded(lambda: self._key(layer, x, cache))
+
+    def restore(self, layer: int, a: Tensor, cache: Any) -> Tensor:
+        """See `kv_shield.layer.Peer`."""
+        return self.guarded(lambda: self._restore(layer, a, cache))
+
+    def _key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
+        rows, positions = _on_cpu(x), self._positions(x)
+        first = int(cache.get_seq_length(layer)) if self._noise and cache is not None else 0
+        name = self._session_for(cache, x.shape[0]) if self._noise else NO_SESSION
+        width = sum(self._layers[layer].widths(self._noise)[: 3 if self._noise else 2])
+        parts = []
+        for start, end in _pieces(rows, max(rows.shape[-1], width)):
+            piece, place = rows[:, start:end], positions[:, start:end]
+            request = Key(
+                self.channel.next_id(), self.channel.bundle, name, layer, rows.shape[0], end - start, first + start, _NAMES[rows.dtype]
+            )
+            shape = (rows.shape[0], end - start, width)
+
+            def parse(message: Any, payload: memoryview | None, shape: tuple[int, ...] = shape) -> Tensor | None:
+                matches = isinstance(message, Keyed) and (message.batch, message.rows) == shape[:2] and payload is not None
+                return tensor_of(payload, shape, rows.dtype) if matches and payload is not None else None
+
+            parts.append(self.channel.exchange(self._layers[layer].name, request, [frame_of(place, piece)], parse))
+        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(x.device)
+
+    def _restore(self, layer: int, a: Tensor, cache: Any) -> Tensor:
+        rows = _on_cpu(a)
+        name = self._session_for(cache, a.shape[0]) if self._noise else NO_SESSION
+        width = self._layers[layer].widths()[0]
+        parts = []
+        for start, end in _pieces(rows, rows.shape[-1]):
+            shape = (rows.shape[0], end - start, width)
+            request = Restore(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], _NAMES[rows.dtype])
+
+            def parse(message: Any, payload: memoryview | None, shape: tuple[int, ...] = shape) -> Tensor | None:
+                matches = isinstance(message, Restored) and (message.batch, message.rows) == shape[:2] and payload is not None
+                return tensor_of(payload, shape, rows.dtype) if matches and payload is not None else None
+
+            layer_name = f"{self._layers[layer].name}.{self._layers[layer].output}"
+            parts.append(self.channel.exchange(layer_name, request, [frame_of(rows[:, start:end])], parse))
+        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(a.device)
+
+    def _positions(self, x: Tensor) -> Tensor:
+        """int32 [B, S]: the positions of the rows; −1 at pads, in session mode."""
+        batch, length = x.shape[:2]
+        given: Tensor | None = self._call.positions
+        positions = torch.zeros(batch, length, dtype=torch.int32)
+        if given is not None:
+            if given.shape[-1] != length or given.shape[0] not in (1, batch):
+                raise RunError("the positions of this call are not those of its rows")
+            positions.copy_(given.expand(batch, length))
+        mask: Tensor | None = self._call.mask
+        if self._noise and mask is not None:
+            positions[mask[:, -length:].cpu() == 0] = -1
+        return positions
+
+    def _session_for(self, cache: Any, sequences: int) -> bytes:
+        while self._gone:
+            self._end(self._gone.pop())
+        name: bytes | None = self._of_cache.get(cache) if cache is not None else self._call.alone
+        if name is None:
+            request = Open(self.channel.next_id(), self.channel.bundle, sequences)
+            name = self.channel.exchange("open", request, [], lambda m, _: m.session if isinstance(m, Opened) else None)
+            if cache is not None:
+                self._of_cache[cache] = name
+                weakref.finalize(cache, self._gone.append, name)
+            else:
+                self._call.alone = name
+        return name
+
+    def _end(self, name: bytes) -> None:
+        request = Close(self.channel.next_id(), self.channel.bundle, name)
+        self.channel.exchange("close", request, [], lambda m, _: True if isinstance(m, Closed) else None)
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    if x.dtype not in _NAMES:
+        raise BadInput(f"KV-Shield computes in {', '.join(DTYPES)}, not {x.dtype}")
+    return x.detach().cpu()
+
+
+def _pieces(rows: Tensor, width: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that fit in one exchange each."""
+    step = max(1, (MAX_PAYLOAD_BYTES - 4 * rows.shape[0] * rows.shape[1]) // (rows.shape[0] * width * rows.element_size()))
+    for start in range(0, rows.shape[1], step):
+        yield start, min(start + step, rows.shape[1])
+
+
+def open_session(model: Any, options: RuntimeOptions) -> KvSession:
+    """Connect a loaded model to its enclave.
+
+    Raises:
+        BadBundle: the model was not loaded from OUT/exposed.
+        ForeignBundle, PeerRefused, WorkerUnreachable, WorkerTimeout: the enclave.
+    """
+    folder, attentions = getattr(model, "cloven_folder", None), getattr(model, "cloven_attentions", None)
+    if not isinstance(folder, Path) or not isinstance(attentions, list):
+        raise BadBundle("this model was not loaded from OUT/exposed of a KV-Shield bundle")
+    manifest = KvManifest.read(folder, EXPOSED)
+    telemetry = Telemetry()
+    channel = Channel(
+        options.address,
+        bytes.fromhex(manifest.bundle),
+        keys=trusted_keys(options.keys) if options.keys is not None else None,
+        timeout=options.timeout,
+        insecure_plain_tcp=options.insecure_plain_tcp,
+        telemetry=telemetry,
+        schema=ENCLAVE,
+    )
+    try:
+        channel.hello()
+        telemetry.reset()
+        session = KvSession(model, channel, telemetry, manifest)
+    except BaseException:
+        channel.close()
+        raise
+    for attention in attentions:
+        assert isinstance(attention, KeyedAttention)
+        attention.peer = session
+    return session
