@@ -21,8 +21,11 @@ from cloven import registration_hook
 if TYPE_CHECKING:
     from cloven.bundle.bundle import Bundle as Bundle
     from cloven.bundle.bundle import open_bundle as open_bundle
+    from cloven.cluster.enclave_process import EnclaveProcess as EnclaveProcess
     from cloven.cluster.worker_process import WorkerProcess as WorkerProcess
     from cloven.errors import ClovenError as ClovenError
+    from cloven.kv_shield.config import KvShieldConfig as KvShieldConfig
+    from cloven.kv_shield.prepare import prepare_kv_shield as prepare_kv_shield
     from cloven.model.attach import attach as attach
     from cloven.model.registration import ClovenConfig as ClovenConfig
     from cloven.model.runtime import Session as Session
@@ -39,6 +42,8 @@ _PUBLIC = {
     "Bundle": "cloven.bundle.bundle",
     "ClovenConfig": "cloven.model.registration",
     "ClovenError": "cloven.errors",
+    "EnclaveProcess": "cloven.cluster.enclave_process",
+    "KvShieldConfig": "cloven.kv_shield.config",
     "Session": "cloven.model.runtime",
     "SlipConfig": "cloven.slip.config",
     "Worker": "cloven.worker.service",
@@ -47,6 +52,7 @@ _PUBLIC = {
     "demo_model_path": "cloven.zoo.demo",
     "generate_keys": "cloven.wire.keys",
     "open_bundle": "cloven.bundle.bundle",
+    "prepare_kv_shield": "cloven.kv_shield.prepare",
     "prepare_slip": "cloven.slip.prepare",
 }
 __all__ = sorted(_PUBLIC)

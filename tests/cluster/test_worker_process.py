@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cloven.cluster import server_process
 from cloven.cluster.worker_process import WorkerProcess
 from cloven.errors import RunError
 from tests.split_models import load, logits, open_session, random_ids, tiny_bundle
@@ -36,10 +37,10 @@ def test_it_serves_and_leaves_nothing_behind() -> None:
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
-    with WorkerProcess(tmp_path / "nowhere") as worker:
-        worker.process.wait(20)
-        with pytest.raises(RunError, match=r"ended with exit code 2: cloven: .*nowhere is no bundle half"):
-            worker.require_running()
+    worker = WorkerProcess(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"worker process ended with exit code 2: cloven: .*nowhere is no bundle half"), worker:
+        pass
+    assert gone(worker.pid)
 
 
 @pytest.mark.long
@@ -56,9 +57,7 @@ def test_kill_and_a_second_start_at_the_same_address(socket_folder: Path) -> Non
 
 
 def test_a_stopped_process_is_killed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cloven.cluster import worker_process
-
-    monkeypatch.setattr(worker_process, "_STOP_SECONDS", 0.2)
+    monkeypatch.setattr(server_process, "_STOP_SECONDS", 0.2)
     with WorkerProcess(tiny_bundle("llama").exposed) as worker:
         worker.process.send_signal(signal.SIGSTOP)  # SIGTERM waits until it goes on
         started = time.monotonic()

@@ -162,3 +162,10 @@ def test_noise_takes_its_room() -> None:
 def test_impossible_bounds_are_refused(l1: int, l2: float) -> None:
     with pytest.raises(BadInput, match="row bounds"):
         RowBounds(l1, l2)
+
+
+def test_no_rows_and_rows_too_long_for_a_norm() -> None:
+    x_int, alpha = encode(torch.zeros(0, 8, dtype=torch.float64), RowBounds(100, 10.0))
+    assert x_int.shape == (0, 8) and alpha.shape == (0, 1)
+    with pytest.raises(RunError, match="nothing was sent"):
+        encode(torch.full((1, 8), 1e200, dtype=torch.float64), RowBounds(100, 10.0))

@@ -111,6 +111,16 @@ def test_bf16_comes_back_as_bf16_rounded_once() -> None:
     assert bool(((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-5).all())
 
 
+def test_outputs_are_as_dense_as_those_of_a_linear() -> None:
+    layers = Layers(biases=(False, False, False))
+    layers.group.attach(layers.exact_product())
+    x = torch.randn(2, 3, COLUMNS)
+    for linear in layers.members():
+        y = linear(x)
+        assert y.is_contiguous() and y.untyped_storage().nbytes() == y.nbytes
+        y.view(-1)
+
+
 def test_rank_0() -> None:
     layers = Layers(rank=0)
     layers.group.attach(layers.exact_product())

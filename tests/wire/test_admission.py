@@ -187,19 +187,28 @@ def test_an_unlisted_key_is_refused_and_the_worker_goes_on(tmp_path: Path, setup
         assert setup.hello(trusted_keys(setup.keys)) == 1
 
 
-def test_a_wrong_pinned_key(tmp_path: Path, setup: Setup) -> None:
+def logged(caplog: pytest.LogCaptureFixture, text: str) -> bool:
+    deadline = time.monotonic() + 5
+    while text not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return text in caplog.text
+
+
+def test_a_wrong_pinned_key(tmp_path: Path, setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
     generate_keys(tmp_path / "other")
     mistaken = TrustedKeys(trusted_keys(setup.keys).own, trusted_keys(tmp_path / "other").worker)
     with serving(setup.exposed, setup.tcp, keys=worker_keys(setup.keys)) as worker:
         with pytest.raises(PeerRefused, match="not the pinned one"):
             setup.hello(mistaken)
+        assert logged(caplog, "its handshake failed")
         assert worker.answered == worker.refused == 0
 
 
-def test_a_plain_client_at_a_curve_port(setup: Setup) -> None:
+def test_a_plain_client_at_a_curve_port(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
     with serving(setup.exposed, setup.tcp, keys=worker_keys(setup.keys)) as worker:
         with pytest.raises(PeerRefused, match="only one side uses keys"):
             setup.hello(insecure_plain_tcp=True, timeout=3)
+        assert logged(caplog, "its handshake failed")
         assert worker.answered == worker.refused == 0
 
 

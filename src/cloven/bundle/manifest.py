@@ -74,6 +74,16 @@ def exposed_fields(manifest: ExposedManifest) -> dict[str, Any]:
     return {"groups": [asdict(group) for group in manifest.groups], "files": manifest.files}
 
 
+def manifest_format(folder: Path) -> str:
+    """The `format` that a folder's manifest states; "" where there is none that can be read."""
+    path = folder / MANIFEST
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MAX_MANIFEST_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(record.get("format", "")) if isinstance(record, dict) else ""
+
+
 def load_manifest(folder: Path, kind: str, fields: set[str]) -> dict[str, Any]:
     """Read a manifest of one kind and version with exactly these fields besides `format` and `version`."""
     path = folder / MANIFEST

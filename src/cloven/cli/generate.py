@@ -12,11 +12,14 @@ import typer
 
 
 def generate(
-    trusted: Annotated[Path, typer.Argument(help="OUT/trusted of a bundle.")],
-    worker: Annotated[str, typer.Option(envvar="CLOVEN_WORKER", help="The worker's address: ipc://PATH or tcp://HOST:PORT.")],
+    half: Annotated[Path, typer.Argument(help="OUT/trusted of a SLIP bundle, or OUT/exposed of a KV-Shield bundle.")],
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input (arguments are visible to other users of the machine).")],
-    keys: Annotated[Path | None, typer.Option(envvar="CLOVEN_KEYS", help="The trusted side's folder of keys; needed for tcp.")] = None,
-    exposed: Annotated[Path | None, typer.Option(envvar="CLOVEN_EXPOSED", help="The trusted side's own copy of OUT/exposed.")] = None,
+    worker: Annotated[
+        str | None, typer.Option(envvar="CLOVEN_WORKER", help="SLIP: the worker's address, ipc://PATH or tcp://HOST:PORT.")
+    ] = None,
+    enclave: Annotated[str | None, typer.Option(envvar="CLOVEN_ENCLAVE", help="KV-Shield: the enclave's address.")] = None,
+    keys: Annotated[Path | None, typer.Option(envvar="CLOVEN_KEYS", help="This side's folder of keys; needed for tcp.")] = None,
+    exposed: Annotated[Path | None, typer.Option(envvar="CLOVEN_EXPOSED", help="SLIP: the trusted side's own copy of OUT/exposed.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
@@ -25,7 +28,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")] = False,
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
 ) -> None:
-    """Generate text; the worker sees masked integers only. Tokens are streamed to standard output."""
+    """Generate text with a protected model. Tokens are streamed to standard output."""
     from cloven.cli.threads import let_threads_sleep
 
     let_threads_sleep()
@@ -35,8 +38,6 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
     import cloven
-    from cloven.bundle.trusted_manifest import TrustedManifest
-    from cloven.bundle.verification import verify_files
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
@@ -45,14 +46,12 @@ def generate(
     quiet_transformers()
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"dtype {dtype!r}: choose auto, float32 or bfloat16")
-    manifest = TrustedManifest.read(trusted)
-    # What transformers would stumble over; the shards are hashed when they are loaded.
-    verify_files(trusted, {name: digest for name, digest in manifest.files.items() if not name.endswith(".safetensors")})
+    address = _verified(half, worker, enclave)
     text = sys.stdin.read() if prompt == "-" else prompt
-    for name in ("CLOVEN_WORKER", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
+    for name in ("CLOVEN_WORKER", "CLOVEN_ENCLAVE", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
         os.environ.pop(name, None)  # attached below, with all settings
-    model = AutoModelForCausalLM.from_pretrained(trusted, dtype=dtype, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(trusted, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=dtype, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(half, trust_remote_code=False)
     inputs = tokenizer(text, return_tensors="pt")
     length, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
     if length == 0:
@@ -62,7 +61,7 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with cloven.attach(model, worker, keys, exposed=exposed, timeout=timeout, insecure_plain_tcp=insecure_plain_tcp) as session:
+    with cloven.attach(model, address, keys, exposed=exposed, timeout=timeout, insecure_plain_tcp=insecure_plain_tcp) as session:
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad(tokenizer), **sampling)
@@ -82,6 +81,26 @@ def generate(
             "seconds_waiting": total.seconds_waiting,
         }
         typer.echo(json.dumps(report))
+
+
+def _verified(half: Path, worker: str | None, enclave: str | None) -> str:
+    """Hash what transformers would stumble over (shards are hashed when they are loaded); the address of the half's peer."""
+    from cloven.bundle.manifest import manifest_format
+    from cloven.bundle.trusted_manifest import TrustedManifest
+    from cloven.bundle.verification import verify_files
+    from cloven.errors import BadInput
+    from cloven.kv_shield.manifest import EXPOSED, TRUSTED, KvManifest
+
+    kind = manifest_format(half)
+    if kind == TRUSTED:
+        raise BadInput(f"{half}: the enclave's half; generate with OUT/exposed, and serve this one with `cloven enclave`")
+    shielded = kind == EXPOSED
+    files = KvManifest.read(half, EXPOSED).files if shielded else TrustedManifest.read(half).files
+    address, option = (enclave, "--enclave") if shielded else (worker, "--worker")
+    if address is None:
+        raise BadInput(f"{half}: give {option} ADDRESS (or CLOVEN_{option[2:].upper()})")
+    verify_files(half, {name: digest for name, digest in files.items() if not name.endswith(".safetensors")})
+    return address
 
 
 def _pad(tokenizer: object) -> int | None:

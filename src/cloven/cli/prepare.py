@@ -42,6 +42,36 @@ def slip(
     _print_summary(bundle)
 
 
+@app.command("kv-shield")
+def kv_shield(
+    model: Annotated[str, typer.Argument(help="A model directory, or a model on the Hugging Face Hub.")],
+    out: Annotated[Path, typer.Argument(help="A new folder; gets OUT/trusted and OUT/exposed.")],
+    mode: Annotated[
+        str, typer.Option(help="permute: keys in the weights, as published. session: fresh keys for every sequence.")
+    ] = "permute",
+    noise_dims: Annotated[int, typer.Option(help="Random dimensions per head, in session mode.")] = 16,
+) -> None:
+    """Keep the KV cache keyed on the accelerator; the keys are in an enclave, a small trusted process."""
+    from cloven.cli.hardening import forbid_core_dumps
+    from cloven.cli.progress import progress_bars
+    from cloven.kv_shield.config import KvShieldConfig
+    from cloven.kv_shield.prepare import prepare_kv_shield
+    from cloven.model.quiet import quiet_transformers
+
+    forbid_core_dumps()
+    quiet_transformers()
+    config = KvShieldConfig(mode, noise_dims)
+    with progress_bars() as progress:
+        manifest = prepare_kv_shield(model, out, config, progress)
+    typer.echo(f"Bundle {manifest.bundle}: KV-Shield, {mode}, {len(manifest.layers)} attention layers")
+    typer.echo(f"  enclave      {Path(out) / 'trusted'}   secret: `cloven enclave` serves it")
+    typer.echo(f"  accelerator  {Path(out) / 'exposed'}   a model directory: `cloven generate`, from_pretrained")
+    if mode == "permute":
+        typer.echo(
+            "Whoever has the public weights of this model finds the permutations by comparing: permute hides the cache from others only."
+        )
+
+
 def _print_summary(bundle: Bundle) -> None:
     from rich.console import Console
     from rich.table import Table

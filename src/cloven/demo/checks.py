@@ -12,10 +12,10 @@ import torch
 import zmq
 
 import cloven
-from cloven.errors import ClovenError
+from cloven.errors import BadInput, ClovenError
 from cloven.field.native.product import load_kernels
 from cloven.field.products import Float64
-from cloven.field.selection import select_backend
+from cloven.field.selection import KERNELS, select_backend
 from cloven.wire.admission import Admission
 
 _PACKAGES = ("torch", "transformers", "safetensors", "pyzmq", "cryptography")
@@ -60,11 +60,14 @@ def _products() -> list[Check]:
         try:
             backend = select_backend(device)
         except ClovenError as error:
-            checks.append(Check(f"exact product on {device}", False, str(error), "use another device, or another build of PyTorch"))
+            advice = "" if isinstance(error, BadInput) else "use another device, or another build of PyTorch"
+            checks.append(Check(f"exact product on {device}", False, str(error), advice))
             continue
         advice = ""
         if Float64.name in backend.name:
             advice = "slow: torch._int_mm is not exact here (a CPU without VNNI); another machine is faster"
+        elif device == "cpu" and load_kernels() is not None and not backend.name.startswith("native"):
+            advice = f"the C++ kernels are there, but {KERNELS} switches them off"
         elif device == "cpu" and load_kernels() is None:
             advice = "twice as fast for single tokens with the C++ kernels: install a compiler (g++), then reinstall cloven"
         checks.append(Check(f"exact product on {device}", True, f"{backend.name}, self-check passed", advice))

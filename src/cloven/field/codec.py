@@ -60,16 +60,17 @@ def encode(x: Tensor, bounds: RowBounds, noise: float = 0.0) -> tuple[Tensor, Te
         x_int: int32 [M, K], residues; alpha: float64 [M, 1], the scale (1 for rows encoded as zeros).
 
     Raises:
-        RunError: x holds NaN or infinity. Raised before a pad is taken.
+        RunError: x holds NaN or infinity, or is longer than 10^150. Raised before a pad is taken.
     """
-    norms = [math.sqrt(row @ row) for row in x.numpy()]  # no overflow: activations are float32 at most
+    with np.errstate(over="ignore"):
+        norms = [math.sqrt(row @ row) for row in x.numpy()]  # [M]
     if not all(map(math.isfinite, norms)):
         raise RunError("the activations hold NaN or infinity: nothing was sent")
     room = _SLACK * (H - 0.5 * bounds.l1 - noise)
     if room <= 0:
         raise BadInput(f"row bounds leave no room in the field: l1={bounds.l1}, noise={noise}")
     scale = room / max(1.0, bounds.l2)
-    alpha = torch.tensor([[1.0 if norm < ZERO_NORM else scale / norm] for norm in norms], dtype=torch.float64)
+    alpha = torch.tensor([1.0 if norm < ZERO_NORM else scale / norm for norm in norms], dtype=torch.float64).view(-1, 1)
     x_int = x.numpy() * alpha.numpy()
     np.rint(x_int, out=x_int)
     return torch.from_numpy(x_int.astype(np.int32)), alpha

@@ -22,7 +22,7 @@ KERNELS = "CLOVEN_KERNELS"
 def self_check(backend: Backend) -> bool:
     """Whether a back end is exact on this machine: extremes that saturate 16- and 32-bit accumulators, and random values."""
     generator = torch.Generator().manual_seed(0)  # public test data, not secrets
-    return all(_check_shape(backend, generator, m, n, k) for m, n, k in ((5, 24, 4096), (1, 3, 1), (1, 1, 2)))
+    return all(_check_shape(backend, generator, m, n, k) for m, n, k in ((5, 24, 4096), (2, 300, 1000), (1, 3, 1), (1, 1, 2)))
 
 
 def _check_shape(backend: Backend, generator: torch.Generator, m: int, n: int, k: int) -> bool:
@@ -55,6 +55,14 @@ _selected: dict[str, Backend] = {}
 _selecting = threading.Lock()
 
 
+def _unlock_after_fork() -> None:
+    global _selecting
+    _selecting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
 def select_backend(device: str | torch.device = "cpu") -> Backend:
     """The fastest back end that passes its self-check on `device`; checked once per process and device.
 
@@ -66,7 +74,7 @@ def select_backend(device: str | torch.device = "cpu") -> Backend:
         device = torch.device(device)
     except RuntimeError as error:
         raise RunError(f"{device!r} is no device: use cpu, cuda or cuda:N") from error
-    kernels = os.environ.get(KERNELS, "native")
+    kernels = os.environ.get(KERNELS) or "native"
     if kernels not in ("native", "torch"):
         raise BadInput(f"{KERNELS}={kernels}: use native (where it is built) or torch")
     with _selecting:

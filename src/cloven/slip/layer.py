@@ -145,7 +145,7 @@ class SplitGroup:
         outputs = torch.empty(total.shape, dtype=x.dtype)
         for y_rows, total_rows, out in row_blocks(_ROWS_AT_A_TIME, y, total, outputs):
             out.copy_(self._unscrambled(y_rows).add_(total_rows))
-        return [output.reshape(*x.shape[:-1], output.shape[1]) for output in outputs.split(widths, dim=1)]
+        return [output.contiguous().view(*x.shape[:-1], -1) for output in outputs.split(widths, dim=1)]
 
     def _scrambled(self, rows: Tensor) -> Tensor:
         """[M, K] -> float64 [M, K] in the worker's basis. NumPy, here and below: at one row, the cost is that of starting an operation."""

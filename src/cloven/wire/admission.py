@@ -19,6 +19,8 @@ from cloven.errors import ClovenError
 from cloven.telemetry import logger
 from cloven.wire.limits import MAX_CONNECTIONS
 
+_COUNTED = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 DOMAIN = b"cloven"
 _ENDPOINT = "inproc://zeromq.zap.01"
 _POLL_MILLISECONDS = 100
@@ -56,7 +58,7 @@ class Admission(threading.Thread):
         if curve_secret is not None:
             socket.curve_server = True
             socket.curve_secretkey = curve_secret
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        self._monitor = socket.get_monitor_socket(_COUNTED | _FAILED)
 
     def run(self) -> None:
         """Answer until stopped."""
@@ -83,7 +85,9 @@ class Admission(threading.Thread):
 
     def _count(self, event_frames: list[bytes]) -> None:
         event = parse_monitor_message(event_frames)
-        if event["event"] == zmq.EVENT_ACCEPTED:
+        if event["event"] & _FAILED:  # refused by libzmq itself: no CURVE, or made for another server's key
+            logger.warning("a connection was refused: its handshake failed")
+        elif event["event"] == zmq.EVENT_ACCEPTED:
             self._open.add(int(event["value"]))
         else:
             self._open.discard(int(event["value"]))

@@ -8,6 +8,8 @@
 //
 // W is read once, whatever M is: a block of its rows meets all planes before the next one is touched.
 
+#include <pthread.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -110,6 +112,9 @@ void chunk(const void* what, std::int64_t index) {
 
 cloven::Pool* pool = new cloven::Pool;  // never destroyed: its threads sleep in it until the process ends
 
+// A forked child has none of the threads: it starts with a pool of its own. The old one is left as it was at the fork.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new cloven::Pool; });
+
 int best_kernel() {
 #if CLOVEN_X86
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return 2;
@@ -125,8 +130,8 @@ int best_kernel() {
 // The fastest kernel that this CPU runs: 0 portable, 1 AVX2, 2 AVX-512 VNNI.
 CLOVEN_API int cloven_kernel() { return best_kernel(); }
 
-// A forked child has none of the threads: it starts with a pool of its own. The old one is left as it was at the fork.
-CLOVEN_API void cloven_after_fork() { pool = new cloven::Pool; }
+// The version of this interface.
+CLOVEN_API int cloven_interface() { return 1; }
 
 // z = c Wᵀ mod p. Strides in bytes of W only; c and z are dense. Returns 0, or 1 if the arguments are out of range or memory is short.
 CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n,

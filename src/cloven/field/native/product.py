@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from functools import cache
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from cloven.field.products import MAX_INNER, Backend, PlacedMatrix
 
 FEW_ROWS = 16
+INTERFACE = 1  # of the library: what its functions take
 KERNEL_NAMES = ("portable", "avx2", "avx512-vnni")
 
 
@@ -31,13 +31,13 @@ class Kernels:
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
+        if library.cloven_interface() != INTERFACE:
+            raise OSError(f"{path}: kernels of another version: install cloven again")
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         library.cloven_product.argtypes = [pointer, integer, integer, pointer, integer, integer, pointer, ctypes.c_int, ctypes.c_int]
         library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
-        library.cloven_after_fork.restype = None
         self._library = library
         self.best: int = library.cloven_kernel()
-        os.register_at_fork(after_in_child=library.cloven_after_fork)
 
     def product(self, c: Tensor, w: Tensor, kernel: int | None = None) -> Tensor:
         """c Wᵀ mod p: residues int32 [M, K], int8 [N, K] with dense rows, K ≤ MAX_INNER -> residues int32 [M, N].
@@ -62,7 +62,7 @@ def load_kernels() -> Kernels | None:
     found = importlib.util.find_spec("cloven.field.native._kernels")
     try:
         return Kernels(found.origin) if found is not None and found.origin is not None else None
-    except OSError:  # built for another machine
+    except (OSError, AttributeError):  # built for another machine, or another version
         return None
 
 
