@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from cloven.cli import bench, demo, doctor, enclave, generate, inspect, keygen, prepare, worker
+from cloven.cli import audit, bench, demo, doctor, enclave, generate, inspect, keygen, prepare, worker
 from cloven.errors import ClovenError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(prepare.app, name="prepare")
 app.add_typer(bench.app, name="bench")
+app.command("audit")(audit.audit)
 app.command("worker")(worker.worker)
 app.command("enclave")(enclave.enclave)
 app.command("generate")(generate.generate)

@@ -50,6 +50,7 @@ def kv_shield(
         str, typer.Option(help="permute: keys in the weights, as published. session: fresh keys for every sequence.")
     ] = "permute",
     noise_dims: Annotated[int, typer.Option(help="Random dimensions per head, in session mode.")] = 16,
+    seal_idle: Annotated[bool, typer.Option("--seal-idle", help="Let the caches of idle sessions be encrypted.")] = False,
 ) -> None:
     """Keep the KV cache keyed on the accelerator; the keys are in an enclave, a small trusted process."""
     from cloven.cli.hardening import forbid_core_dumps
@@ -60,7 +61,7 @@ def kv_shield(
 
     forbid_core_dumps()
     quiet_transformers()
-    config = KvShieldConfig(mode, noise_dims)
+    config = KvShieldConfig(mode, noise_dims, seal_idle)
     with progress_bars() as progress:
         manifest = prepare_kv_shield(model, out, config, progress)
     typer.echo(f"Bundle {manifest.bundle}: KV-Shield, {mode}, {len(manifest.layers)} attention layers")

@@ -30,6 +30,7 @@ from cloven.kv_shield.manifest import TRUSTED, KvManifest
 from cloven.kv_shield.messages import SESSION_BYTES
 from cloven.kv_shield.rotary import Rotary, RotaryGather
 from cloven.kv_shield.shapes import AttentionShape
+from cloven.kv_shield.vault import Vault
 from cloven.wire.schema import MalformedMessage
 
 KEYS_FILE = "keys.safetensors"
@@ -47,6 +48,7 @@ class _Session:
     keyed: list[int]
     keys: list[list[SessionKeys] | None] = field(repr=False)  # by layer, then sequence; drawn when a layer is first used
     used: float
+    vault: Vault
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class Enclave:
 
     def open(self, sequences: int, peer: str) -> bytes:
         """A session with fresh keys for that many sequences, for this peer alone; returns its name."""
-        if not self.noise:
-            raise MalformedMessage("session", "this bundle's keys are in its weights: there are no sessions")
+        if not self.noise and not self.config.seal_idle:
+            raise MalformedMessage("session", "this bundle's keys are in its weights, and it was prepared without --seal-idle: no sessions")
         now = time.monotonic()
         for name in [name for name, session in self._sessions.items() if now - session.used > IDLE_SECONDS]:
             del self._sessions[name]
@@ -115,8 +117,19 @@ class Enclave:
             raise MalformedMessage("session", f"{MAX_SEQUENCES} sequences have keys already: close some")
         name = secrets.token_bytes(SESSION_BYTES)
         stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/session")
-        self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [None] * self.layers, now)
+        vault = Vault(self.bundle, name)
+        self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [None] * self.layers, now, vault)
         return name
+
+    def vault(self, name: bytes, peer: str) -> Vault:
+        """Where a session's idle cache is sealed.
+
+        Raises:
+            MalformedMessage: no such session of this peer, or a bundle without sealing.
+        """
+        if not self.config.seal_idle:
+            raise MalformedMessage("session", "this bundle was prepared without --seal-idle")
+        return self._session(name, peer).vault
 
     def close(self, name: bytes, peer: str) -> None:
         """Drop a session's keys: what was keyed with them stays keyed for ever."""
@@ -159,6 +172,7 @@ class Enclave:
         if place.restore is not None:
             return a.index_select(-1, place.restore)
         session = self._session(name, peer)
+        session.vault.require_open()
         if a.shape[0] != session.sequences or not session.keyed[layer]:
             raise MalformedMessage("session", "this session has keyed nothing there, or another number of sequences")
         shape, size = place.shape, place.shape.head_dim + self.noise
@@ -198,6 +212,7 @@ class Enclave:
 
     def _next(self, layer: int, shape: torch.Size, name: bytes, first: int, peer: str) -> _Session:
         session = self._session(name, peer)
+        session.vault.require_open()
         if shape[0] != session.sequences:
             raise MalformedMessage("session", f"{shape[0]} sequences, but the session was opened for {session.sequences}")
         if first != session.keyed[layer]:

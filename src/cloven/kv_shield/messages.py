@@ -3,6 +3,9 @@
     open     {id, bundle, sequences}                                        -> opened   {id, session}
     key      {id, bundle, session, layer, batch, rows, first, dtype} + x    -> keyed    {id, batch, rows} + x'
     restore  {id, bundle, session, layer, batch, rows, dtype} + a'          -> restored {id, batch, rows} + a
+    seal     {id, bundle, session, layer, part, block, shape, dtype} + rows -> sealed   {id} + ciphertext
+    seal_end {id, bundle, session, blocks}                                  -> seal_ended {id, epoch}
+    unseal   {id, bundle, session, epoch, layer, part, block, shape, dtype} + ciphertext -> unsealed {id} + rows
     close    {id, bundle, session}                                          -> closed   {id}
 
 The payload of `key` is the positions, int32 [batch, rows] (−1: a pad), then q ‖ k (‖ v in session mode) [batch, rows, W]; `first` is the
@@ -11,6 +14,7 @@ place of its first row in the cache. Tensors are little-endian, row-major. `sess
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +27,23 @@ from cloven.wire.schema import MalformedMessage, Schema, valid_count
 SESSION_BYTES = 16
 NO_SESSION = bytes(SESSION_BYTES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = (*DTYPES, "float64", "uint8", "int8", "int16", "int32", "int64", "float8_e4m3fn", "float8_e5m2")  # of sealed tensors
+_PART = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+MAX_BLOCK_BYTES = 16 * 2**20  # of a sealed tensor
+TAG_BYTES = 16
 MAX_BATCH = 4096
 MAX_POSITION = 2**30
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a block is: bound to its ciphertext."""
+
+    layer: int
+    part: str
+    block: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,67 @@ class Restored:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """Asks for the ciphertext of a block of an idle cache; the block follows as a frame."""
+
+    id: int
+    bundle: bytes
+    session: bytes
+    layer: int
+    part: str
+    block: int
+    shape: list[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """The ciphertext follows as a frame."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class SealEnd:
+    """All blocks have been sent."""
+
+    id: int
+    bundle: bytes
+    session: bytes
+    blocks: int
+
+
+@dataclass(frozen=True)
+class SealEnded:
+    """The sealing's number."""
+
+    id: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Unseal:
+    """Asks for a block back; its ciphertext follows as a frame."""
+
+    id: int
+    bundle: bytes
+    session: bytes
+    epoch: int
+    layer: int
+    part: str
+    block: int
+    shape: list[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Unsealed:
+    """The block follows as a frame."""
+
+    id: int
+
+
+@dataclass(frozen=True)
 class Close:
     """Ends a session: its keys are dropped."""
 
@@ -109,12 +189,16 @@ def _valid(name: str, value: object) -> bool:
     if name == "session":
         return type(value) is bytes and len(value) == SESSION_BYTES
     if name == "dtype":
-        return type(value) is str and value in DTYPES
+        return type(value) is str and value in STORED_DTYPES
+    if name == "part":
+        return type(value) is str and _PART.fullmatch(value) is not None
+    if name == "shape":
+        return type(value) is list and 1 <= len(value) <= 8 and all(valid_count(length) for length in value)
     if name in ("batch", "sequences"):
         return valid_count(value, lowest=1) and isinstance(value, int) and value <= MAX_BATCH
     if name in ("rows", "first"):
         return valid_count(value, lowest=int(name == "rows")) and isinstance(value, int) and value <= MAX_POSITION
-    return valid_count(value)  # layer
+    return valid_count(value)  # layer, block, blocks, epoch
 
 
 ENCLAVE = Schema(
@@ -125,10 +209,16 @@ ENCLAVE = Schema(
         "keyed": Keyed,
         "restore": Restore,
         "restored": Restored,
+        "seal": Seal,
+        "sealed": Sealed,
+        "seal_end": SealEnd,
+        "seal_ended": SealEnded,
+        "unseal": Unseal,
+        "unsealed": Unsealed,
         "close": Close,
         "closed": Closed,
     },
-    (Key, Keyed, Restore, Restored),
+    (Key, Keyed, Restore, Restored, Seal, Sealed, Unseal, Unsealed),
     _valid,
 )
 

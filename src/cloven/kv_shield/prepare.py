@@ -219,7 +219,7 @@ def _projections(
         if config.mode == "permute":
             pi, pi_v = (permutations(stream, layer.kv_heads, layer.head_dim) for _ in range(2))
             stored[f"{index}.qk"], stored[f"{index}.v"] = pi, pi_v
-            order = _row_order(layer, pi, pi_v)
+            order = row_order(layer, pi, pi_v)
         starts = [0, *torch.tensor(layer.widths()).cumsum(0).tolist()] if len(layer.projections) == 3 else [0, len(order)]
         for place, name in enumerate(layer.projections):
             rows = order[starts[place] : starts[place + 1]] - starts[place]
@@ -232,7 +232,7 @@ def _projections(
     return changed
 
 
-def _row_order(layer: AttentionShape, pi: Tensor, pi_v: Tensor) -> Tensor:
+def row_order(layer: AttentionShape, pi: Tensor, pi_v: Tensor) -> Tensor:
     """Which row of W_q ‖ W_k ‖ W_v stands where: every head permuted within itself, query heads like their kv head."""
     of_heads = torch.cat([pi.repeat_interleave(layer.heads // layer.kv_heads, 0), pi, pi_v])
     return (of_heads + layer.head_dim * torch.arange(len(of_heads))[:, None]).flatten()

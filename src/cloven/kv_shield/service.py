@@ -12,14 +12,23 @@ from cloven.kv_shield.enclave import Enclave
 from cloven.kv_shield.messages import (
     DTYPES,
     ENCLAVE,
+    MAX_BLOCK_BYTES,
+    TAG_BYTES,
     Close,
     Closed,
     Key,
     Keyed,
+    Label,
     Open,
     Opened,
     Restore,
     Restored,
+    Seal,
+    Sealed,
+    SealEnd,
+    SealEnded,
+    Unseal,
+    Unsealed,
     frame_of,
     tensor_of,
 )
@@ -56,7 +65,7 @@ class EnclaveServer(Server):
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """See `Server.answer`."""
         message, payload = ENCLAVE.unpack(frames)
-        if message.__class__ not in (Hello, Open, Key, Restore, Close):
+        if message.__class__ not in (Hello, Open, Key, Restore, Seal, SealEnd, Unseal, Close):
             raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
         if message.bundle != self.enclave.bundle:
             raise MalformedMessage("bundle", f"this enclave holds the keys of bundle {self.enclave.bundle.hex()}", message.id)
@@ -66,6 +75,15 @@ class EnclaveServer(Server):
             error.request = message.id
             raise
 
+    def _sealing(self, message: Seal | Unseal, payload: memoryview, peer: str) -> list[Frame]:
+        vault = self.enclave.vault(message.session, peer)
+        label = Label(message.layer, message.part, message.block, tuple(message.shape), message.dtype)
+        if payload.nbytes > MAX_BLOCK_BYTES + TAG_BYTES:
+            raise MalformedMessage("size", f"a block of {payload.nbytes} bytes, at most {MAX_BLOCK_BYTES}")
+        if isinstance(message, Seal):
+            return [ENCLAVE.pack(Sealed(message.id)), vault.seal(label, payload)]
+        return [ENCLAVE.pack(Unsealed(message.id)), vault.unseal(label, message.epoch, payload)]
+
     def _answer(self, message: Any, payload: memoryview | None, peer: str) -> list[Frame]:
         if isinstance(message, Hello):
             return [ENCLAVE.pack(Welcome(message.id, self.enclave.bundle, self.enclave.layers))]
@@ -74,7 +92,14 @@ class EnclaveServer(Server):
         if isinstance(message, Close):
             self.enclave.close(message.session, peer)
             return [ENCLAVE.pack(Closed(message.id))]
+        if isinstance(message, SealEnd):
+            epoch = self.enclave.vault(message.session, peer).end(message.blocks)
+            return [ENCLAVE.pack(SealEnded(message.id, epoch))]
         assert payload is not None  # the schema says so
+        if isinstance(message, Seal | Unseal):
+            return self._sealing(message, payload, peer)
+        if message.dtype not in DTYPES:
+            raise MalformedMessage("malformed", f"KV-Shield computes in {', '.join(DTYPES)}")
         if message.layer >= self.enclave.layers:
             raise MalformedMessage("group", f"no layer {message.layer}: there are {self.enclave.layers}")
         self._rows += message.batch * message.rows

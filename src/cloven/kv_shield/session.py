@@ -27,13 +27,21 @@ from cloven.kv_shield.messages import (
     Closed,
     Key,
     Keyed,
+    Label,
     Open,
     Opened,
     Restore,
     Restored,
+    Seal,
+    Sealed,
+    SealEnd,
+    SealEnded,
+    Unseal,
+    Unsealed,
     frame_of,
     tensor_of,
 )
+from cloven.kv_shield.sealed_cache import SealedCache, resume, seal
 from cloven.model.attention import rotary_module
 from cloven.model.runtime import RuntimeOptions, Session
 from cloven.telemetry import Telemetry
@@ -55,6 +63,8 @@ class KvSession(Session):
         self._layers = manifest.layers
         self._noise = manifest.config.noise_dims if manifest.config.mode == "session" else 0
         self._of_cache: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+        self._sealed: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._sealing = threading.Lock()
         self._gone: list[bytes] = []  # of caches that no longer exist: closed at the next call
         self._call = threading.local()
         self._hooks = [self._base(model).register_forward_pre_hook(self._enter, with_kwargs=True)]
@@ -93,7 +103,37 @@ class KvSession(Session):
         """See `kv_shield.layer.Peer`."""
         return self.guarded(lambda: self._restore(layer, a, cache))
 
+    def seal(self, cache: Any) -> SealedCache:
+        """Encrypt an idle cache and overwrite its memory; see `cloven.kv_shield.sealed_cache`.
+
+        Args:
+            cache: a transformers `Cache` that this model has filled; a `PreallocatedCache` leaves no copies behind.
+
+        Raises:
+            BadInput: there is nothing in it, or it is sealed already.
+            WorkerRefused: the bundle was prepared without --seal-idle.
+        """
+        if cache in self._sealed or not cache.get_seq_length():
+            raise BadInput("this cache is sealed already, or empty")
+        with self._sealing:
+            name = self.guarded(lambda: self._session_for(cache, 1))
+            sealed = seal(_Sealer(self, name), cache)
+            self._sealed.add(cache)
+            return sealed
+
+    def resume(self, sealed: SealedCache) -> Any:
+        """Decrypt a sealed cache; returns the cache, ready for `generate`.
+
+        Raises:
+            WorkerRefused: a block was changed, swapped, left out, or is of an earlier sealing. The cache stays sealed.
+        """
+        with self._sealing:
+            cache = resume(_Sealer(self, self._session_for(sealed.cache, 1)), sealed)
+            self._sealed.discard(cache)
+            return cache
+
     def _key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
+        self._require_open(cache)
         rows, positions = _on_cpu(x), self._positions(x)
         first = int(cache.get_seq_length(layer)) if self._noise and cache is not None else 0
         name = self._session_for(cache, x.shape[0]) if self._noise else NO_SESSION
@@ -114,6 +154,7 @@ class KvSession(Session):
         return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(x.device)
 
     def _restore(self, layer: int, a: Tensor, cache: Any) -> Tensor:
+        self._require_open(cache)
         rows = _on_cpu(a)
         name = self._session_for(cache, a.shape[0]) if self._noise else NO_SESSION
         width = self._layers[layer].widths()[0]
@@ -129,6 +170,10 @@ class KvSession(Session):
             layer_name = f"{self._layers[layer].name}.{self._layers[layer].output}"
             parts.append(self.channel.exchange(layer_name, request, [frame_of(rows[:, start:end])], parse))
         return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(a.device)
+
+    def _require_open(self, cache: Any) -> None:
+        if cache is not None and cache in self._sealed:
+            raise RunError("this cache is sealed: resume it first")
 
     def _positions(self, x: Tensor) -> Tensor:
         """int32 [B, S]: the positions of the rows; −1 at pads, in session mode."""
@@ -161,6 +206,32 @@ class KvSession(Session):
     def _end(self, name: bytes) -> None:
         request = Close(self.channel.next_id(), self.channel.bundle, name)
         self.channel.exchange("close", request, [], lambda m, _: True if isinstance(m, Closed) else None)
+
+
+class _Sealer:
+    """One cache's session in the enclave, for `sealed_cache`."""
+
+    def __init__(self, session: KvSession, name: bytes) -> None:
+        self._channel, self._name = session.channel, name
+
+    def seal_block(self, label: Label, data: memoryview) -> bytes:
+        """See `Sealer`."""
+        request = Seal(self._channel.next_id(), self._channel.bundle, self._name, **_fields(label))
+        return self._channel.exchange("seal", request, [data], lambda m, p: bytes(p) if isinstance(m, Sealed) and p else None)
+
+    def end_seal(self, blocks: int) -> int:
+        """See `Sealer`."""
+        request = SealEnd(self._channel.next_id(), self._channel.bundle, self._name, blocks)
+        return self._channel.exchange("seal", request, [], lambda m, _: m.epoch if isinstance(m, SealEnded) else None)
+
+    def unseal_block(self, label: Label, epoch: int, data: memoryview) -> memoryview:
+        """See `Sealer`."""
+        request = Unseal(self._channel.next_id(), self._channel.bundle, self._name, epoch, **_fields(label))
+        return self._channel.exchange("unseal", request, [data], lambda m, p: p if isinstance(m, Unsealed) else None)
+
+
+def _fields(label: Label) -> dict[str, Any]:
+    return {**vars(label), "shape": list(label.shape)}
 
 
 def _on_cpu(x: Tensor) -> Tensor:

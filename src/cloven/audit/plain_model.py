@@ -1,0 +1,61 @@
+"""The model that a KV-Shield bundle was made of, put together again by whoever has both halves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cloven.bundle.verification import verify_files
+from cloven.errors import ForeignBundle
+from cloven.kv_shield.config import KvShieldConfig
+from cloven.kv_shield.enclave import KEYS_FILE
+from cloven.kv_shield.manifest import EXPOSED, TRUSTED, KvManifest
+from cloven.kv_shield.prepare import row_order
+
+
+@torch.no_grad()
+def plain_model(out: Path) -> tuple[PreTrainedModel, KvShieldConfig]:
+    """The public model, in float32, and the bundle's parameters.
+
+    Raises:
+        BadBundle, TamperedBundle, ForeignBundle: the halves.
+    """
+    exposed, trusted = KvManifest.read(out / "exposed", EXPOSED), KvManifest.read(out / "trusted", TRUSTED)
+    if exposed.bundle != trusted.bundle:
+        raise ForeignBundle(f"{out}: the halves are of two bundles, {exposed.bundle} and {trusted.bundle}")
+    verify_files(out / "exposed", exposed.files)
+    verify_files(out / "trusted", trusted.files)
+    config = AutoConfig.from_pretrained(out / "exposed", trust_remote_code=False)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
+    tensors: dict[str, Tensor] = {}
+    for name in exposed.files:
+        if name.endswith(".safetensors"):
+            tensors |= load_file(out / "exposed" / name)
+    with safe_open(out / "trusted" / KEYS_FILE, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state = model.state_dict()
+    for index, layer in enumerate(exposed.layers):
+        order = torch.arange(sum(layer.widths()))
+        if trusted.config.mode == "permute":
+            order = row_order(layer, stored[f"{index}.qk"], stored[f"{index}.v"])
+        starts = [0, *torch.tensor(layer.widths()).cumsum(0).tolist()] if len(layer.projections) == 3 else [0, len(order)]
+        for place, projection in enumerate(layer.projections):
+            name = f"{layer.name}.{projection}"
+            back = torch.argsort(order[starts[place] : starts[place + 1]])
+            weight = tensors[f"{name}.weight"].view(state[f"{name}.weight"].shape)
+            transposed = len(weight) != len(back)  # Conv1D
+            tensors[f"{name}.weight"] = weight[:, back] if transposed else weight[back]
+            if f"{name}.bias" in tensors:
+                tensors[f"{name}.bias"] = tensors[f"{name}.bias"][back]
+        for which in "qk":
+            if f"{index}.{which}_norm" in stored:
+                tensors[f"{layer.name}.{which}_norm.weight"] = stored[f"{index}.{which}_norm"]
+    model.load_state_dict(tensors, strict=False)  # tied tensors are stored once
+    model.tie_weights()
+    return model.eval(), trusted.config

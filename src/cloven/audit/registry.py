@@ -1,0 +1,41 @@
+"""Which attacks there are for which scheme, and how a bundle is audited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cloven.audit.attack import Attack
+from cloven.audit.kv_shield import audit_kv_shield
+from cloven.audit.plain_model import plain_model
+from cloven.bundle.manifest import manifest_format
+from cloven.errors import BadBundle, BadInput
+from cloven.kv_shield.manifest import TRUSTED
+from cloven.zoo.text import sample_text
+
+TEXT_TOKENS = 256
+TEXT_SEED = 3
+
+
+def audit(out: Path, tokens: Tensor | None = None) -> list[Attack]:
+    """Attack a bundle.
+
+    Args:
+        out: OUT of `cloven prepare kv-shield`, both halves.
+        tokens: the text that the attacker wants, int64 [T]; sampled from the model if not given.
+
+    Raises:
+        BadBundle: no bundle that can be audited.  BadInput: the text is too short.
+    """
+    if manifest_format(out / "trusted") != TRUSTED:
+        raise BadBundle(f"{out}: only KV-Shield bundles can be audited today")
+    model, config = plain_model(out)
+    if tokens is None:
+        tokens = sample_text(model, 1, TEXT_TOKENS, TEXT_SEED)[0]
+    needed = 2 * (model.config.get_text_config().hidden_size // model.config.num_attention_heads + config.noise_dims) + 16
+    if len(tokens) < needed:
+        raise BadInput(f"the text has {len(tokens)} tokens: give at least {needed}")
+    with torch.no_grad():
+        return audit_kv_shield(model, tokens, config)

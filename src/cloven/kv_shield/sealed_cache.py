@@ -1,0 +1,95 @@
+"""Sealing on the accelerator's side: any transformers `Cache` becomes blocks of ciphertext, and its memory is overwritten.
+
+    1. every tensor of every layer, block by block, to the enclave; the answers are kept
+    2. when all are there: the tensors' storage is overwritten with zeros, and the cache is emptied
+    3. resuming decrypts the blocks in order into new tensors
+
+Guarantee: see `cloven.kv_shield.vault`; after step 2 the cache's own memory holds none of its rows. Not covered: copies that others made.
+A cache that grows by concatenation leaves its earlier states in freed memory: use `PreallocatedCache`. Rows pass through message
+buffers and temporaries, whose freed memory is not overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cloven.errors import BadInput
+from cloven.kv_shield.messages import MAX_BLOCK_BYTES, Label
+
+
+class Sealer(Protocol):
+    """The enclave, as sealing sees it."""
+
+    def seal_block(self, label: Label, data: memoryview) -> bytes:
+        """Ciphertext of a block."""
+
+    def end_seal(self, blocks: int) -> int:
+        """The epoch of the sealing that is complete."""
+
+    def unseal_block(self, label: Label, epoch: int, data: memoryview) -> memoryview:
+        """Plaintext of a block."""
+
+
+@dataclass(frozen=True)
+class SealedCache:
+    """What is left of a cache: ciphertext. Keep it anywhere; only the enclave that sealed it can resume it, in this order, once."""
+
+    cache: Any
+    epoch: int
+    blocks: tuple[tuple[Label, bytes], ...]
+
+    def __repr__(self) -> str:
+        return f"SealedCache(epoch={self.epoch}, {len(self.blocks)} blocks, {sum(len(data) for _, data in self.blocks):,} bytes)"
+
+
+def seal(sealer: Sealer, cache: Any) -> SealedCache:
+    """Steps 1 and 2.
+
+    Raises:
+        BadInput: a layer holds something else than tensors that can be read back.
+    """
+    blocks: list[tuple[Label, bytes]] = []
+    tensors = list(_tensors(cache))
+    for layer, part, tensor in tensors:
+        data = _bytes(tensor)
+        for start in range(0, len(data), MAX_BLOCK_BYTES):
+            label = Label(layer, part, len(blocks), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            blocks.append((label, sealer.seal_block(label, data[start : start + MAX_BLOCK_BYTES])))
+    epoch = sealer.end_seal(len(blocks))
+    for layer, part, tensor in tensors:
+        torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).zero_()
+        setattr(cache.layers[layer], part, tensor.new_empty(0))
+    return SealedCache(cache, epoch, tuple(blocks))
+
+
+def resume(sealer: Sealer, sealed: SealedCache) -> Any:
+    """Step 3: the same cache object, with its tensors back."""
+    restored: dict[tuple[int, str], tuple[Label, bytearray]] = {}
+    for label, data in sealed.blocks:
+        plain = sealer.unseal_block(label, sealed.epoch, memoryview(data))
+        restored.setdefault((label.layer, label.part), (label, bytearray()))[1].extend(plain)
+    for (layer, part), (label, rows) in restored.items():
+        place = getattr(sealed.cache.layers[layer], part)
+        tensor = torch.frombuffer(rows, dtype=getattr(torch, label.dtype)).view(label.shape).to(place.device)
+        setattr(sealed.cache.layers[layer], part, tensor)
+    return sealed.cache
+
+
+def _tensors(cache: Any) -> Iterator[tuple[int, str, Tensor]]:
+    """Every tensor that holds rows: (layer, attribute, tensor)."""
+    for number, layer in enumerate(cache.layers):
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.dim() >= 3:
+                yield number, name, value
+            elif isinstance(value, tuple | list | dict) and value:
+                raise BadInput(f"a cache of {type(layer).__name__} cannot be sealed: it keeps {name} in parts")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    data: Any = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return memoryview(data).cast("B")
