@@ -178,4 +178,3 @@ def positions_of(batch: int, rows: int, first: int = 0) -> Tensor:
 def small_enclave(mode: str = "session", family: str = "llama") -> Enclave:
     """An enclave without a server."""
     return Enclave(kv_bundle(family, mode) / "trusted")
-

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from transformers import QuantizedCache
 
 import cloven
 from cloven.errors import NotAttached
-from cloven.zoo.tiny import tiny_model
+from cloven.kv_shield.config import KvShieldConfig
+from cloven.kv_shield.prepare import prepare_kv_shield
+from cloven.zoo.tiny import tiny_config, tiny_model
 from tests.kv_bundles import (
     FAMILIES,
     FLOAT32_TOLERANCE,
@@ -28,10 +31,11 @@ from tests.kv_bundles import (
     padded,
     stored_keys,
 )
-from tests.split_models import logits
+from tests.split_models import logits, tiny
 
-# Measured over the ten families, both modes and 20 seeds of the weights: see `test_bfloat16`. Relative to the largest logit, as for float32.
-BFLOAT16_TOLERANCE = 0.1
+# Relative to the largest logit. Measured over the ten families and 4 seeds of the weights: at most 0.017 (permute) and 0.025 (session); the
+# distance to float32 grows by a factor of at most 1.06 (permute) and 1.27 (session).
+BFLOAT16_TOLERANCE, BFLOAT16_GROWTH = {"permute": 0.03, "session": 0.05}, {"permute": 1.2, "session": 1.6}
 BOTH = [(family, mode) for family in FAMILIES for mode in MODES]
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -66,13 +70,15 @@ def test_right_padded_batches(a: Attached) -> None:
 
 
 def test_cached_decode_token_by_token(a: Attached) -> None:
-    ids, mask = padded(2, 30, (4, 0))
+    ids, mask = padded(2, 20, (4, 0))
     caches: dict[str, Any] = {}
     for name, model in (("plain", a.plain), ("keyed", a.model)):
         steps = []
         with torch.no_grad():
-            out = model(input_ids=ids[:, :6], attention_mask=mask[:, :6], position_ids=(mask[:, :6].cumsum(1) - 1).clamp_min(0), use_cache=True)
-            for t in range(6, 30):
+            out = model(
+                input_ids=ids[:, :6], attention_mask=mask[:, :6], position_ids=(mask[:, :6].cumsum(1) - 1).clamp_min(0), use_cache=True
+            )
+            for t in range(6, 20):  # past the window of 8
                 position = mask[:, : t + 1].sum(1, keepdim=True) - 1
                 out = model(
                     input_ids=ids[:, t : t + 1],
@@ -129,24 +135,54 @@ def test_eager_attention() -> None:
                 assert deviation(logits(model, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()]) < FLOAT32_TOLERANCE
 
 
-@functools.cache
-def plain_bfloat16(family: str) -> Any:
-    return tiny_model(family).to(torch.bfloat16)
-
-
 @pytest.mark.parametrize(("family", "mode"), BOTH)
 def test_bfloat16(family: str, mode: str) -> None:
-    """No further from float32 than twice what the plain bfloat16 model is, and within the stated tolerance of the plain bfloat16 model."""
-    plain, exact = plain_bfloat16(family), tiny_model(family)
+    """Within the stated tolerance of the plain bfloat16 model, and about as far from float32 as that is."""
+    plain, exact = tiny_model(family).to(torch.bfloat16), tiny(family)
     with enclave(kv_bundle(family, mode) / "trusted") as (address, _):
         model = load(kv_bundle(family, mode), torch.bfloat16)
         with cloven.attach(model, address, timeout=10):
             ids = ids_of(2, 20, 5)
             ours, theirs, true = logits(model, ids), logits(plain, ids), logits(exact, ids)
     assert ours.dtype == torch.bfloat16
-    assert deviation(ours, theirs) < BFLOAT16_TOLERANCE
+    assert deviation(ours, theirs) < BFLOAT16_TOLERANCE[mode]
     rms = [float((y.float() - true).pow(2).mean().sqrt()) for y in (ours, theirs)]
-    assert rms[0] < 2 * rms[1]
+    assert rms[0] < BFLOAT16_GROWTH[mode] * rms[1]
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
+    "sliding and full layers": (
+        "qwen2",
+        {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+        torch.float32,
+    ),
+    "biases": ("llama", {"attention_bias": True}, torch.float32),
+    "one kv head": ("qwen3", {"num_key_value_heads": 1}, torch.float32),
+    "heads wider than the hidden size": ("gemma", {"head_dim": 32}, torch.float32),
+    "prepared in bfloat16": ("qwen3", {}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(tmp_path: Path, name: str, mode: str) -> None:
+    family, settings, dtype = VARIANTS[name]
+    config = tiny_config(family)
+    config.update(settings)
+    torch.manual_seed(4)
+    plain: Any = type(tiny(family))(config).eval().to(dtype)
+    prepare_kv_shield(copy.deepcopy(plain), tmp_path / "out", KvShieldConfig(mode))
+    with enclave(tmp_path / "out" / "trusted") as (address, _):
+        model = load(tmp_path / "out", dtype)
+        with cloven.attach(model, address, timeout=10):
+            ids, mask = padded(2, 12, (3, 0))
+            options = {**GREEDY, "attention_mask": mask, "max_new_tokens": 8, "output_scores": True, "return_dict_in_generate": True}
+            expected, ours = plain.generate(ids, **options), model.generate(ids, **options)
+            tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else BFLOAT16_TOLERANCE[mode]
+            assert deviation(ours.scores[0], expected.scores[0]) < tolerance
+            if dtype == torch.float32:
+                assert torch.equal(ours.sequences, expected.sequences)
+                assert deviation(torch.stack(ours.scores), torch.stack(expected.scores)) < tolerance
 
 
 # --- what the cache holds
@@ -239,11 +275,24 @@ def test_a_static_cache_in_permute_mode() -> None:
             assert torch.equal(a.model.generate(ids, cache_implementation="static", **options), a.plain.generate(ids, **options))
 
 
-class Rounding(QuantizedCache):
-    """A quantised cache without an extra package: the real ones call their back end here."""
+@pytest.mark.parametrize("family", ["llama", "glm", "gpt2"])
+def test_a_quantised_cache_in_permute_mode(family: str) -> None:
+    """One scale for a tensor (fp8): codes are permuted like the values."""
+    with attached(family, "permute") as a:
+        out: dict[str, Any] = {}
+        ids = ids_of(1, 12, 8)
+        with torch.no_grad():
+            for name, model in (("plain", a.plain), ("keyed", a.model)):
+                cache = QuantizedCache("fp8", model.config)
+                model(input_ids=ids[:, :8], past_key_values=cache, use_cache=True)
+                out[name] = model(input_ids=ids[:, 8:], past_key_values=cache, use_cache=True).logits
+        exact = logits(a.plain, ids)[:, 8:]
+        assert deviation(out["plain"], exact) > 1e-3  # it does round
+        assert deviation(out["keyed"], out["plain"]) < 0.2 * deviation(out["plain"], exact)
 
 
-def test_not_attached(a: Attached) -> None:
-    model = load(kv_bundle(a.family, a.mode))
+@pytest.mark.parametrize("mode", MODES)
+def test_not_attached(mode: str) -> None:
+    model = load(kv_bundle("llama", mode))
     with pytest.raises(NotAttached, match="CLOVEN_ENCLAVE"):
         logits(model, ids_of(1, 3))

@@ -117,7 +117,9 @@ def test_another_scheme(tmp_path: Path, scheme: Any) -> None:
         KvManifest.read(tmp_path, TRUSTED)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the trusted half's bundle id is not checked for its form; the enclave then dies with ValueError")
+@pytest.mark.xfail(
+    strict=True, reason="bug: the trusted half's bundle id is not checked for its form; the enclave then dies with ValueError"
+)
 @pytest.mark.parametrize("bundle", ["", "zz", "0" * 31, "0" * 33, "Z" * 32])
 def test_a_malformed_id(tmp_path: Path, bundle: str) -> None:
     edit(tmp_path, TRUSTED, bundle=bundle)

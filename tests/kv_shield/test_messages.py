@@ -17,6 +17,7 @@ from cloven.kv_shield.messages import (
     MAX_BATCH,
     MAX_POSITION,
     NO_SESSION,
+    STORED_DTYPES,
     Close,
     Closed,
     Key,
@@ -25,6 +26,12 @@ from cloven.kv_shield.messages import (
     Opened,
     Restore,
     Restored,
+    Seal,
+    Sealed,
+    SealEnd,
+    SealEnded,
+    Unseal,
+    Unsealed,
     frame_of,
     tensor_of,
 )
@@ -33,7 +40,8 @@ from cloven.wire.schema import ERROR_CODES, ErrorAnswer, Hello, MalformedMessage
 BUNDLE, SESSION = bytes(range(16)), bytes(range(16, 32))
 NUMBER, NAMES = st.integers(0, 2**63 - 1), st.binary(min_size=16, max_size=16)
 BATCH, ROWS, FIRST = st.integers(1, MAX_BATCH), st.integers(1, MAX_POSITION), st.integers(0, MAX_POSITION)
-DTYPE = st.sampled_from(sorted(DTYPES))
+DTYPE = st.sampled_from(STORED_DTYPES)
+PART, SHAPE = st.sampled_from(["keys", "_v", "K9"]), st.lists(NUMBER, min_size=1, max_size=8)
 MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.builds(Open, NUMBER, NAMES, BATCH),
     st.builds(Opened, NUMBER, NAMES),
@@ -43,6 +51,12 @@ MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.builds(Restored, NUMBER, BATCH, ROWS),
     st.builds(Close, NUMBER, NAMES, NAMES),
     st.builds(Closed, NUMBER),
+    st.builds(Seal, NUMBER, NAMES, NAMES, NUMBER, PART, NUMBER, SHAPE, DTYPE),
+    st.builds(Sealed, NUMBER),
+    st.builds(SealEnd, NUMBER, NAMES, NAMES, NUMBER),
+    st.builds(SealEnded, NUMBER, NUMBER),
+    st.builds(Unseal, NUMBER, NAMES, NAMES, NUMBER, NUMBER, PART, NUMBER, SHAPE, DTYPE),
+    st.builds(Unsealed, NUMBER),
 )
 EXAMPLES: dict[str, Any] = {
     "hello": Hello(1, BUNDLE),
@@ -56,9 +70,15 @@ EXAMPLES: dict[str, Any] = {
     "restored": Restored(6, 1, 1),
     "close": Close(8, BUNDLE, SESSION),
     "closed": Closed(8),
+    "seal": Seal(9, BUNDLE, SESSION, 7, "keys", 300, [1, 8, 16, 64], "bfloat16"),
+    "sealed": Sealed(9),
+    "seal_end": SealEnd(10, BUNDLE, SESSION, 1000),
+    "seal_ended": SealEnded(10, 3),
+    "unseal": Unseal(11, BUNDLE, SESSION, 3, 7, "values", 300, [1, 8, 16, 64], "float32"),
+    "unsealed": Unsealed(11),
 }
 VECTORS: dict[str, str] = json.loads((Path(__file__).parents[1] / "vectors" / "kv_messages.json").read_text(encoding="utf-8"))
-WITH_PAYLOAD = (Key, Keyed, Restore, Restored)
+WITH_PAYLOAD = (Key, Keyed, Restore, Restored, Seal, Sealed, Unseal, Unsealed)
 
 
 def frames_of(message: Any) -> list[bytes]:
@@ -113,7 +133,7 @@ def test_schema(name: str) -> None:
     for field in fields:
         rest = {key: value for key, value in fields.items() if key != field}
         assert refusal(msgpack.packb(rest), *frames[1:]).code in ("malformed", "version")
-        for wrong in (None, -1, True, 1.5, [], {}, 2**63, "text", b"bytes"):
+        for wrong in (None, -1, True, 1.5, [], {}, 2**63, "?", b"bytes"):
             refusal(msgpack.packb({**fields, field: wrong}), *frames[1:])
     refusal(msgpack.packb({**fields, "extra": 1}), *frames[1:])
     refusal(*([frames[0]] if len(frames) == 2 else [frames[0], b"payload"]))
@@ -131,8 +151,8 @@ def test_schema(name: str) -> None:
         ("key", {"rows": MAX_POSITION + 1}),
         ("key", {"first": -1}),
         ("key", {"first": MAX_POSITION + 1}),
-        ("key", {"dtype": "float64"}),
-        ("key", {"dtype": "int8"}),
+        ("key", {"dtype": "float"}),
+        ("key", {"dtype": "int4"}),
         ("key", {"session": SESSION[:15]}),
         ("key", {"session": SESSION + b"x"}),
         ("key", {"layer": -1}),
@@ -140,6 +160,16 @@ def test_schema(name: str) -> None:
         ("restore", {"dtype": ""}),
         ("restore", {"session": "0123456789abcdef"}),
         ("close", {"session": b""}),
+        ("seal", {"part": ""}),
+        ("seal", {"part": "9"}),
+        ("seal", {"part": "k" * 65}),
+        ("seal", {"part": "keys\n"}),
+        ("seal", {"shape": []}),
+        ("seal", {"shape": [1] * 9}),
+        ("seal", {"shape": [1, -1]}),
+        ("seal", {"shape": [1, True]}),
+        ("unseal", {"epoch": -1}),
+        ("unseal", {"dtype": "object"}),
         ("opened", {"session": b""}),
         ("keyed", {"rows": 0}),
         ("restored", {"batch": 0}),

@@ -31,7 +31,8 @@ def learnt(family: str) -> Rotary:
 
 def rotated(rotary: Rotary, x: Tensor, positions: Tensor, pi: Tensor) -> Tensor:
     """x [B, S, H·d], one permutation [H, d] per head."""
-    return rotary.gather(pi).rotate(x, rotary.tables(positions, x.dtype))
+    gather = rotary.gather(pi)
+    return gather.rotate(x, gather.columns(rotary.tables(positions, x.dtype)))
 
 
 def by_the_family(family: str, x: Tensor, positions: Tensor) -> Tensor:

@@ -28,15 +28,20 @@ from cloven.kv_shield.messages import (
     Opened,
     Restore,
     Restored,
+    Seal,
+    SealEnd,
+    Unseal,
     frame_of,
     tensor_of,
 )
 from cloven.kv_shield.service import EnclaveServer
+from cloven.wire.keys import TrustedKeys
 from cloven.wire.schema import ErrorAnswer, Hello, Welcome
-from tests.helpers import Context
+from tests.helpers import Context, free_port
 from tests.kv_bundles import RecordingServer, enclave_at, ids_of, kv_bundle, positions_of, random_rows, tensors
 from tests.kv_bundles import attached as attached_model
 from tests.split_models import logits
+from tests.wire.test_server import two_clients
 
 ROWS = 3
 
@@ -44,10 +49,13 @@ ROWS = 3
 class Client:
     """Sends frames, returns the answer."""
 
-    def __init__(self, context: Context, address: str, server: EnclaveServer) -> None:
+    def __init__(self, context: Context, address: str, server: EnclaveServer, keys: TrustedKeys | None = None) -> None:
         self.server, self.bundle = server, server.enclave.bundle
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
+        if keys is not None:
+            self.socket.curve_publickey, self.socket.curve_secretkey = keys.own.public, keys.own.secret
+            self.socket.curve_serverkey = keys.worker
         self.socket.connect(address)
         self.ids = itertools.count(1)
 
@@ -127,6 +135,7 @@ def test_refusals_say_to_whom_and_why(client: Client) -> None:
         (client.key(name, rows=2**30), good, "size"),
         (client.key(name, dtype="bfloat16"), good, "size"),
         (client.key(name, batch=2), good, "size"),
+        (client.key(name, dtype="float64"), good, "malformed"),
         (client.key(name), good[:-4], "size"),
         (client.key(name), good + bytes(4), "size"),
         (client.key(name), b"", "size"),
@@ -144,7 +153,11 @@ def test_refusals_say_to_whom_and_why(client: Client) -> None:
         (Close(5, client.bundle, b"\x01" * 16), None, "session"),
     ]
     if enclave.noise:
-        cases += [(client.key(b"\x01" * 16), good, "session"), (client.key(name, first=1), good, "session"), (client.restore(name), a, "session")]
+        cases += [
+            (client.key(b"\x01" * 16), good, "session"),
+            (client.key(name, first=1), good, "session"),
+            (client.restore(name), a, "session"),
+        ]
     else:
         cases += [(Open(5, client.bundle, 1), None, "session")]
     for message, payload, code in cases:
@@ -160,6 +173,27 @@ def test_a_second_connection_of_this_user_is_the_same_peer(client: Client, conte
     sessions_only(client)
     name = client.open()
     assert client.server.enclave._sessions[name].peer == "local"
+
+
+def test_a_session_belongs_to_a_key_over_curve(tmp_path: Path, context: Context) -> None:
+    keys, clients = two_clients(tmp_path)
+    address, trusted = f"tcp://127.0.0.1:{free_port()}", kv_bundle("llama", "session") / "trusted"
+    with enclave_at(trusted, address, keys=keys) as server:
+        one, two = (Client(context, address, server, client) for client in clients)
+        name = one.open()
+        payload = one.key_payload()
+        assert isinstance(one.send(one.key(name), payload)[0], Keyed)
+        for message, frames in (
+            (two.key(name, first=ROWS), [payload]),
+            (two.restore(name), [two.restore_payload()]),
+            (Close(99, two.bundle, name), []),
+        ):
+            assert two.error(message, *frames).code == "session"
+        assert isinstance(one.send(one.key(name, first=ROWS), payload)[0], Keyed)  # none of it did harm
+        again = Client(context, address, server, clients[0])  # another connection with the same key
+        assert isinstance(again.send(again.restore(name), again.restore_payload())[0], Restored)
+        for client in (one, two, again):
+            client.socket.close()
 
 
 def test_answers_name_no_values(client: Client) -> None:
@@ -183,6 +217,9 @@ def fuzz(client: Client, examples: int, seed: int) -> None:
                 client.restore(name),
                 Close(1, client.bundle, secrets.token_bytes(16)),
                 Keyed(1, 1, 1),
+                Seal(1, client.bundle, name, 0, "keys", 0, [1, ROWS], "float32"),
+                SealEnd(1, client.bundle, name, 0),
+                Unseal(1, client.bundle, name, 0, 0, "keys", 0, [1, ROWS], "float32"),
             ]
         )
         fields: dict[str, Any] = msgpack.unpackb(ENCLAVE.pack(message))
@@ -237,7 +274,9 @@ def needles(server: RecordingServer, trusted: Path) -> list[bytes]:
         if name.endswith((".qk", ".v")):
             inverse = tensor.argsort(1)
             for order in (*tensor, *inverse):
-                found += [bytes(frame_of(order.to(kind)))[: 8 * kind.itemsize] for kind in (torch.uint8, torch.int16, torch.int32, torch.int64)]
+                found += [
+                    bytes(frame_of(order.to(kind)))[: 8 * kind.itemsize] for kind in (torch.uint8, torch.int16, torch.int32, torch.int64)
+                ]
     for session in server.enclave._sessions.values():
         for keys in session.keys:
             for key in keys or []:

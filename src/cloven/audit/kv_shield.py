@@ -31,12 +31,14 @@ from cloven.audit.attack import Attack, verdict_of
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.keys import permutations, session_keys
+from cloven.kv_shield.messages import Label
 from cloven.kv_shield.prepare import attention_shapes
 from cloven.kv_shield.shapes import AttentionShape
+from cloven.kv_shield.vault import Vault
 from cloven.model.linears import matrix_of
 
 BLOCK = 16
-MODES = ("none", "permute", "session")
+MODES = ("none", "permute", "session", "sealed")  # sealed: permute, while idle
 _THIEF = "has the public model and a snapshot of the cache"
 _DEVICE = "has the public model and the device's weights"
 
@@ -74,11 +76,20 @@ def snapshot(mode: str, plain: Tensor, noise: int) -> Tensor:
         return plain
     stream = SecretStream(secrets.token_bytes(KEY_BYTES), "audit")
     t, heads, d = plain.shape
-    if mode == "permute":
-        return torch.gather(plain, 2, permutations(stream, heads, d).expand(t, heads, d))
+    if mode in ("permute", "sealed"):
+        permuted = torch.gather(plain, 2, permutations(stream, heads, d).expand(t, heads, d))
+        return permuted if mode == "permute" else _sealed(permuted)
     level = plain.pow(2).mean(-1, keepdim=True).sqrt()
     random = stream.normal(t * heads, noise).float().view(t, heads, noise) * level
     return torch.einsum("tgd,gde->tge", torch.cat([plain, random], -1), session_keys(stream, heads, d + noise).v)
+
+
+def _sealed(rows: Tensor) -> Tensor:
+    """What the enclave makes of the rows, read as numbers between −1 and 1."""
+    buffer: Any = rows.contiguous().numpy()
+    label = Label(0, "values", 0, tuple(rows.shape), "float32")
+    data = Vault(bytes(16), secrets.token_bytes(16)).seal(label, memoryview(buffer).cast("B"))[: rows.nbytes]
+    return torch.frombuffer(bytearray(data), dtype=torch.int32).view(rows.shape) / 2.0**31
 
 
 def _nearest(rows: Tensor, table: Tensor) -> Tensor:
@@ -210,7 +221,8 @@ def audit_kv_shield(model: Any, tokens: Tensor, config: KvShieldConfig | None = 
         + d * torch.arange(layer.shape.kv_heads)[:, None]
     ).flatten()
     matched = match_rows(layer.weight[order], layer.weight, layer.shape.kv_heads)
-    found = {"none": 1.0, "permute": hits(matched, order), "session": 0.0}
+    share = hits(matched, order)
+    found = {"none": 1.0, "permute": share, "session": 0.0, "sealed": share}
     add("weights", "fraction of the key found in the device's weights (session: no key is in them)", found, 1 / d, rows, _DEVICE)
     return results
 

@@ -2,6 +2,7 @@
 
     python -m cloven.bench.runner plain SHAPE LAYERS           the unsplit model, bf16, random weights
     python -m cloven.bench.runner split TRUSTED ADDRESS        the split model, bf16 activations
+    python -m cloven.bench.runner keyed EXPOSED ADDRESS        the model with a keyed cache, bf16
 
 Commands: {"op": "decode", "tokens": n}, {"op": "prefill", "tokens": n}, {"op": "pads", "rows": n}, {"op": "drop_pads"},
 {"op": "memory"}. Each model is alone in its process, so that its memory can be told.
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import cloven
 from cloven.bench.memory import anonymous_bytes
 from cloven.model.quiet import quiet_transformers
+from cloven.model.runtime import Session
 from cloven.slip.session import SlipSession
 from cloven.zoo.shapes import shape_config
 
@@ -30,7 +32,7 @@ CONTEXT = 8  # tokens before the timed ones
 class Runner:
     """A loaded model and, if it is split, its session."""
 
-    def __init__(self, model: PreTrainedModel, session: SlipSession | None) -> None:
+    def __init__(self, model: PreTrainedModel, session: Session | None) -> None:
         self.model, self.session = model.eval(), session
 
     @torch.no_grad()
@@ -57,14 +59,14 @@ class Runner:
 
     def pads(self, rows: int) -> dict[str, Any]:
         """Make pads for `rows` rows in every group; seconds per row."""
-        assert self.session is not None
+        assert isinstance(self.session, SlipSession)
         started = time.perf_counter()
         self.session.make_pads(rows)
         return {"seconds": time.perf_counter() - started}
 
     def drop_pads(self) -> dict[str, Any]:
         """Forget the pads that are ready."""
-        assert self.session is not None
+        assert isinstance(self.session, SlipSession)
         for source in self.session.pads:
             source.forget()
         return {}
@@ -96,7 +98,10 @@ def main() -> None:
     kind, *arguments = sys.argv[1:]
     before = anonymous_bytes()
     if kind == "plain":
-        runner = Runner(_random_model(*arguments), None)
+        runner = Runner(random_model(*arguments), None)
+    elif kind == "keyed":
+        model = AutoModelForCausalLM.from_pretrained(Path(arguments[0]))
+        runner = Runner(model, cloven.attach(model, arguments[1], timeout=120.0))
     else:
         model = AutoModelForCausalLM.from_pretrained(Path(arguments[0]))
         session = cloven.attach(model, arguments[1], look_ahead=0, timeout=120.0)
@@ -114,7 +119,7 @@ def main() -> None:
         runner.session.close()
 
 
-def _random_model(shape: str, layers: str) -> PreTrainedModel:
+def random_model(shape: str, layers: str) -> PreTrainedModel:
     """A model with random bf16 weights, without the slow initialisation."""
     config = shape_config(shape, int(layers))
     with torch.device("meta"):

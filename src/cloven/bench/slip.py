@@ -73,7 +73,7 @@ class SlipBench:
         return asdict(self)
 
 
-class _Process:
+class RunnerProcess:
     """A `cloven.bench.runner` process."""
 
     def __init__(self, *arguments: str) -> None:
@@ -84,19 +84,21 @@ class _Process:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.before = int(self._answer()["before"])
 
-    def __enter__(self) -> _Process:
+    def __enter__(self) -> RunnerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     def ask(self, op: str, **arguments: int) -> dict[str, Any]:
+        """Run a command there; its answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
     def stop(self) -> None:
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
@@ -133,8 +135,8 @@ def bench_slip(
         series: dict[str, list[dict[str, Any]]] = {name: [] for name in ("plain", "ready", "inline", "plain_prefill", "prefill", "pads")}
         with (
             WorkerProcess(bundle.exposed) as worker,
-            _Process("split", str(bundle.trusted), worker.address) as split,
-            _Process("plain", shape, str(layers)) as plain,
+            RunnerProcess("split", str(bundle.trusted), worker.address) as split,
+            RunnerProcess("plain", shape, str(layers)) as plain,
         ):
             for done in range(rounds + 1):  # the first round warms up
                 progress("rounds", done, rounds + 1)
@@ -148,7 +150,7 @@ def bench_slip(
     return _summarise(shape, precision, layers, rounds, tokens, series, (memory, split.before), plain_memory, worker_bytes)
 
 
-def _round(plain: _Process, split: _Process, tokens: int) -> dict[str, dict[str, Any]]:
+def _round(plain: RunnerProcess, split: RunnerProcess, tokens: int) -> dict[str, dict[str, Any]]:
     result = {"plain": plain.ask("decode", tokens=tokens)}
     rows = tokens + CONTEXT
     result["pads"] = {"per_row": split.ask("pads", rows=rows)["seconds"] / rows}

@@ -83,3 +83,40 @@ def _print(result: SlipBench) -> None:
         "",
     )
     Console().print(table)
+
+
+@app.command("kv-shield")
+def kv_shield(
+    shape: Annotated[str, typer.Option(help="tiny, llama-3.2-1b or llama-2-7b; weights are random.")] = "tiny",
+    tokens: Annotated[int, typer.Option(min=1, help="Decoded tokens per round.")] = 8,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; default: all.")] = None,
+    noise_dims: Annotated[int, typer.Option(help="Random dimensions per head, in session mode.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds after the first, which warms up.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """A model with a keyed cache against the stock bf16 model: decode, prefill, calls to the enclave, sealing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cloven.bench.kv_shield import bench_kv_shield
+    from cloven.cli.progress import progress_bars
+    from cloven.model.quiet import quiet_transformers
+
+    quiet_transformers()
+    with progress_bars() as progress:
+        result = bench_kv_shield(shape, progress, tokens=tokens, layers=layers, noise_dims=noise_dims, rounds=rounds)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    table = Table(title=f"KV-Shield, {result.shape}, {result.layers} of {result.layers_of_shape} layers, bf16")
+    for column in ("", "stock", "permute", "session"):
+        table.add_column(column, justify="left" if not column else "right")
+    speeds, prefills = result.tokens_per_s, result.prefill_512_s
+    table.add_row("decode, tokens/s", f"{result.tokens_per_s_stock:.2f}", *(f"{speeds[mode]:.2f}" for mode in speeds))
+    table.add_row("time of a decoded token / stock", "", f"{result.decode_slowdown_permute:.3f}", f"{result.decode_slowdown_session:.3f}")
+    table.add_row("prefill of 512 tokens, s", f"{result.prefill_512_s_stock:.2f}", *(f"{prefills[mode]:.2f}" for mode in prefills))
+    table.add_row("prefill / stock", "", f"{result.prefill_slowdown_permute:.3f}", f"{result.prefill_slowdown_session:.3f}")
+    table.add_row("a call to the enclave, µs", "", *(f"{value:.0f}" for value in result.call_us.values()))
+    table.add_row("bytes to and from the enclave, per token", "", *(f"{value:,.0f}" for value in result.bytes_per_token.values()))
+    table.add_row("sealing, GB/s on one core", f"{result.seal_gb_per_s:.2f}", "", "")
+    Console().print(table)

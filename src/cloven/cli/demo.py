@@ -8,38 +8,67 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from cloven.demo.slip import SlipDemo
+    from cloven.demo.slip import Progress, SlipDemo
 
 
 def demo(
-    scheme: Annotated[str, typer.Argument(help="slip")] = "slip",
+    scheme: Annotated[str, typer.Argument(help="slip or kv-shield.")] = "slip",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     prompts: Annotated[int, typer.Option(min=1, max=20, help="How many of the 20 prompts.")] = 20,
     tokens: Annotated[int, typer.Option(min=1, max=256, help="New tokens per prompt.")] = 64,
 ) -> None:
-    """Split the shipped model, generate with a trusted process and an untrusted worker, and compare with the unsplit model."""
+    """See a scheme work on the shipped model, in two processes, beside the unprotected one; and what an adversary gets."""
     from cloven.cli.threads import let_threads_sleep
 
     let_threads_sleep()
-    from cloven.errors import BadInput
-
-    if scheme != "slip":
-        raise BadInput(f"there is no demo of {scheme!r}; choose slip")
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.cli.progress import progress_bars
-    from cloven.demo.slip import run_slip_demo
+    from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
 
+    if scheme not in ("slip", "kv-shield"):
+        raise BadInput(f"there is no demo of {scheme!r}; choose slip or kv-shield")
     forbid_core_dumps()
     quiet_transformers()
     with progress_bars() as progress:
-        result = run_slip_demo(progress, prompts, tokens)
+        good = _slip(progress, prompts, tokens, as_json) if scheme == "slip" else _kv_shield(progress, prompts, tokens, as_json)
+    if not good:
+        raise typer.Exit(1)
+
+
+def _slip(progress: Progress, prompts: int, tokens: int, as_json: bool) -> bool:
+    from cloven.demo.slip import run_slip_demo
+
+    result = run_slip_demo(progress, prompts, tokens)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
         _print(result)
-    if result.tokens_identical != result.prompts or not result.bit_exact:
-        raise typer.Exit(1)
+    return result.tokens_identical == result.prompts and result.bit_exact
+
+
+def _kv_shield(progress: Progress, prompts: int, tokens: int, as_json: bool) -> bool:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from cloven.cli.audit import print_table
+    from cloven.demo.kv_shield import run_kv_demo
+
+    result = run_kv_demo(progress, prompts, tokens)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        console = Console()
+        console.print(f"[bold]{escape(result.example_prompt)}[/bold]{escape(result.example_text)}\n", highlight=False)
+        table = Table(title="KV-Shield on the demo model")
+        for column in ("", "unprotected", *result.text_identical):
+            table.add_column(column, justify="right" if column else "left")
+        table.add_row(f"texts of {tokens} tokens identical", "", *(f"{n} of {result.prompts}" for n in result.text_identical.values()))
+        table.add_row("tokens/s", f"{result.tokens_per_s_plain:.0f}", *(f"{speed:.0f}" for speed in result.tokens_per_s.values()))
+        console.print(table)
+        print_table(result.attacks)
+    return all(count == result.prompts for count in result.text_identical.values())
 
 
 def _print(result: SlipDemo) -> None:

@@ -36,6 +36,7 @@ from cloven.wire.schema import MalformedMessage
 KEYS_FILE = "keys.safetensors"
 MAX_SEQUENCES = 1024  # with keys, at a time
 IDLE_SECONDS = 3600.0
+_FEW_ROWS = 16
 
 
 @dataclass
@@ -57,6 +58,22 @@ class _Layer:
     norms: tuple[Tensor, Tensor] | None  # weights of the norms of q and k, repeated for every head: [W_q], [W_k]
     gather: RotaryGather | None
     restore: Tensor | None  # π_v⁻¹ over all heads, int64 [H·d]; None in session mode
+
+
+@dataclass
+class _Tables:
+    """cos and ± sin for the positions asked for last; for few rows, of all layers."""
+
+    places: bytes
+    shape: torch.Size
+    dtype: torch.dtype
+    tables: tuple[Tensor, Tensor] | None
+    of_layers: list[tuple[Tensor, Tensor]] | None = None
+
+    def columns(self, layer: int, gather: RotaryGather) -> tuple[Tensor, Tensor]:
+        """For the columns of one layer."""
+        assert self.tables is not None
+        return self.of_layers[layer] if self.of_layers is not None else gather.columns(self.tables)
 
 
 class Enclave:
@@ -82,7 +99,7 @@ class Enclave:
         except (OSError, KeyError, SafetensorError) as error:
             raise BadBundle(f"{folder / KEYS_FILE}: not the keys of this bundle ({type(error).__name__})") from error
         self._sessions: dict[bytes, _Session] = {}
-        self._tables: tuple[Tensor, torch.dtype, tuple[Tensor, Tensor]] | None = None
+        self._tables: _Tables | None = None
 
     def __repr__(self) -> str:
         return "Enclave(<secret>)"
@@ -152,13 +169,12 @@ class Enclave:
             MalformedMessage: no such layer, session or position; a place that was keyed before, or is not the next one.
         """
         place = self._layer_at(layer)
-        if int(positions.min()) < -1 or int(positions.max()) >= self.manifest.limit:
-            raise MalformedMessage("size", f"a position outside 0 to {self.manifest.limit - 1}")
+        tables = self._tables_for(positions, x.dtype)
         q_width, k_width, _ = place.shape.widths()
         session = self._next(layer, x.shape, name, first, peer) if self.noise else None
         qk = self._normed(place, x[..., : q_width + k_width])
         if place.gather is not None:
-            qk = place.gather.rotate(qk, self._tables_for(positions.clamp_min(0), x.dtype))
+            qk = place.gather.rotate(qk, tables.columns(layer, place.gather))
         if session is None:
             return qk
         keyed = self._keyed(session, layer, place.shape, qk, x[..., q_width + k_width :], positions < 0)
@@ -235,13 +251,21 @@ class Enclave:
         normed: Tensor = torch.cat(place.norms).to(qk.dtype) * heads.to(qk.dtype)
         return normed.flatten(-2)
 
-    def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> _Tables:
         """The tables of the last positions are kept: every layer of a token asks for the same ones."""
-        assert self._rotary is not None
+        places = positions.numpy().tobytes()
         kept = self._tables
-        if kept is None or kept[1] != dtype or not torch.equal(kept[0], positions):
-            kept = self._tables = (positions.clone(), dtype, self._rotary.tables(positions, dtype))
-        return kept[2]
+        if kept is None or (kept.places, kept.shape, kept.dtype) != (places, positions.shape, dtype):
+            if int(positions.min()) < -1 or int(positions.max()) >= self.manifest.limit:
+                raise MalformedMessage("size", f"a position outside 0 to {self.manifest.limit - 1}")
+            tables = self._rotary.tables(positions.clamp_min(0), dtype) if self._rotary is not None else None
+            kept = self._tables = _Tables(places, positions.shape, dtype, tables)
+            if tables is not None and positions.numel() <= _FEW_ROWS:  # all layers at once: one operation costs what a row does
+                gathers = [layer.gather for layer in self._layers if layer.gather is not None]
+                together = RotaryGather(*(torch.cat([getattr(one, name) for one in gathers]) for name in ("partner", "cosine", "sine")))
+                widths = [len(one.partner) for one in gathers]
+                kept.of_layers = list(zip(*(part.split(widths, -1) for part in together.columns(tables)), strict=True))
+        return kept
 
     def _keyed(self, session: _Session, layer: int, shape: AttentionShape, qk: Tensor, v: Tensor, pads: Tensor) -> Tensor:
         b, s = qk.shape[:2]

@@ -80,15 +80,16 @@ class KeyedAttention:
 
     def _projected(self, x: Tensor) -> list[Tensor]:
         peer = self._require_peer()
-        rows = torch.cat([plain(x) for plain in self._plain], -1) if len(self._plain) > 1 else self._plain[0](x)  # q ‖ k ‖ v
-        widths = self.shape.widths()
+        parts = [plain(x) for plain in self._plain]
+        if len(parts) == 1:
+            parts = list(parts[0].split(self.shape.widths(), -1))  # q, k, v
         if self.noise:
-            rows = peer.key(self.index, rows, self._call.cache)
-            widths = self.shape.widths(self.noise)
+            keyed = peer.key(self.index, torch.cat(parts, -1), self._call.cache)
+            parts = list(keyed.split(self.shape.widths(self.noise), -1))
         elif self.shape.rotary:
-            qk, v = rows.split([widths[0] + widths[1], widths[2]], -1)
-            rows = torch.cat([peer.key(self.index, qk, self._call.cache), v], -1)
-        return [rows] if len(self._plain) == 1 else [part.contiguous() for part in rows.split(widths, -1)]
+            keyed = peer.key(self.index, torch.cat(parts[:2], -1), self._call.cache)
+            parts = [*keyed.split(self.shape.widths()[:2], -1), parts[2]]
+        return [torch.cat(parts, -1)] if len(self._plain) == 1 else [part.contiguous() for part in parts]
 
     def _output(self, a: Tensor) -> Tensor:
         y: Tensor = self._out(self._require_peer().restore(self.index, a, self._call.cache))

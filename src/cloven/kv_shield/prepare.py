@@ -170,7 +170,8 @@ def learn_rotary(model: PreTrainedModel, layers: tuple[AttentionShape, ...]) -> 
         sign[j] = 1 if torch.equal(other, sin[:, matching[0]]) else -1
     rotary = Rotary(frequencies, scaling, frequency, partner, sign)
     x = torch.randn(1, len(_CHECKED_POSITIONS), d, generator=torch.Generator().manual_seed(0))
-    ours = rotary.gather(torch.arange(d)[None]).rotate(x, rotary.tables(_CHECKED_POSITIONS[None], x.dtype))
+    gather = rotary.gather(torch.arange(d)[None])
+    ours = gather.rotate(x, gather.columns(rotary.tables(_CHECKED_POSITIONS[None], x.dtype)))
     if not torch.allclose(ours[0], torch.einsum("sd,sde->se", x[0], matrices), atol=1e-5):
         raise UnsupportedModel(f"{kind}: its rotation is not one that KV-Shield can do on permuted vectors")
     return rotary

@@ -63,8 +63,12 @@ class RotaryGather:
     cosine: Tensor
     sine: Tensor
 
-    def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, S, W] -> rotated, same shape and dtype."""
+    def columns(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and ± sin for every column of x: [B, S, W] each."""
         cos, sin = tables
-        rotated = x * cos.index_select(-1, self.cosine)
-        return rotated + x.index_select(-1, self.partner) * sin.index_select(-1, self.sine)
+        return cos.index_select(-1, self.cosine), sin.index_select(-1, self.sine)
+
+    def rotate(self, x: Tensor, columns: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, S, W] -> rotated, same shape and dtype."""
+        cos, sin = columns
+        return x * cos + x.index_select(-1, self.partner) * sin

@@ -86,7 +86,7 @@ class KvSession(Session):
         if self._noise and isinstance(mask, dict):
             raise BadInput("session mode needs a mask [batch, length]: this cache (a static one) makes its own; use a dynamic cache")
         self._call.mask = mask if isinstance(mask, Tensor) else None
-        self._call.positions = None
+        self._call.positions = self._call.known = None
         alone: bytes | None = getattr(self._call, "alone", None)  # the session of the last call without a cache
         if alone is not None:
             self._gone.append(alone)
@@ -134,7 +134,7 @@ class KvSession(Session):
 
     def _key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
         self._require_open(cache)
-        rows, positions = _on_cpu(x), self._positions(x)
+        rows, positions = _on_cpu(x), self._positions_once(x)
         first = int(cache.get_seq_length(layer)) if self._noise and cache is not None else 0
         name = self._session_for(cache, x.shape[0]) if self._noise else NO_SESSION
         width = sum(self._layers[layer].widths(self._noise)[: 3 if self._noise else 2])
@@ -174,6 +174,13 @@ class KvSession(Session):
     def _require_open(self, cache: Any) -> None:
         if cache is not None and cache in self._sealed:
             raise RunError("this cache is sealed: resume it first")
+
+    def _positions_once(self, x: Tensor) -> Tensor:
+        """The positions are the same for every layer of a call."""
+        known: Tensor | None = self._call.known
+        if known is None or known.shape != x.shape[:2]:
+            known = self._call.known = self._positions(x)
+        return known
 
     def _positions(self, x: Tensor) -> Tensor:
         """int32 [B, S]: the positions of the rows; −1 at pads, in session mode."""

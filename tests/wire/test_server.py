@@ -1,0 +1,155 @@
+"""A server of a made-up scheme; `tests/worker/test_service.py` has addresses, keys and restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+from zmq.utils import z85
+
+from cloven.errors import BadInput
+from cloven.wire.keys import TrustedKeys, WorkerKeys, generate_keys, trusted_keys, worker_keys
+from cloven.wire.schema import ErrorAnswer, Hello, MalformedMessage, Welcome
+from cloven.wire.server import Frame, Server
+from tests.helpers import Context, free_port
+from tests.wire.test_schema import BUNDLE, COLOURS, Ask, Tell
+
+
+class Colours(Server):
+    """Tells what it is asked, and notes by whom."""
+
+    def __init__(self, address: str, **options: Any) -> None:
+        super().__init__("painter", address, COLOURS, **options)
+        self.peers: list[str] = []
+        self.bind()
+
+    def answer(self, frames: list[Any], peer: str) -> list[Frame]:
+        message, _ = COLOURS.unpack(frames)
+        self.peers.append(peer)
+        if isinstance(message, Hello):
+            return [COLOURS.pack(Welcome(message.id, message.bundle, 1))]
+        if not isinstance(message, Ask):
+            raise MalformedMessage("malformed", "not a question", message.id)
+        if message.colour == "red":
+            raise RuntimeError("the secret number is 1234")
+        return [COLOURS.pack(Tell(message.id, message.colour)), b"sky"]
+
+
+@contextlib.contextmanager
+def serving(address: str, **options: Any) -> Iterator[Colours]:
+    server = Colours(address, **options)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def ask(context: Context, address: str, *messages: list[bytes], keys: TrustedKeys | None = None) -> list[list[bytes]]:
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    if keys is not None:
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = keys.own.public, keys.own.secret, keys.worker
+    socket.connect(address)
+    answers = []
+    for frames in messages:
+        socket.send_multipart(frames)
+        assert socket.poll(10_000), "the server is silent"
+        answers.append(list(socket.recv_multipart()))
+    socket.close()
+    return answers
+
+
+BLUE, RED = [COLOURS.pack(Ask(1, "blue"))], [COLOURS.pack(Ask(2, "red"))]
+
+
+def test_answers_and_refusals(context: Context) -> None:
+    with serving("inproc://s", context=context) as server:
+        answers = ask(context, "inproc://s", BLUE, [b"garbage"], [COLOURS.pack(Tell(3, "blue")), b"x"], BLUE)
+        assert COLOURS.unpack(answers[0])[0] == Tell(1, "blue") and answers[0] == answers[3]
+        errors = [COLOURS.unpack(answer)[0] for answer in answers[1:3]]
+        assert [(error.id, error.code) for error in errors] == [(0, "malformed"), (3, "malformed")]
+        assert (server.answered, server.refused) == (2, 2)
+
+
+def test_a_failure_inside_tells_nothing_and_the_server_lives(context: Context, caplog: pytest.LogCaptureFixture) -> None:
+    with serving("inproc://s", context=context):
+        answers = ask(context, "inproc://s", RED, BLUE)
+        error = COLOURS.unpack(answers[0])[0]
+        assert isinstance(error, ErrorAnswer) and error.code == "internal" and "painter" in error.text and "1234" not in error.text
+        assert COLOURS.unpack(answers[1])[0] == Tell(1, "blue")
+    assert "a request failed" in caplog.text
+
+
+def test_who_asks_over_ipc(context: Context, socket_folder: Path) -> None:
+    with serving(f"ipc://{socket_folder}/s") as server:
+        ask(context, f"ipc://{socket_folder}/s", BLUE)
+        assert server.peers == ["local"]
+
+
+def test_who_asks_over_inproc(context: Context) -> None:
+    with serving("inproc://s", context=context) as server:
+        ask(context, "inproc://s", BLUE)
+        assert server.peers == [""]
+
+
+def two_clients(tmp_path: Path) -> tuple[WorkerKeys, list[TrustedKeys]]:
+    """A server's keys that allow two clients, each with keys of its own."""
+    for name in ("one", "two"):
+        generate_keys(tmp_path / name)
+    shutil.copy(tmp_path / "two" / "worker" / "allowed" / "trusted.json", tmp_path / "one" / "worker" / "allowed" / "two.json")
+    server = worker_keys(tmp_path / "one")
+    return server, [TrustedKeys(trusted_keys(tmp_path / name).own, server.own.public) for name in ("one", "two")]
+
+
+def test_who_asks_over_curve(context: Context, tmp_path: Path) -> None:
+    """Two clients with keys of their own are two peers; the name is the public key, whatever the connection."""
+    keys, clients = two_clients(tmp_path)
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with serving(address, keys=keys) as server:
+        for client in (*clients, clients[0]):
+            ask(context, address, BLUE, keys=client)
+        names = [z85.decode(client.own.public).hex() for client in clients]
+        assert server.peers == [*names, names[0]]
+
+
+def test_tcp_needs_keys() -> None:
+    with pytest.raises(BadInput, match="tcp needs keys"):
+        Colours(f"tcp://127.0.0.1:{free_port()}")
+
+
+def test_the_banner_names_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    Colours(f"tcp://127.0.0.1:{free_port()}", insecure_plain_tcp=True).close()
+    assert "INSECURE: this painter listens on plain tcp" in caplog.text
+
+
+def test_a_server_that_is_not_bound_does_not_serve(context: Context) -> None:
+    class Unbound(Server):
+        """Forgets to."""
+
+    with pytest.raises(AssertionError, match="bind comes first"):
+        Unbound("x", "inproc://x", COLOURS, context=context).serve()
+
+
+def test_stop_before_serve(context: Context) -> None:
+    server = Colours("inproc://s", context=context)
+    server.stop()
+    server.serve()
+    assert server._socket is not None and server._socket.closed
+    server.close()
+
+
+def test_a_hello_of_any_bundle_reaches_the_scheme(context: Context) -> None:
+    with serving("inproc://s", context=context):
+        assert COLOURS.unpack(ask(context, "inproc://s", [COLOURS.pack(Hello(1, BUNDLE))])[0])[0] == Welcome(1, BUNDLE, 1)
+        assert COLOURS.unpack(ask(context, "inproc://s", [msgpack.packb({"v": 9})])[0])[0].code == "version"
