@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from cloven.kv_shield.rotary import Rotary
 from cloven.kv_shield.service import EnclaveServer
 from cloven.kv_shield.session import KvSession
 from cloven.kv_shield.shapes import AttentionShape
+from cloven.wire import server as server_module
 from tests.split_models import scratch, tiny
 
 FAMILIES = ("llama", "llama-mha", "llama-tied", "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm", "gpt2")
@@ -76,16 +78,17 @@ class RecordingServer(EnclaveServer):
 
 @contextlib.contextmanager
 def enclave_at(trusted: Path, address: str, kind: type[EnclaveServer] = EnclaveServer, **options: Any) -> Iterator[Any]:
-    """An enclave in a thread of this process."""
+    """An enclave in a thread of this process, which ends without delay."""
     server = kind(trusted, address, **options)
     thread = threading.Thread(target=server.serve, name="enclave")
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(10)
-        assert not thread.is_alive()
+    with patch.object(server_module, "_POLL_MILLISECONDS", 5):
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @contextlib.contextmanager

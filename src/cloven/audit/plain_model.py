@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cloven.bundle.verification import verify_files
-from cloven.errors import ForeignBundle
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.enclave import KEYS_FILE
-from cloven.kv_shield.manifest import EXPOSED, TRUSTED, KvManifest
+from cloven.kv_shield.manifest import read_halves
 from cloven.kv_shield.prepare import row_order
 
 
@@ -25,11 +23,7 @@ def plain_model(out: Path) -> tuple[PreTrainedModel, KvShieldConfig]:
     Raises:
         BadBundle, TamperedBundle, ForeignBundle: the halves.
     """
-    exposed, trusted = KvManifest.read(out / "exposed", EXPOSED), KvManifest.read(out / "trusted", TRUSTED)
-    if exposed.bundle != trusted.bundle:
-        raise ForeignBundle(f"{out}: the halves are of two bundles, {exposed.bundle} and {trusted.bundle}")
-    verify_files(out / "exposed", exposed.files)
-    verify_files(out / "trusted", trusted.files)
+    trusted, exposed = read_halves(out, verify=True)
     config = AutoConfig.from_pretrained(out / "exposed", trust_remote_code=False)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()

@@ -19,7 +19,12 @@ def inspect(
     from rich.table import Table
 
     from cloven.bundle.bundle import open_bundle
+    from cloven.bundle.manifest import manifest_format
+    from cloven.kv_shield.manifest import TRUSTED
 
+    if manifest_format(out / "trusted") == TRUSTED:
+        _kv_shield(out, verify, as_json)
+        return
     bundle = open_bundle(out)
     if verify:
         bundle.verify()
@@ -47,5 +52,39 @@ def inspect(
     if "secret_fraction" in manifest.summary:
         table.add_row("parameters kept secret", f"{manifest.summary['secret_fraction']:.2%}")
         table.add_row("energy kept secret", f"{manifest.summary['secret_energy']:.1%}")
+    table.add_row("files", "all hashes match" if verify else "not hashed (--verify does)")
+    Console().print(table)
+
+
+def _kv_shield(out: Path, verify: bool, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cloven.kv_shield.manifest import read_halves
+
+    trusted, exposed = read_halves(out, verify=verify)
+    layers = trusted.layers
+    description: dict[str, Any] = {
+        "bundle": trusted.bundle,
+        "scheme": "kv-shield",
+        "parameters": trusted.config.to_dict(),
+        "layers": [[layer.heads, layer.kv_heads, layer.head_dim] for layer in layers],
+        "positions": trusted.limit,
+        "exposed_bytes": sum((out / "exposed" / name).stat().st_size for name in exposed.files if (out / "exposed" / name).is_file()),
+        "trusted_bytes": sum((out / "trusted" / name).stat().st_size for name in trusted.files if (out / "trusted" / name).is_file()),
+        "verified": verify,
+    }
+    if as_json:
+        typer.echo(json.dumps(description))
+        return
+    table = Table(title=f"bundle {trusted.bundle}", show_header=False)
+    table.add_row("scheme", "kv-shield")
+    for name, value in description["parameters"].items():
+        table.add_row(name.replace("_", " "), str(value))
+    table.add_row("attention layers", str(len(layers)))
+    table.add_row("query heads, kv heads, dimensions", f"{layers[0].heads}, {layers[0].kv_heads}, {layers[0].head_dim}")
+    table.add_row("calls to the enclave per token", str(sum(1 + (layer.rotary or trusted.config.mode == "session") for layer in layers)))
+    table.add_row("model directory", f"{description['exposed_bytes'] / 1e6:,.1f} MB")
+    table.add_row("the enclave's keys", f"{description['trusted_bytes'] / 1e3:,.1f} kB")
     table.add_row("files", "all hashes match" if verify else "not hashed (--verify does)")
     Console().print(table)

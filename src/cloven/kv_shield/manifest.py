@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cloven.bundle.manifest import FORMAT_VERSION, MANIFEST, load_manifest, parse_files, require
-from cloven.errors import BadBundle, BadInput
+from cloven.bundle.verification import verify_files
+from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.shapes import AttentionShape, parse_attention
 
@@ -87,3 +88,21 @@ class KvManifest:
             if record["bundle"] != bundle_id(layers, weights):
                 raise BadBundle(f"{path}: the bundle id does not match what it lists; copy the bundle again")
         return cls(kind, record["bundle"], config, layers, files, limit)
+
+
+def read_halves(out: Path, *, verify: bool) -> tuple[KvManifest, KvManifest]:
+    """The trusted and the exposed manifest of OUT.
+
+    Args:
+        verify: also hash every file.
+
+    Raises:
+        BadBundle, ForeignBundle, TamperedBundle: a half is missing or malformed, they do not belong together, a file differs.
+    """
+    trusted, exposed = KvManifest.read(out / "trusted", TRUSTED), KvManifest.read(out / "exposed", EXPOSED)
+    if exposed.bundle != trusted.bundle:
+        raise ForeignBundle(f"{out}: the halves are of two bundles, {exposed.bundle} and {trusted.bundle}")
+    if verify:
+        verify_files(out / "exposed", exposed.files)
+        verify_files(out / "trusted", trusted.files)
+    return trusted, exposed
