@@ -6,7 +6,8 @@ For layer l and rows x = q ‖ k (‖ v) of positions p:
     session   q, k, v arrive plain; norm, rotation, then q' = [q, 0] F⁻ᵀ, k' = [k, ν] F, v' = [v, ν] F_v; restore: (a' F_v⁻¹)[: d]
 
 Guarantee: keys never leave this process. In session mode a session belongs to the peer that opened it, keys are fresh for every
-sequence, and a place in the cache is keyed once: there is no way to ask for the same place again, or for what was keyed before.
+sequence, and a place in the cache is keyed once: there is no way to ask for the same place again, or for what was keyed before. As many
+attention outputs are restored as rows were keyed: whoever takes a connection over cannot have the cache undone row by row.
 Not hidden from the accelerator: hidden states, q, k, v as they pass, attention scores. It is the cache at rest that is protected.
 Source: KV-Shield as corrected in docs/architecture.md.
 """
@@ -41,12 +42,13 @@ _FEW_ROWS = 16
 
 @dataclass
 class _Session:
-    """The sequences of one cache. `keyed[l]` counts the places keyed in layer l."""
+    """The sequences of one cache. `keyed[l]` and `restored[l]` count the rows of layer l: what was keyed is restored once."""
 
     peer: str
     sequences: int
     stream: SecretStream
     keyed: list[int]
+    restored: list[int]
     keys: list[list[SessionKeys] | None] = field(repr=False)  # by layer, then sequence; drawn when a layer is first used
     used: float
     vault: Vault
@@ -135,7 +137,7 @@ class Enclave:
         name = secrets.token_bytes(SESSION_BYTES)
         stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/session")
         vault = Vault(self.bundle, name)
-        self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [None] * self.layers, now, vault)
+        self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [0] * self.layers, [None] * self.layers, now, vault)
         return name
 
     def vault(self, name: bytes, peer: str) -> Vault:
@@ -189,12 +191,13 @@ class Enclave:
             return a.index_select(-1, place.restore)
         session = self._session(name, peer)
         session.vault.require_open()
-        if a.shape[0] != session.sequences or not session.keyed[layer]:
-            raise MalformedMessage("session", "this session has keyed nothing there, or another number of sequences")
+        if a.shape[0] != session.sequences or session.restored[layer] + a.shape[1] > session.keyed[layer]:
+            raise MalformedMessage("session", "more rows, or other sequences, than were keyed there")
         shape, size = place.shape, place.shape.head_dim + self.noise
         keys = torch.stack([one.v_inverse for one in self._keys(session, layer)])  # [B, G, D, D]
         b, s = a.shape[:2]
         grouped = a.view(b, s, shape.kv_heads, -1, size).permute(0, 2, 1, 3, 4).reshape(b, shape.kv_heads, -1, size).float()
+        session.restored[layer] += a.shape[1]
         true = (grouped @ keys)[..., : shape.head_dim]  # [B, G, S·(H/G), d]
         return true.view(b, shape.kv_heads, s, -1, shape.head_dim).permute(0, 2, 1, 3, 4).reshape(b, s, -1).to(a.dtype)
 

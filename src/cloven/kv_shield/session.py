@@ -80,6 +80,8 @@ class KvSession(Session):
         return base
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._noise and kwargs.get("cache") is not None:
+            raise BadInput("a shared paged cache (continuous batching) is one key domain: prepare the model with --mode permute for it")
         mask = kwargs.get("attention_mask")
         if self._noise and isinstance(mask, Tensor) and mask.dim() != 2:
             raise BadInput("session mode needs a mask [batch, length], to know which rows are pads")
