@@ -261,7 +261,7 @@ def test_another_batch() -> None:
     refused("session", "1 sequences, but .* 2", caller.key, batch=1)
     refused("session", "3 sequences", caller.key, batch=3)
     caller.key()
-    refused("session", "another number of sequences", caller.restore, batch=1)
+    refused("session", "other sequences, than were keyed", caller.restore, batch=1)
 
 
 @pytest.mark.parametrize("mode", ["permute", "session"])
@@ -285,10 +285,11 @@ def test_layers_out_of_range() -> None:
 
 def test_restore_before_key() -> None:
     caller = Caller()
-    refused("session", "has keyed nothing there", caller.restore)
+    refused("session", "than were keyed there", caller.restore)
     caller.key()
-    refused("session", "has keyed nothing there", caller.restore, layer=1)
+    refused("session", "than were keyed there", caller.restore, layer=1)
     caller.restore()
+    refused("session", "more rows", caller.restore, rows=4)  # three were keyed
 
 
 def test_too_many_sequences() -> None:
