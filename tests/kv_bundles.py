@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cloven
 from cloven.kv_shield.config import KvShieldConfig
-from cloven.kv_shield.enclave import KEYS_FILE, Enclave
+from cloven.kv_shield.enclave import Enclave
 from cloven.kv_shield.keys import SessionKeys
+from cloven.kv_shield.manifest import KEYS_FILE
 from cloven.kv_shield.prepare import prepare_kv_shield
 from cloven.kv_shield.rotary import Rotary
 from cloven.kv_shield.service import EnclaveServer

@@ -56,7 +56,7 @@ MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.builds(SealEnd, NUMBER, NAMES, NAMES, NUMBER),
     st.builds(SealEnded, NUMBER, NUMBER),
     st.builds(Unseal, NUMBER, NAMES, NAMES, NUMBER, NUMBER, PART, NUMBER, SHAPE, DTYPE),
-    st.builds(Unsealed, NUMBER),
+    st.builds(Unsealed, NUMBER, NUMBER),
 )
 EXAMPLES: dict[str, Any] = {
     "hello": Hello(1, BUNDLE),
@@ -75,7 +75,7 @@ EXAMPLES: dict[str, Any] = {
     "seal_end": SealEnd(10, BUNDLE, SESSION, 1000),
     "seal_ended": SealEnded(10, 3),
     "unseal": Unseal(11, BUNDLE, SESSION, 3, 7, "values", 300, [1, 8, 16, 64], "float32"),
-    "unsealed": Unsealed(11),
+    "unsealed": Unsealed(11, 2),
 }
 VECTORS: dict[str, str] = json.loads((Path(__file__).parents[1] / "vectors" / "kv_messages.json").read_text(encoding="utf-8"))
 WITH_PAYLOAD = (Key, Keyed, Restore, Restored, Seal, Sealed, Unseal, Unsealed)

@@ -319,7 +319,6 @@ def test_it_does_not_serve_what_is_no_trusted_half(tmp_path: Path, socket_folder
     assert not list(socket_folder.iterdir())  # nothing listens
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a server that fails before `bind` leaves its ZeroMQ context open (Worker as well)")
 def test_a_server_that_fails_leaves_nothing_open(tmp_path: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Context] = []
 

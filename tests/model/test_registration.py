@@ -260,7 +260,7 @@ def test_a_model_without_head_is_refused() -> None:
 
 
 def quantizer() -> ClovenQuantizer:
-    return ClovenQuantizer(ClovenConfig(), pre_quantized=True)
+    return ClovenQuantizer(ClovenConfig(scheme="slip"), pre_quantized=True)
 
 
 @pytest.mark.parametrize("device_map", ["cuda", "cuda:0", 0, "mps", "disk", {"": "cuda:0"}, {"model": "cpu", "lm_head": "disk"}, {"": 0}])

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cloven.kv_shield.config import KvShieldConfig
-from cloven.kv_shield.enclave import KEYS_FILE
-from cloven.kv_shield.manifest import read_halves
+from cloven.kv_shield.manifest import KEYS_FILE, read_halves
 from cloven.kv_shield.prepare import row_order
 
 

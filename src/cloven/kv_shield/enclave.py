@@ -27,14 +27,13 @@ from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.kv_shield.keys import SessionKeys, session_keys
-from cloven.kv_shield.manifest import TRUSTED, KvManifest
+from cloven.kv_shield.manifest import KEYS_FILE, TRUSTED, KvManifest
 from cloven.kv_shield.messages import SESSION_BYTES
 from cloven.kv_shield.rotary import Rotary, RotaryGather
 from cloven.kv_shield.shapes import AttentionShape
 from cloven.kv_shield.vault import Vault
 from cloven.wire.schema import MalformedMessage
 
-KEYS_FILE = "keys.safetensors"
 MAX_SEQUENCES = 1024  # with keys, at a time
 IDLE_SECONDS = 3600.0
 _FEW_ROWS = 16
@@ -98,7 +97,7 @@ class Enclave:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._rotary = _rotary_of(stored)
             self._layers = [self._layer(shape, index, stored) for index, shape in enumerate(self.manifest.layers)]
-        except (OSError, KeyError, SafetensorError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise BadBundle(f"{folder / KEYS_FILE}: not the keys of this bundle ({type(error).__name__})") from error
         self._sessions: dict[bytes, _Session] = {}
         self._tables: _Tables | None = None
@@ -204,12 +203,14 @@ class Enclave:
     def _layer(self, shape: AttentionShape, index: int, stored: dict[str, Tensor]) -> _Layer:
         per_kv, d = shape.heads // shape.kv_heads, shape.head_dim
         identity = torch.arange(d).expand(shape.kv_heads, d)
-        pi = stored[f"{index}.qk"].long() if not self.noise else identity
+        pi = _permutation(stored[f"{index}.qk"], shape) if not self.noise else identity
         of_heads = torch.cat([pi.repeat_interleave(per_kv, 0), pi])  # π of every head of q ‖ k
+        if shape.rotary and self._rotary is None:
+            raise ValueError("no frequencies for a layer that rotates")
         gather = self._rotary.gather(of_heads) if shape.rotary and self._rotary is not None else None
         restore = None
         if not self.noise:
-            inverse = torch.argsort(stored[f"{index}.v"].long(), dim=1).repeat_interleave(per_kv, 0)
+            inverse = torch.argsort(_permutation(stored[f"{index}.v"], shape), dim=1).repeat_interleave(per_kv, 0)
             restore = (inverse + d * torch.arange(shape.heads)[:, None]).flatten()
         norms = None
         if shape.norm_epsilon is not None:
@@ -296,3 +297,11 @@ def _rotary_of(stored: dict[str, Tensor]) -> Rotary | None:
         return None
     names = ("frequency", "partner", "sign")
     return Rotary(stored["rotary.frequencies"], float(stored["rotary.scaling"]), *(stored[f"rotary.{name}"].long() for name in names))
+
+
+def _permutation(stored: Tensor, shape: AttentionShape) -> Tensor:
+    """π of every kv head, int64 [G, d]."""
+    expected = torch.arange(shape.head_dim).expand(shape.kv_heads, shape.head_dim)
+    if stored.dtype != torch.int64 or stored.shape != expected.shape or not torch.equal(stored.sort(1).values, expected):
+        raise ValueError("not permutations of the heads")
+    return stored

@@ -27,6 +27,9 @@ from cloven.model.shared_input import SharedInput
 class Peer(Protocol):
     """The enclave, as a layer sees it."""
 
+    def require_open(self, cache: Any) -> None:
+        """Refuse a cache that is sealed."""
+
     def key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
         """q ‖ k (‖ v) [B, S, W] -> q' ‖ k' (‖ v')."""
 
@@ -71,6 +74,8 @@ class KeyedAttention:
         if cache is None and len(args) > 1 and hasattr(args[1], "get_seq_length"):  # GPT-2 passes it by position
             cache = args[1]
         self._call.cache = cache
+        if self.peer is not None:
+            self.peer.require_open(cache)
         given = kwargs.get("position_embeddings")
         if given is not None:
             x: Tensor = given[0]

@@ -5,7 +5,7 @@
     restore  {id, bundle, session, layer, batch, rows, dtype} + a'          -> restored {id, batch, rows} + a
     seal     {id, bundle, session, layer, part, block, shape, dtype} + rows -> sealed   {id} + ciphertext
     seal_end {id, bundle, session, blocks}                                  -> seal_ended {id, epoch}
-    unseal   {id, bundle, session, epoch, layer, part, block, shape, dtype} + ciphertext -> unsealed {id} + rows
+    unseal   {id, bundle, session, epoch, layer, part, block, shape, dtype} + ciphertext -> unsealed {id, left} + rows
     close    {id, bundle, session}                                          -> closed   {id}
 
 The payload of `key` is the positions, int32 [batch, rows] (−1: a pad), then q ‖ k (‖ v in session mode) [batch, rows, W]; `first` is the
@@ -164,9 +164,10 @@ class Unseal:
 
 @dataclass(frozen=True)
 class Unsealed:
-    """The block follows as a frame."""
+    """The block follows as a frame; `left` others are still sealed."""
 
     id: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _valid(name: str, value: object) -> bool:
         return valid_count(value, lowest=1) and isinstance(value, int) and value <= MAX_BATCH
     if name in ("rows", "first"):
         return valid_count(value, lowest=int(name == "rows")) and isinstance(value, int) and value <= MAX_POSITION
-    return valid_count(value)  # layer, block, blocks, epoch
+    return valid_count(value)  # layer, block, blocks, left, epoch
 
 
 ENCLAVE = Schema(

@@ -45,6 +45,10 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         """Refused: it would copy."""
         raise BadInput("a preallocated cache keeps its rows: no beam search")
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: it would copy."""
+        raise BadInput("a preallocated cache keeps its rows: no beam search")
+
 
 def _appended(old: Tensor, new: Tensor, length: int) -> Tensor:
     first, last = old.shape[-2], old.shape[-2] + new.shape[-2]

@@ -11,6 +11,7 @@ running with a scrambled head, or, in session mode, without protection.
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import shutil
@@ -30,9 +31,8 @@ from cloven.bundle.verification import sha256_file
 from cloven.errors import UnsupportedModel
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.kv_shield.config import KvShieldConfig
-from cloven.kv_shield.enclave import KEYS_FILE
 from cloven.kv_shield.keys import permutations
-from cloven.kv_shield.manifest import EXPOSED, TRUSTED, KvManifest, bundle_id
+from cloven.kv_shield.manifest import EXPOSED, KEYS_FILE, TRUSTED, KvManifest, bundle_id
 from cloven.kv_shield.rotary import Rotary
 from cloven.kv_shield.shapes import AttentionShape
 from cloven.model.attention import attention_modules, head_counts, output_of, projections_of, rotary_module, rotation_matrices
@@ -91,7 +91,9 @@ def prepare_kv_shield(
             shards.add(name, changed.get(name, tensor))
         shards.close()
         shards.write_index()
-        bundle = bundle_id(layers, {name: digest for name, digest in shards.files.items() if name.endswith(".safetensors")})
+        weights = {name: digest for name, digest in shards.files.items() if name.endswith(".safetensors")}
+        nonce = secrets.token_hex(16)
+        bundle = bundle_id(layers, config, weights, nonce)
         _write_configuration(loaded, exposed, bundle, layers, config)
         for path in source.files():
             target = exposed / path.name
@@ -101,11 +103,11 @@ def prepare_kv_shield(
                 shutil.copyfile(path, target)
         for path in exposed.iterdir():
             path.chmod(0o644)
-        KvManifest(EXPOSED, bundle, config, layers, {p.name: sha256_file(p) for p in sorted(exposed.iterdir())}).write(exposed)
+        KvManifest(EXPOSED, bundle, nonce, config, layers, {p.name: sha256_file(p) for p in sorted(exposed.iterdir())}).write(exposed)
         (trusted / KEYS_FILE).touch(mode=0o600)
         save_file({name: tensor.contiguous() for name, tensor in stored.items()}, trusted / KEYS_FILE)
         limit = int(getattr(loaded.config, "max_position_embeddings", 0) or 2**20)
-        manifest = KvManifest(TRUSTED, bundle, config, layers, {KEYS_FILE: sha256_file(trusted / KEYS_FILE)}, limit)
+        manifest = KvManifest(TRUSTED, bundle, nonce, config, layers, {KEYS_FILE: sha256_file(trusted / KEYS_FILE)}, limit)
         manifest.write(trusted)
     return manifest
 
@@ -184,7 +186,7 @@ def _epsilon_of(norms: list[Any], head_dim: int, kind: str) -> float:
         if epsilon is not None and norm.weight.shape == (head_dim,):
             with torch.no_grad():
                 ours = norm.weight.float() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-                if torch.allclose(norm.float()(x).float(), ours, atol=1e-5):
+                if torch.allclose(copy.deepcopy(norm).float()(x).float(), ours, atol=1e-5):
                     continue
         raise UnsupportedModel(f"{kind}: its norms of q and k are not RMS norms per head")
     return float(norms[0].variance_epsilon)

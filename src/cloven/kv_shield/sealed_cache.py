@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cloven.errors import BadInput
+from cloven.errors import BadInput, WorkerRefused
 from cloven.kv_shield.messages import MAX_BLOCK_BYTES, Label
 
 
@@ -31,8 +31,8 @@ class Sealer(Protocol):
     def end_seal(self, blocks: int) -> int:
         """The epoch of the sealing that is complete."""
 
-    def unseal_block(self, label: Label, epoch: int, data: memoryview) -> memoryview:
-        """Plaintext of a block."""
+    def unseal_block(self, label: Label, epoch: int, data: memoryview) -> tuple[memoryview, int]:
+        """Plaintext of a block, and how many are left."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,12 @@ def seal(sealer: Sealer, cache: Any) -> SealedCache:
 def resume(sealer: Sealer, sealed: SealedCache) -> Any:
     """Step 3: the same cache object, with its tensors back."""
     restored: dict[tuple[int, str], tuple[Label, bytearray]] = {}
+    left = 1
     for label, data in sealed.blocks:
-        plain = sealer.unseal_block(label, sealed.epoch, memoryview(data))
+        plain, left = sealer.unseal_block(label, sealed.epoch, memoryview(data))
         restored.setdefault((label.layer, label.part), (label, bytearray()))[1].extend(plain)
+    if left:
+        raise WorkerRefused("the sealed cache has lost blocks at its end: it stays sealed")
     for (layer, part), (label, rows) in restored.items():
         place = getattr(sealed.cache.layers[layer], part)
         tensor = torch.frombuffer(rows, dtype=getattr(torch, label.dtype)).view(label.shape).to(place.device)

@@ -82,7 +82,8 @@ class EnclaveServer(Server):
             raise MalformedMessage("size", f"a block of {payload.nbytes} bytes, at most {MAX_BLOCK_BYTES}")
         if isinstance(message, Seal):
             return [ENCLAVE.pack(Sealed(message.id)), vault.seal(label, payload)]
-        return [ENCLAVE.pack(Unsealed(message.id)), vault.unseal(label, message.epoch, payload)]
+        plain = vault.unseal(label, message.epoch, payload)
+        return [ENCLAVE.pack(Unsealed(message.id, vault.left)), plain]
 
     def _answer(self, message: Any, payload: memoryview | None, peer: str) -> list[Frame]:
         if isinstance(message, Hello):

@@ -7,6 +7,7 @@ object is gone; a call without a cache gets one for itself.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cloven.errors import BadBundle, BadInput, RunError
+from cloven.errors import BadBundle, BadInput, ClovenError, RunError, WorkerRefused
 from cloven.kv_shield.layer import KeyedAttention
 from cloven.kv_shield.manifest import EXPOSED, KvManifest
 from cloven.kv_shield.messages import (
@@ -43,12 +44,13 @@ from cloven.kv_shield.messages import (
 )
 from cloven.kv_shield.sealed_cache import SealedCache, resume, seal
 from cloven.model.attention import rotary_module
-from cloven.model.runtime import RuntimeOptions, Session
+from cloven.model.runtime import CLOSED, RuntimeOptions, Session
 from cloven.telemetry import Telemetry
 from cloven.wire.channel import Channel
 from cloven.wire.keys import trusted_keys
 from cloven.wire.limits import MAX_PAYLOAD_BYTES
 
+_MOVES_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -97,6 +99,15 @@ class KvSession(Session):
     def _rotate(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
 
+    def close(self, reason: str = CLOSED) -> None:
+        """End the session; the enclave drops its keys, if it can be reached within a second."""
+        if not self.closed and reason == CLOSED:
+            self.channel.timeout = min(self.channel.timeout, 1.0)
+            with contextlib.suppress(ClovenError):
+                for name in [*self._of_cache.values(), *self._gone]:
+                    self._end(name)
+        super().close(reason)
+
     def key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
         """See `kv_shield.layer.Peer`."""
         return self.guarded(lambda: self._key(layer, x, cache))
@@ -135,7 +146,6 @@ class KvSession(Session):
             return cache
 
     def _key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
-        self._require_open(cache)
         rows, positions = _on_cpu(x), self._positions_once(x)
         first = int(cache.get_seq_length(layer)) if self._noise and cache is not None else 0
         name = self._session_for(cache, x.shape[0]) if self._noise else NO_SESSION
@@ -156,7 +166,6 @@ class KvSession(Session):
         return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(x.device)
 
     def _restore(self, layer: int, a: Tensor, cache: Any) -> Tensor:
-        self._require_open(cache)
         rows = _on_cpu(a)
         name = self._session_for(cache, a.shape[0]) if self._noise else NO_SESSION
         width = self._layers[layer].widths()[0]
@@ -173,7 +182,8 @@ class KvSession(Session):
             parts.append(self.channel.exchange(layer_name, request, [frame_of(rows[:, start:end])], parse))
         return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(a.device)
 
-    def _require_open(self, cache: Any) -> None:
+    def require_open(self, cache: Any) -> None:
+        """See `kv_shield.layer.Peer`."""
         if cache is not None and cache in self._sealed:
             raise RunError("this cache is sealed: resume it first")
 
@@ -208,13 +218,21 @@ class KvSession(Session):
             if cache is not None:
                 self._of_cache[cache] = name
                 weakref.finalize(cache, self._gone.append, name)
+                if self._noise:
+                    for method in _MOVES_ROWS:
+                        setattr(cache, method, _refuse_to_move)
             else:
                 self._call.alone = name
         return name
 
     def _end(self, name: bytes) -> None:
         request = Close(self.channel.next_id(), self.channel.bundle, name)
-        self.channel.exchange("close", request, [], lambda m, _: True if isinstance(m, Closed) else None)
+        with contextlib.suppress(WorkerRefused):  # the enclave has forgotten it already: restarted, or idle for long
+            self.channel.exchange("close", request, [], lambda m, _: True if isinstance(m, Closed) else None)
+
+
+def _refuse_to_move(*_: Any, **__: Any) -> None:
+    raise BadInput("session mode has keys for every row of the batch, which therefore stay where they are: no beam search")
 
 
 class _Sealer:
@@ -233,10 +251,10 @@ class _Sealer:
         request = SealEnd(self._channel.next_id(), self._channel.bundle, self._name, blocks)
         return self._channel.exchange("seal", request, [], lambda m, _: m.epoch if isinstance(m, SealEnded) else None)
 
-    def unseal_block(self, label: Label, epoch: int, data: memoryview) -> memoryview:
+    def unseal_block(self, label: Label, epoch: int, data: memoryview) -> tuple[memoryview, int]:
         """See `Sealer`."""
         request = Unseal(self._channel.next_id(), self._channel.bundle, self._name, epoch, **_fields(label))
-        return self._channel.exchange("unseal", request, [data], lambda m, p: p if isinstance(m, Unsealed) else None)
+        return self._channel.exchange("unseal", request, [data], lambda m, p: (p, m.left) if isinstance(m, Unsealed) and p else None)
 
 
 def _fields(label: Label) -> dict[str, Any]:
@@ -276,6 +294,7 @@ def open_session(model: Any, options: RuntimeOptions) -> KvSession:
         insecure_plain_tcp=options.insecure_plain_tcp,
         telemetry=telemetry,
         schema=ENCLAVE,
+        peer="enclave",
     )
     try:
         channel.hello()

@@ -89,6 +89,11 @@ class Vault:
             self.state = "open"
         return plain
 
+    @property
+    def left(self) -> int:
+        """How many blocks are still sealed, while resuming."""
+        return self._count - self._next
+
     def require_open(self) -> None:
         """Refuse to work on a cache that is not open."""
         if self.state != "open":

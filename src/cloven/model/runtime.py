@@ -20,6 +20,7 @@ from cloven.wire.limits import DEFAULT_TIMEOUT
 _T = TypeVar("_T")
 DEFAULT_PAD_BYTES = 256 * 2**20
 MOST_PADS_AHEAD = 256
+CLOSED = "it was closed"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Session:
             self.close(str(error))
             raise
 
-    def close(self, reason: str = "it was closed") -> None:
+    def close(self, reason: str = CLOSED) -> None:
         """End the session; secrets are dropped, the model can be attached again."""
         with self._closing:
             if self._reason is not None:

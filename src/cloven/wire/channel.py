@@ -56,6 +56,7 @@ class Channel:
         keys: CURVE keys with the worker's key pinned; needed for tcp.
         timeout: seconds an answer may take.
         insecure_plain_tcp: allow tcp without keys, with a banner.
+        schema, peer: the peer's messages, and what to call it: the command that starts it.
 
     Guarantee: bounded waiting; over CURVE, traffic is encrypted and the worker is the holder of the pinned key. Answers are parsed
     strictly, not verified: that is `offload`'s step. Not hidden: the number, size and time of exchanges.
@@ -72,6 +73,7 @@ class Channel:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         telemetry: Telemetry | None = None,
         schema: Schema = WORKER,
+        peer: str = "worker",
     ) -> None:
         if not 0 < timeout < 86_400:
             raise BadInput(f"timeout {timeout}: give seconds, more than 0")
@@ -79,7 +81,7 @@ class Channel:
         self.timeout = timeout
         self.telemetry = telemetry or Telemetry()
         self.bundle = bundle
-        self._schema = schema
+        self._schema, self._peer = schema, peer
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         if self.address.scheme == "tcp" and keys is None:
@@ -135,7 +137,7 @@ class Channel:
         request = Hello(self.next_id(), self.bundle)
         welcome = self.exchange("hello", request, [], lambda message, _: message if isinstance(message, Welcome) else None)
         if welcome.bundle != self.bundle:
-            raise ForeignBundle(f"{self.address}: the worker holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
+            raise ForeignBundle(f"{self.address}: the {self._peer} holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
         check_socket_folder(self.address, create=False)  # again: it may have been made since
         return welcome.groups
 
@@ -212,13 +214,13 @@ class Channel:
         if isinstance(message, ErrorAnswer):
             text = "".join(character for character in message.text if 32 <= ord(character) < 127)
             kind = ForeignBundle if message.code == "bundle" else WorkerRefused
-            raise kind(f"{layer}: the worker at {self.address} answered '{message.code}': {text}")
+            raise kind(f"{layer}: the {self._peer} at {self.address} answered '{message.code}': {text}")
         try:
             parsed = parse(message, answer_payload)
         except MalformedMessage as error:
-            raise WorkerRefused(f"{layer}: the worker's answer is malformed: {error}") from error
+            raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: {error}") from error
         if parsed is None:
-            raise WorkerRefused(f"{layer}: the worker answered something else than was asked")
+            raise WorkerRefused(f"{layer}: the {self._peer} answered something else than was asked")
         return parsed
 
     def _send(self, frames: list[Frame]) -> None:
@@ -249,7 +251,7 @@ class Channel:
             try:
                 message, payload = self._schema.unpack(frames)
             except MalformedMessage as error:
-                raise WorkerRefused(f"{layer}: the worker's answer is malformed: {error}") from error
+                raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: {error}") from error
             if message.id == request or (isinstance(message, ErrorAnswer) and message.id == 0):
                 return message, payload
             logger.info("dropped a late answer from %s", self.address)
@@ -258,7 +260,7 @@ class Channel:
     def _watch(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
         if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            raise PeerRefused(f"{self.address}: the worker refuses this key: put the public key in its allowed/ folder")
+            raise PeerRefused(f"{self.address}: the {self._peer} refuses this key: put the public key in its allowed/ folder")
         if kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
             self._handshake_failures += 1
             final = kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # ZeroMQ does not try again after it
@@ -275,7 +277,7 @@ class Channel:
 
     def _silence(self, layer: str) -> RunError:
         if self._connected:
-            return WorkerTimeout(f"{layer}: no answer from the worker at {self.address} within {self.timeout:g} s")
+            return WorkerTimeout(f"{layer}: no answer from the {self._peer} at {self.address} within {self.timeout:g} s")
         return WorkerUnreachable(
-            f"{layer}: no worker at {self.address} for {self.timeout:g} s: is `cloven worker` running there, with matching keys?"
+            f"{layer}: no {self._peer} at {self.address} for {self.timeout:g} s: is `cloven {self._peer}` running there, with the right keys?"
         )

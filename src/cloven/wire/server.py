@@ -61,8 +61,8 @@ class Server:
         self.refused = 0
         self._rows = 0
         self._stop = threading.Event()
-        self._context = context or zmq.Context()
-        self._owns_context = context is None
+        self._given_context = context
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._admission: Admission | None = None
         self._socket: zmq.Socket[bytes] | None = None
 
@@ -72,6 +72,7 @@ class Server:
         Raises:
             RunError, BadInput: the address is taken, or not this machine's.
         """
+        self._context = self._given_context or zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.sndhwm = self._socket.rcvhwm = QUEUED_MESSAGES
         self._socket.maxmsgsize = MAX_FRAME_BYTES
@@ -133,7 +134,7 @@ class Server:
             self._socket.close()
             if self._admission is not None:
                 self._admission.stop()
-            if self._owns_context:
+            if self._context is not None and self._given_context is None:
                 self._context.destroy(linger=LINGER_MILLISECONDS)
             logger.info("stopped after %d answers, %d refusals", self.answered, self.refused)
 

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cloven.audit import registry
+from cloven.audit.kv_shield import MODES
+from cloven.audit.registry import TEXT_TOKENS, audit
+from cloven.errors import BadBundle, BadInput, ForeignBundle
+from cloven.kv_shield.config import KvShieldConfig
+from tests.kv_bundles import kv_bundle
+from tests.split_models import tiny_bundle
+
+NEEDED = 2 * (12 + 16) + 16  # of the tiny models, at ρ = 16
+
+
+def tokens(count: int) -> Tensor:
+    """A text with repetitions, int64 [T]."""
+    return torch.randint(1, 40, (count,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2"])
+def test_a_bundle_is_audited_in_every_mode(family: str) -> None:
+    attacks = audit(kv_bundle(family, "session"), tokens(NEEDED))
+    assert {attack.scheme for attack in attacks} == {f"kv-shield/{mode}" for mode in MODES}
+    value = {(attack.name, attack.scheme.removeprefix("kv-shield/")): attack.value for attack in attacks}
+    assert value["table", "none"] == value["sorting", "permute"] == value["weights", "permute"] == 1.0
+    assert value["sorting", "session"] < 0.3 and value["sorting", "sealed"] < 0.3
+
+
+def test_both_modes_give_the_same_public_model_to_the_thief() -> None:
+    public = [
+        {(a.name, a.value) for a in audit(kv_bundle("llama", mode), tokens(NEEDED)) if a.scheme == "kv-shield/none"}
+        for mode in ("permute", "session")
+    ]
+    assert public[0] == public[1]
+
+
+def test_a_text_is_sampled_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def record(model: object, text: Tensor, config: KvShieldConfig) -> list[object]:
+        seen.append(text)
+        assert config.mode == "session"
+        return []
+
+    monkeypatch.setattr(registry, "audit_kv_shield", record)
+    assert audit(kv_bundle("llama", "session")) == audit(kv_bundle("llama", "session")) == []
+    assert seen[0].shape == (TEXT_TOKENS,) and torch.equal(seen[0], seen[1])
+
+
+def test_a_text_must_be_long_enough() -> None:
+    with pytest.raises(BadInput, match=f"the text has {NEEDED - 1} tokens: give at least {NEEDED}"):
+        audit(kv_bundle("llama", "session"), tokens(NEEDED - 1))
+
+
+def test_what_cannot_be_audited(tmp_path: Path) -> None:
+    with pytest.raises(BadBundle, match="only KV-Shield bundles can be audited today"):
+        audit(tiny_bundle("llama").path)
+    with pytest.raises(BadBundle):
+        audit(tmp_path)
+    with pytest.raises(BadBundle):
+        audit(kv_bundle("llama", "permute") / "trusted")
+    shutil.copytree(kv_bundle("llama", "permute") / "trusted", tmp_path / "out" / "trusted")
+    with pytest.raises(BadBundle):
+        audit(tmp_path / "out")
+    shutil.copytree(kv_bundle("qwen2", "permute") / "exposed", tmp_path / "out" / "exposed")
+    with pytest.raises(ForeignBundle):
+        audit(tmp_path / "out")
