@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import signal
@@ -12,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,8 @@ import pytest
 import zmq
 
 import cloven
-from cloven.cli import hardening
-from cloven.cli.main import run
 from cloven.cluster.worker_process import WorkerProcess
+from tests.end_to_end.commands import Command, Outcome, one_line
 from tests.end_to_end.liar import Liar
 from tests.helpers import FakeWorker, free_port
 from tests.split_models import (
@@ -38,57 +34,6 @@ from tests.split_models import (
 )
 
 PROMPT = "ROMEO:"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def cloven_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """`cloven ARGUMENTS` in this process, which keeps its core dumps and its log."""
-    monkeypatch.setattr(hardening, "forbid_core_dumps", lambda: None)
-    logger = logging.getLogger("cloven")
-    handlers, level = list(logger.handlers), logger.level
-
-    def command(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["cloven", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    yield command
-    logger.handlers = handlers
-    logger.setLevel(level)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Mode 0700 and a short path."""
-    with tempfile.TemporaryDirectory(prefix="cl") as name:
-        yield Path(name)
-
-
-def one_line(outcome: Outcome | subprocess.CompletedProcess[str], code: int, match: str) -> None:
-    """An error as the command line promises it: the exit code, one line that says what is wrong, no traceback, nothing on stdout."""
-    got, out, err = (
-        (outcome.code, outcome.out, outcome.err) if isinstance(outcome, Outcome) else (outcome.returncode, outcome.stdout, outcome.stderr)
-    )
-    assert got == code, err
-    lines = err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("cloven: ") and re.search(match, lines[0]), err
-    assert out == "" and "Traceback" not in err
 
 
 # --- help

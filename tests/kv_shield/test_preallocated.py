@@ -76,7 +76,6 @@ def test_copies_for_beams_are_refused() -> None:
         cache.batch_select_indices(torch.tensor([0]))
 
 
-@pytest.mark.xfail(strict=True, reason="PreallocatedLayer leaves reorder_cache as it is: generate(num_beams=2) copies, and frees what it copied")
 def test_no_beam_search() -> None:
     with pytest.raises(BadInput, match="no beam search"):
         tiny("llama").generate(
