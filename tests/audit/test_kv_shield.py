@@ -171,7 +171,6 @@ def test_layer_0_depends_on_the_token_alone(family: str) -> None:
     assert layer.weight.shape == (layer.shape.widths()[2], 48)
 
 
-@pytest.mark.xfail(strict=True, reason="tries of the pair attacks is all pairs, but the value is a fraction of the equal ones: verdicts too sharp")
 def test_tries_are_what_the_value_is_a_fraction_of() -> None:
     tokens = text(80, 30)
     i, j = torch.triu_indices(80, 80, 1)

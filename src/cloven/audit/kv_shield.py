@@ -54,7 +54,10 @@ class Layer0:
 
 @torch.no_grad()
 def layer0_of(model: Any) -> Layer0:
-    """Run layer 0's v on every token of the vocabulary, each alone: one position sees only itself."""
+    """Run layer 0's v on every token of the vocabulary, each alone: one position sees only itself.
+
+    Where positions are added to the embeddings (GPT-2), v depends on the place too: the figures are then those of a thief who knows it.
+    """
     shape = attention_shapes(model)[0]
     attention = model.get_submodule(shape.name)
     module = attention.get_submodule(shape.projections[-1])
@@ -208,7 +211,7 @@ def audit_kv_shield(model: Any, tokens: Tensor, config: KvShieldConfig | None = 
         found = {mode: hits(by_known_plaintext(rows, layer.table, tokens, known), tokens[known:]) for mode, rows in snapshots.items()}
         add(name, f"fraction of tokens recovered once {known} are known (d + ρ = {full})", found, chance, len(tokens) - known)
     pairs_chance = _share_of_equal_pairs(tokens)
-    pairs = len(tokens) * (len(tokens) - 1) // 2
+    pairs = max(1, round(pairs_chance * len(tokens) * (len(tokens) - 1) / 2))  # of equal tokens: what the value is a fraction of
     found = {mode: equal_pairs(column_spaces(rows), tokens) for mode, rows in snapshots.items()}
     add("equal_pairs", "fraction of pairs of equal tokens found", found, pairs_chance, pairs)
     both = {mode: [column_spaces(rows), column_spaces(rows)] for mode, rows in snapshots.items()}

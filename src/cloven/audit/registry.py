@@ -30,7 +30,9 @@ def audit(out: Path, tokens: Tensor | None = None) -> list[Attack]:
         BadBundle: no bundle that can be audited.  BadInput: the text is too short.
     """
     if manifest_format(out / "trusted") != TRUSTED:
-        raise BadBundle(f"{out}: only KV-Shield bundles can be audited today")
+        found = manifest_format(out / "trusted")
+        what = "only KV-Shield bundles can be audited today" if found else "there is no bundle; give OUT of `cloven prepare kv-shield`"
+        raise BadBundle(f"{out}: {what}")
     model, config = plain_model(out)
     if tokens is None:
         tokens = sample_text(model, 1, TEXT_TOKENS, TEXT_SEED)[0]

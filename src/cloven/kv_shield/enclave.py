@@ -29,7 +29,7 @@ from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.kv_shield.keys import SessionKeys, session_keys
 from cloven.kv_shield.manifest import KEYS_FILE, TRUSTED, KvManifest
 from cloven.kv_shield.messages import SESSION_BYTES
-from cloven.kv_shield.rotary import Rotary, RotaryGather
+from cloven.kv_shield.rotary import Rotary, RotaryGather, gather_columns
 from cloven.kv_shield.shapes import AttentionShape
 from cloven.kv_shield.vault import Vault
 from cloven.wire.schema import MalformedMessage
@@ -187,7 +187,7 @@ class Enclave:
         """The true attention output: a' [B, S, H·(d + ρ)] -> a [B, S, H·d]."""
         place = self._layer_at(layer)
         if place.restore is not None:
-            return a.index_select(-1, place.restore)
+            return gather_columns(a, place.restore)
         session = self._session(name, peer)
         session.vault.require_open()
         if a.shape[0] != session.sequences or session.restored[layer] + a.shape[1] > session.keyed[layer]:

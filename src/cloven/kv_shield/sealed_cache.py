@@ -11,6 +11,7 @@ buffers and temporaries, whose freed memory is not overwritten.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from cloven.errors import BadInput, WorkerRefused
-from cloven.kv_shield.messages import MAX_BLOCK_BYTES, Label
+from cloven.kv_shield.messages import MAX_BLOCK_BYTES, TAG_BYTES, Label
+
+_PLAIN = (int, float, str, torch.dtype, torch.device, type(None))  # what a layer may hold besides rows
 
 
 class Sealer(Protocol):
@@ -69,6 +72,7 @@ def seal(sealer: Sealer, cache: Any) -> SealedCache:
 
 def resume(sealer: Sealer, sealed: SealedCache) -> Any:
     """Step 3: the same cache object, with its tensors back."""
+    _require_whole(sealed)
     restored: dict[tuple[int, str], tuple[Label, bytearray]] = {}
     left = 1
     for label, data in sealed.blocks:
@@ -87,10 +91,24 @@ def _tensors(cache: Any) -> Iterator[tuple[int, str, Tensor]]:
     """Every tensor that holds rows: (layer, attribute, tensor)."""
     for number, layer in enumerate(cache.layers):
         for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.dim() >= 3:
+            if isinstance(value, Tensor) and value.numel() > 1:
                 yield number, name, value
-            elif isinstance(value, tuple | list | dict) and value:
-                raise BadInput(f"a cache of {type(layer).__name__} cannot be sealed: it keeps {name} in parts")
+            elif not isinstance(value, _PLAIN) and not (isinstance(value, Tensor) and value.numel() <= 1):
+                raise BadInput(f"a cache of {type(layer).__name__} cannot be sealed: it keeps {name} as {type(value).__name__}")
+
+
+def _require_whole(sealed: SealedCache) -> None:
+    """Refuse a list of blocks that cannot be one sealing of this cache, before the enclave is asked."""
+    sizes: dict[tuple[int, str], tuple[Label, int]] = {}
+    for number, (label, data) in enumerate(sealed.blocks):
+        known = label.block == number and label.layer < len(sealed.cache.layers) and hasattr(sealed.cache.layers[label.layer], label.part)
+        if not known or not isinstance(getattr(torch, label.dtype, None), torch.dtype):
+            raise WorkerRefused(f"block {number} of the sealed cache is not its block {number}: it stays sealed")
+        before = sizes.get((label.layer, label.part), (label, 0))[1]
+        sizes[label.layer, label.part] = (label, before + len(data) - TAG_BYTES)
+    for label, size in sizes.values():
+        if size != math.prod(label.shape) * getattr(torch, label.dtype).itemsize:
+            raise WorkerRefused(f"layer {label.layer} of the sealed cache has lost blocks: it stays sealed")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -173,8 +173,6 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
         _require_same_names(model, checkpoint)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         model.cloven_folder = self._folder
         scheme = scheme_named(self.quantization_config.description["scheme"])
         scheme.finish(model)

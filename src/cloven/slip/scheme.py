@@ -37,7 +37,9 @@ class Slip:
         model.all_tied_weights_keys = {}
 
     def finish(self, model: nn.Module) -> None:
-        """See `Scheme.finish`: nothing."""
+        """See `Scheme.finish`: split weights cannot be trained."""
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
 
     def attach(self, model: nn.Module, options: RuntimeOptions) -> SlipSession:
         """See `Scheme.attach`."""

@@ -92,4 +92,4 @@ def require_free_path(address: Address) -> None:
             probe.connect(str(address.path))
         except OSError:
             return  # left behind by a dead worker
-    raise RunError(f"cannot listen at {address}: another worker listens there already")
+    raise RunError(f"cannot listen at {address}: another server listens there already")

@@ -279,5 +279,5 @@ class Channel:
         if self._connected:
             return WorkerTimeout(f"{layer}: no answer from the {self._peer} at {self.address} within {self.timeout:g} s")
         return WorkerUnreachable(
-            f"{layer}: no {self._peer} at {self.address} for {self.timeout:g} s: is `cloven {self._peer}` running there, with the right keys?"
+            f"{layer}: no {self._peer} at {self.address} for {self.timeout:g} s: is `cloven {self._peer}` running there, with its keys?"
         )
