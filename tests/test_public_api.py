@@ -26,7 +26,10 @@ def test_the_public_names() -> None:
         "attach",
         "demo_model_path",
         "generate_keys",
+        "EnclaveProcess",
+        "KvShieldConfig",
         "open_bundle",
+        "prepare_kv_shield",
         "prepare_slip",
     }
     assert set(cloven.__all__) <= set(dir(cloven))
