@@ -137,6 +137,9 @@ def test_a_server_that_is_not_bound_does_not_serve(context: Context) -> None:
     class Unbound(Server):
         """Forgets to."""
 
+        def answer(self, frames: list[Any], peer: str) -> list[Frame]:
+            return []
+
     with pytest.raises(AssertionError, match="bind comes first"):
         Unbound("x", "inproc://x", COLOURS, context=context).serve()
 

@@ -223,10 +223,17 @@ def audit_kv_shield(model: Any, tokens: Tensor, config: KvShieldConfig | None = 
         permutations(SecretStream(secrets.token_bytes(KEY_BYTES), "audit"), layer.shape.kv_heads, d)
         + d * torch.arange(layer.shape.kv_heads)[:, None]
     ).flatten()
-    matched = match_rows(layer.weight[order], layer.weight, layer.shape.kv_heads)
-    share = hits(matched, order)
-    found = {"none": 1.0, "permute": share, "session": 0.0, "sealed": share}
-    add("weights", "fraction of the key found in the device's weights (session: no key is in them)", found, 1 / d, rows, _DEVICE)
+    share = hits(match_rows(layer.weight[order], layer.weight, layer.shape.kv_heads), order)
+    places, unkeyed = torch.arange(rows), match_rows(layer.weight, layer.weight, layer.shape.kv_heads)  # the weights of none and session
+    found = {"none": hits(unkeyed, places), "permute": share, "session": 1 - hits(unkeyed, places), "sealed": share}
+    add(
+        "weights",
+        "fraction of the rows whose place is found in the device's weights (session: that are out of place, hence keyed)",
+        found,
+        1 / d,
+        rows,
+        _DEVICE,
+    )
     return results
 
 

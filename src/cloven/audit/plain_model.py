@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from cloven.errors import BadBundle
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.manifest import KEYS_FILE, read_halves
 from cloven.kv_shield.prepare import row_order
@@ -30,17 +30,15 @@ def plain_model(out: Path) -> tuple[PreTrainedModel, KvShieldConfig]:
     for name in exposed.files:
         if name.endswith(".safetensors"):
             tensors |= load_file(out / "exposed" / name)
-    with safe_open(out / "trusted" / KEYS_FILE, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored = load_file(out / "trusted" / KEYS_FILE)
     state = model.state_dict()
     for index, layer in enumerate(exposed.layers):
         order = torch.arange(sum(layer.widths()))
         if trusted.config.mode == "permute":
             order = row_order(layer, stored[f"{index}.qk"], stored[f"{index}.v"])
-        starts = [0, *torch.tensor(layer.widths()).cumsum(0).tolist()] if len(layer.projections) == 3 else [0, len(order)]
-        for place, projection in enumerate(layer.projections):
+        for projection, part in zip(layer.projections, layer.slices(), strict=True):
             name = f"{layer.name}.{projection}"
-            back = torch.argsort(order[starts[place] : starts[place + 1]])
+            back = torch.argsort(order[part])
             weight = tensors[f"{name}.weight"].view(state[f"{name}.weight"].shape)
             transposed = len(weight) != len(back)  # Conv1D
             tensors[f"{name}.weight"] = weight[:, back] if transposed else weight[back]
@@ -49,6 +47,8 @@ def plain_model(out: Path) -> tuple[PreTrainedModel, KvShieldConfig]:
         for which in "qk":
             if f"{index}.{which}_norm" in stored:
                 tensors[f"{layer.name}.{which}_norm.weight"] = stored[f"{index}.{which}_norm"]
-    model.load_state_dict(tensors, strict=False)  # tied tensors are stored once
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if unexpected or set(missing) - set(getattr(model, "all_tied_weights_keys", None) or ()):  # tied tensors are stored once
+        raise BadBundle(f"{out / 'exposed'}: the tensors are not those of its config.json; copy the bundle again")
     model.tie_weights()
     return model.eval(), trusted.config

@@ -13,6 +13,7 @@ from cloven.audit.plain_model import plain_model
 from cloven.bundle.manifest import manifest_format
 from cloven.errors import BadBundle, BadInput
 from cloven.kv_shield.manifest import TRUSTED
+from cloven.kv_shield.prepare import attention_shapes
 from cloven.zoo.text import sample_text
 
 TEXT_TOKENS = 256
@@ -36,7 +37,7 @@ def audit(out: Path, tokens: Tensor | None = None) -> list[Attack]:
     model, config = plain_model(out)
     if tokens is None:
         tokens = sample_text(model, 1, TEXT_TOKENS, TEXT_SEED)[0]
-    needed = 2 * (model.config.get_text_config().hidden_size // model.config.num_attention_heads + config.noise_dims) + 16
+    needed = 2 * (attention_shapes(model)[0].head_dim + config.noise_dims) + 16
     if len(tokens) < needed:
         raise BadInput(f"the text has {len(tokens)} tokens: give at least {needed}")
     with torch.no_grad():

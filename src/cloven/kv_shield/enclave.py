@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cloven.bundle.verification import verify_files
@@ -53,15 +54,15 @@ class _Session:
     vault: Vault
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # its indices are the permutations
 class _Layer:
     shape: AttentionShape
-    norms: tuple[Tensor, Tensor] | None  # weights of the norms of q and k, repeated for every head: [W_q], [W_k]
+    norms: Tensor | None  # weights of the norms of the heads of q ‖ k [H + G, d]
     gather: RotaryGather | None
     restore: Tensor | None  # π_v⁻¹ over all heads, int64 [H·d]; None in session mode
 
 
-@dataclass
+@dataclass(repr=False)
 class _Tables:
     """cos and ± sin for the positions asked for last; for few rows, of all layers."""
 
@@ -93,8 +94,7 @@ class Enclave:
         self.bundle = bytes.fromhex(self.manifest.bundle)
         self.config = self.manifest.config
         try:
-            with safe_open(folder / KEYS_FILE, framework="pt") as file:
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = load_file(folder / KEYS_FILE)
             self._rotary = _rotary_of(stored)
             self._layers = [self._layer(shape, index, stored) for index, shape in enumerate(self.manifest.layers)]
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
@@ -117,12 +117,12 @@ class Enclave:
 
     def widths_in(self, layer: int) -> int:
         """Width of the rows that `key` takes: q ‖ k, and v in session mode."""
-        q, k, v = self._layers[layer].shape.widths()
+        q, k, v = self._layer_at(layer).shape.widths()
         return q + k + (v if self.noise else 0)
 
     def width_keyed(self, layer: int) -> int:
         """Width of the rows that `restore` takes."""
-        return self._layers[layer].shape.widths(self.noise)[0]
+        return self._layer_at(layer).shape.widths(self.noise)[0]
 
     def open(self, sequences: int, peer: str) -> bytes:
         """A session with fresh keys for that many sequences, for this peer alone; returns its name."""
@@ -215,7 +215,7 @@ class Enclave:
         norms = None
         if shape.norm_epsilon is not None:
             weights = [stored[f"{index}.{name}_norm"] for name in "qk"]
-            norms = (weights[0][pi].repeat_interleave(per_kv, 0), weights[1][pi])
+            norms = torch.cat([weights[0][pi].repeat_interleave(per_kv, 0), weights[1][pi]])
         return _Layer(shape, norms, gather, restore)
 
     def _layer_at(self, layer: int) -> _Layer:
@@ -252,7 +252,7 @@ class Enclave:
             return qk
         heads = qk.unflatten(-1, (-1, place.shape.head_dim)).float()
         heads = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + place.shape.norm_epsilon)
-        normed: Tensor = torch.cat(place.norms).to(qk.dtype) * heads.to(qk.dtype)
+        normed: Tensor = place.norms.to(qk.dtype) * heads.to(qk.dtype)
         return normed.flatten(-2)
 
     def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> _Tables:

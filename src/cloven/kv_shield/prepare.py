@@ -12,16 +12,14 @@ running with a scrambled head, or, in session mode, without protection.
 from __future__ import annotations
 
 import copy
-import json
 import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -32,11 +30,12 @@ from cloven.errors import UnsupportedModel
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.keys import permutations
-from cloven.kv_shield.manifest import EXPOSED, KEYS_FILE, TRUSTED, KvManifest, bundle_id
+from cloven.kv_shield.manifest import EXPOSED, KEYS_FILE, SCHEME, TRUSTED, KvManifest, bundle_id
 from cloven.kv_shield.rotary import Rotary
 from cloven.kv_shield.shapes import AttentionShape
 from cloven.model.attention import attention_modules, head_counts, output_of, projections_of, rotary_module, rotation_matrices
-from cloven.model.source import open_source, without_code
+from cloven.model.linears import matrix_of
+from cloven.model.source import open_source, write_configuration
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm", "gpt2")
 VERSION = 1
@@ -95,12 +94,8 @@ def prepare_kv_shield(
         nonce = secrets.token_hex(16)
         bundle = bundle_id(layers, config, weights, nonce)
         _write_configuration(loaded, exposed, bundle, layers, config)
-        for path in source.files():
-            target = exposed / path.name
-            if path.name == "tokenizer_config.json":
-                target.write_text(json.dumps(without_code(json.loads(path.read_text(encoding="utf-8"))), indent=1), encoding="utf-8")
-            else:
-                shutil.copyfile(path, target)
+        source.copy_files(exposed)
+        source.copy_files(exposed, licences=True)
         for path in exposed.iterdir():
             path.chmod(0o644)
         KvManifest(EXPOSED, bundle, nonce, config, layers, {p.name: sha256_file(p) for p in sorted(exposed.iterdir())}).write(exposed)
@@ -128,16 +123,11 @@ def attention_shapes(model: PreTrainedModel) -> tuple[AttentionShape, ...]:
             epsilon = _epsilon_of(norms, head_dim, model.config.model_type)
         projections = projections_of(attention)
         shape = AttentionShape(name, heads, kv_heads, head_dim, projections, output_of(attention), rotated, epsilon)
-        widths = [out_features(attention.get_submodule(projection)) for projection in projections]
+        widths = [len(matrix_of(attention.get_submodule(projection))) for projection in projections]
         if widths != (list(shape.widths()) if len(projections) == 3 else [sum(shape.widths())]):
             raise UnsupportedModel(f"{model.config.model_type}: {name} has projections of unexpected sizes")
         shapes.append(shape)
     return tuple(shapes)
-
-
-def out_features(module: nn.Module) -> int:
-    """N of a linear layer."""
-    return int(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -223,9 +213,8 @@ def _projections(
             pi, pi_v = (permutations(stream, layer.kv_heads, layer.head_dim) for _ in range(2))
             stored[f"{index}.qk"], stored[f"{index}.v"] = pi, pi_v
             order = row_order(layer, pi, pi_v)
-        starts = [0, *torch.tensor(layer.widths()).cumsum(0).tolist()] if len(layer.projections) == 3 else [0, len(order)]
-        for place, name in enumerate(layer.projections):
-            rows = order[starts[place] : starts[place + 1]] - starts[place]
+        for name, part in zip(layer.projections, layer.slices(), strict=True):
+            rows = order[part] - part.start
             module = attention.get_submodule(name)
             weight: Any = module.weight.detach()
             weight = weight[:, rows] if isinstance(module, Conv1D) else weight[rows]
@@ -244,13 +233,5 @@ def row_order(layer: AttentionShape, pi: Tensor, pi_v: Tensor) -> Tensor:
 def _write_configuration(
     model: PreTrainedModel, exposed: Path, bundle: str, layers: tuple[AttentionShape, ...], config: KvShieldConfig
 ) -> None:
-    record: dict[str, Any] = without_code(model.config.to_dict())
-    record.pop("_name_or_path", None)
-    record["architectures"] = [type(model).__name__]
-    record["dtype"] = str(model.dtype).removeprefix("torch.")
     shape = {"mode": config.mode, "noise_dims": config.noise_dims, "layers": [layer.to_dict() for layer in layers]}
-    record["quantization_config"] = {"quant_method": "cloven", "scheme": "kv-shield", "version": VERSION, "bundle": bundle, "model": shape}
-    (exposed / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(exposed)
+    write_configuration(model, exposed, {"scheme": SCHEME, "version": VERSION, "bundle": bundle, "model": shape})

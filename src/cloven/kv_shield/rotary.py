@@ -55,7 +55,7 @@ class Rotary:
         return RotaryGather(partner.flatten(), frequency.flatten(), sines.flatten())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # its indices are the permutations
 class RotaryGather:
     """Where every output of a layer's q ‖ k comes from: its partner, and its columns in the tables of cos and ± sin; int64 [W]."""
 

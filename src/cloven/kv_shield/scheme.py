@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cloven.bundle.verification import verify_files
-from cloven.errors import BadBundle, ForeignBundle
+from cloven.errors import BadBundle
 from cloven.kv_shield.layer import KeyedAttention
 from cloven.kv_shield.manifest import EXPOSED, KvManifest
 from cloven.kv_shield.session import KvSession, open_session
@@ -26,13 +25,9 @@ class KvShield:
     peer = "enclave"
     places: tuple[str, ...] = ("cuda", "cpu")
 
-    def verify(self, folder: Path, bundle: object, checkpoint: list[Path]) -> None:
-        """See `Scheme.verify`."""
-        manifest = KvManifest.read(folder, EXPOSED)
-        if manifest.bundle != bundle:
-            raise ForeignBundle(f"{folder}: config.json is of bundle {bundle}, manifest.json of {manifest.bundle}")
-        verify_files(folder, {path.name: manifest.files.get(path.name, "") for path in checkpoint})
-        verify_files(folder, {"config.json": manifest.files.get("config.json", "")})
+    def manifest(self, folder: Path) -> KvManifest:
+        """See `Scheme.manifest`."""
+        return KvManifest.read(folder, EXPOSED)
 
     def swap(self, model: Any, description: dict[str, Any]) -> None:
         """See `Scheme.swap`: the projections' weights are stored flat."""

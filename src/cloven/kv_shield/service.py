@@ -101,8 +101,6 @@ class EnclaveServer(Server):
             return self._sealing(message, payload, peer)
         if message.dtype not in DTYPES:
             raise MalformedMessage("malformed", f"KV-Shield computes in {', '.join(DTYPES)}")
-        if message.layer >= self.enclave.layers:
-            raise MalformedMessage("group", f"no layer {message.layer}: there are {self.enclave.layers}")
         self._rows += message.batch * message.rows
         dtype, place = DTYPES[message.dtype], (message.batch, message.rows)
         if isinstance(message, Key):

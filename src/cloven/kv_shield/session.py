@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cloven.errors import BadBundle, BadInput, ClovenError, RunError, WorkerRefused
 from cloven.kv_shield.layer import KeyedAttention
@@ -60,7 +60,7 @@ class KvSession(Session):
     Guarantee: what the cache holds is keyed. Not hidden from this process: hidden states, and q, k, v until they are keyed.
     """
 
-    def __init__(self, model: nn.Module, channel: Channel, telemetry: Telemetry, manifest: KvManifest) -> None:
+    def __init__(self, model: Any, channel: Channel, telemetry: Telemetry, manifest: KvManifest) -> None:
         super().__init__(model, channel, telemetry)
         self._layers = manifest.layers
         self._noise = manifest.config.noise_dims if manifest.config.mode == "session" else 0
@@ -69,19 +69,12 @@ class KvSession(Session):
         self._sealing = threading.Lock()
         self._gone: list[bytes] = []  # of caches that no longer exist: closed at the next call
         self._call = threading.local()
-        self._hooks = [self._base(model).register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self.on_close(model.base_model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         rotary = rotary_module(model)
         if rotary is not None:
-            self._hooks.append(rotary.register_forward_pre_hook(self._rotate, with_kwargs=True))
-        for hook in self._hooks:
-            self.on_close(hook.remove)
+            self.on_close(rotary.register_forward_pre_hook(self._rotate, with_kwargs=True).remove)
 
-    @staticmethod
-    def _base(model: Any) -> nn.Module:
-        base: nn.Module = model.base_model
-        return base
-
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._noise and kwargs.get("cache") is not None:
             raise BadInput("a shared paged cache (continuous batching) is one key domain: prepare the model with --mode permute for it")
         mask = kwargs.get("attention_mask")
@@ -96,7 +89,7 @@ class KvSession(Session):
             self._gone.append(alone)
         self._call.alone = None
 
-    def _rotate(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _rotate(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
 
     def close(self, reason: str = CLOSED) -> None:
@@ -104,7 +97,8 @@ class KvSession(Session):
         if not self.closed and reason == CLOSED:
             self.channel.timeout = min(self.channel.timeout, 1.0)
             with contextlib.suppress(ClovenError):
-                for name in [*self._of_cache.values(), *self._gone]:
+                alone = getattr(self._call, "alone", None)
+                for name in [*self._of_cache.values(), *self._gone, *([alone] if alone is not None else [])]:
                     self._end(name)
         super().close(reason)
 
@@ -152,35 +146,41 @@ class KvSession(Session):
         width = sum(self._layers[layer].widths(self._noise)[: 3 if self._noise else 2])
         parts = []
         for start, end in _pieces(rows, max(rows.shape[-1], width)):
-            piece, place = rows[:, start:end], positions[:, start:end]
-            request = Key(
-                self.channel.next_id(), self.channel.bundle, name, layer, rows.shape[0], end - start, first + start, _NAMES[rows.dtype]
-            )
             shape = (rows.shape[0], end - start, width)
-
-            def parse(message: Any, payload: memoryview | None, shape: tuple[int, ...] = shape) -> Tensor | None:
-                matches = isinstance(message, Keyed) and (message.batch, message.rows) == shape[:2] and payload is not None
-                return tensor_of(payload, shape, rows.dtype) if matches and payload is not None else None
-
-            parts.append(self.channel.exchange(self._layers[layer].name, request, [frame_of(place, piece)], parse))
-        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(x.device)
+            request = Key(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], first + start, _NAMES[rows.dtype])
+            frame = frame_of(positions[:, start:end], rows[:, start:end])
+            parts.append(self._answered(self._layers[layer].name, request, frame, Keyed, shape, rows.dtype))
+        return _joined(parts, x.device)
 
     def _restore(self, layer: int, a: Tensor, cache: Any) -> Tensor:
         rows = _on_cpu(a)
         name = self._session_for(cache, a.shape[0]) if self._noise else NO_SESSION
-        width = self._layers[layer].widths()[0]
+        where = self._layers[layer]
         parts = []
         for start, end in _pieces(rows, rows.shape[-1]):
-            shape = (rows.shape[0], end - start, width)
+            shape = (rows.shape[0], end - start, where.widths()[0])
             request = Restore(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], _NAMES[rows.dtype])
+            frame = frame_of(rows[:, start:end])
+            parts.append(self._answered(f"{where.name}.{where.output}", request, frame, Restored, shape, rows.dtype))
+        return _joined(parts, a.device)
 
-            def parse(message: Any, payload: memoryview | None, shape: tuple[int, ...] = shape) -> Tensor | None:
-                matches = isinstance(message, Restored) and (message.batch, message.rows) == shape[:2] and payload is not None
-                return tensor_of(payload, shape, rows.dtype) if matches and payload is not None else None
+    def _answered(
+        self,
+        layer: str,
+        request: Key | Restore,
+        frame: memoryview,
+        kind: type[Keyed | Restored],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """One exchange of rows: the answer, of `kind`, as a tensor of `shape`."""
 
-            layer_name = f"{self._layers[layer].name}.{self._layers[layer].output}"
-            parts.append(self.channel.exchange(layer_name, request, [frame_of(rows[:, start:end])], parse))
-        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(a.device)
+        def parse(message: Any, payload: memoryview | None) -> Tensor | None:
+            if payload is None or not isinstance(message, kind) or (message.batch, message.rows) != shape[:2]:
+                return None
+            return tensor_of(payload, shape, dtype)
+
+        return self.channel.exchange(layer, request, [frame], parse)
 
     def require_open(self, cache: Any) -> None:
         """See `kv_shield.layer.Peer`."""
@@ -265,6 +265,10 @@ def _on_cpu(x: Tensor) -> Tensor:
     if x.dtype not in _NAMES:
         raise BadInput(f"KV-Shield computes in {', '.join(DTYPES)}, not {x.dtype}")
     return x.detach().cpu()
+
+
+def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(device)
 
 
 def _pieces(rows: Tensor, width: int) -> Iterator[tuple[int, int]]:

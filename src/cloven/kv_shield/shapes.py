@@ -36,6 +36,11 @@ class AttentionShape:
         size = self.head_dim + extra
         return self.heads * size, self.kv_heads * size, self.kv_heads * size
 
+    def slices(self) -> list[slice]:
+        """The rows of W_q ‖ W_k ‖ W_v that each projection makes."""
+        q, k, v = self.widths()
+        return [slice(0, q), slice(q, q + k), slice(q + k, q + k + v)] if len(self.projections) == 3 else [slice(0, q + k + v)]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)

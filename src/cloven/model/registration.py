@@ -21,7 +21,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cloven.errors import BadBundle, BadInput
+from cloven.bundle.verification import verify_files
+from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.model.runtime import RuntimeOptions
 from cloven.telemetry import logger
 
@@ -29,6 +30,18 @@ METHOD = "cloven"
 CONFIG_VERSION = 1
 _DESCRIPTION = ("scheme", "version", "bundle", "model")
 _RUNTIME = ("worker", "enclave", "keys", "exposed", "timeout")
+
+
+class Manifest(Protocol):
+    """What the loader asks of a half's manifest: the bundle's id, and the SHA-256 of its files."""
+
+    @property
+    def bundle(self) -> str:
+        """The bundle id, 32 hexadecimal digits."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """SHA-256 by file name."""
 
 
 class Scheme(Protocol):
@@ -41,8 +54,8 @@ class Scheme(Protocol):
     peer: str
     places: tuple[str, ...]
 
-    def verify(self, folder: Path, bundle: object, checkpoint: list[Path]) -> None:
-        """Require that the files to be loaded are those of the bundle that config.json names."""
+    def manifest(self, folder: Path) -> Manifest:
+        """Read and check the manifest of the half that is being loaded."""
 
     def swap(self, model: nn.Module, description: dict[str, Any]) -> None:
         """Replace modules, on the meta device."""
@@ -168,7 +181,10 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
             raise BadBundle("a cloven bundle is loaded from its directory, with its safetensors files")
         self._folder = checkpoint[0].parent
         scheme = scheme_named(description["scheme"])
-        scheme.verify(self._folder, description["bundle"], checkpoint)
+        manifest = scheme.manifest(self._folder)
+        if manifest.bundle != description["bundle"]:
+            raise ForeignBundle(f"{self._folder}: config.json is of bundle {description['bundle']}, manifest.json of {manifest.bundle}")
+        verify_files(self._folder, {name: manifest.files.get(name, "") for name in (*(path.name for path in checkpoint), "config.json")})
         scheme.swap(model, description["model"])
         _require_same_names(model, checkpoint)
 

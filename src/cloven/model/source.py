@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,15 @@ class Source:
                 if path.is_file() and path.suffix not in (".py", ".safetensors") and path.stat().st_size <= _MAX_COPIED_BYTES:
                     yield path
 
+    def copy_files(self, folder: Path, licences: bool = False) -> None:
+        """Copy those files to a folder; a tokenizer's configuration loses what names code."""
+        for path in self.files(licences):
+            if path.name == "tokenizer_config.json":
+                record = without_code(json.loads(path.read_text(encoding="utf-8")))
+                (folder / path.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            else:
+                shutil.copyfile(path, folder / path.name)
+
     def licence(self) -> str:
         """The licence that the source's model card states, or "not stated"."""
         card = self.folder / "README.md" if self.folder is not None else None
@@ -122,6 +133,23 @@ def without_code(record: Any) -> Any:
     if isinstance(record, dict):
         return {name: without_code(value) for name, value in record.items() if name != "auto_map"}
     return [without_code(value) for value in record] if isinstance(record, list) else record
+
+
+def write_configuration(model: PreTrainedModel, folder: Path, description: dict[str, Any], **changes: Any) -> None:
+    """Write config.json of a bundle, and the generation configuration where there is one.
+
+    Args:
+        description: scheme, version, bundle and model: see `cloven.model.registration`.
+        changes: other fields to set.
+    """
+    record: dict[str, Any] = without_code(model.config.to_dict())
+    record.pop("_name_or_path", None)
+    record |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch."), **changes}
+    record["quantization_config"] = {"quant_method": "cloven", **description}
+    (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
 
 
 def other_tensors(model: PreTrainedModel, split: set[str]) -> Iterator[tuple[str, Tensor]]:

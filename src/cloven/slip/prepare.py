@@ -11,12 +11,9 @@ OUT is written beside its place as `.OUT.partial` and renamed at the end, so tha
 
 from __future__ import annotations
 
-import json
 import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +30,7 @@ from cloven.field.codec import RowBounds, row_bounds
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.model.groups import Group, trace_groups
 from cloven.model.linears import bias_of, linears_of, matrix_of
-from cloven.model.source import Source, open_source, other_tensors, without_code
+from cloven.model.source import Source, open_source, other_tensors, write_configuration
 from cloven.slip.cards import exposed_card, trusted_card
 from cloven.slip.config import SlipConfig
 from cloven.slip.decomposition import allocate_ranks, spectrum, split
@@ -167,35 +164,14 @@ def _finite_spectrum(name: str, matrix: Tensor) -> Tensor:
 
 
 def _write_configuration(model: PreTrainedModel, trusted: Path, bundle: str, shape: SplitModelShape) -> None:
-    record: dict[str, Any] = model.config.to_dict()
-    record = without_code(record)
-    record.pop("_name_or_path", None)
-    record["architectures"] = [type(model).__name__]
-    record["dtype"] = str(model.dtype).removeprefix("torch.")
-    record["tie_word_embeddings"] = False  # the head is split, the embedding stays trusted
-    record["quantization_config"] = {
-        "quant_method": "cloven",
-        "scheme": "slip",
-        "version": VERSION,
-        "bundle": bundle,
-        "model": shape.to_dict(),
-    }
-    (trusted / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(trusted)
+    description = {"scheme": "slip", "version": VERSION, "bundle": bundle, "model": shape.to_dict()}
+    write_configuration(model, trusted, description, tie_word_embeddings=False)  # the head is split, the embedding stays trusted
 
 
 def _write_cards(source: Source, partial: Path, config: SlipConfig, summary: Summary) -> None:
-    for path in source.files():
-        target = partial / "trusted" / path.name
-        if path.name == "tokenizer_config.json":
-            target.write_text(json.dumps(without_code(json.loads(path.read_text(encoding="utf-8"))), indent=1) + "\n", encoding="utf-8")
-        else:
-            shutil.copyfile(path, target)
-    for path in source.files(licences=True):
-        shutil.copyfile(path, partial / "trusted" / path.name)
-        shutil.copyfile(path, partial / "exposed" / path.name)
+    source.copy_files(partial / "trusted")
+    for half in ("trusted", "exposed"):
+        source.copy_files(partial / half, licences=True)
     (partial / "trusted" / "README.md").write_text(trusted_card(source.name, source.licence(), config, summary), encoding="utf-8")
     (partial / "exposed" / "README.md").write_text(exposed_card(source.name, source.licence(), config), encoding="utf-8")
     for path in (partial / "trusted").iterdir():

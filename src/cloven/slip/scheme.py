@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 
 from cloven.bundle.trusted_manifest import TrustedManifest
-from cloven.bundle.verification import verify_files
-from cloven.errors import ForeignBundle
 from cloven.model.registration import register_scheme
 from cloven.model.runtime import RuntimeOptions
 from cloven.slip.session import SlipSession, open_session
@@ -22,13 +20,9 @@ class Slip:
     peer = "worker"
     places: tuple[str, ...] = ()
 
-    def verify(self, folder: Path, bundle: object, checkpoint: list[Path]) -> None:
-        """See `Scheme.verify`."""
-        manifest = TrustedManifest.read(folder)
-        if manifest.bundle != bundle:
-            raise ForeignBundle(f"{folder}: config.json is of bundle {bundle}, manifest.json of {manifest.bundle}")
-        verify_files(folder, {path.name: manifest.files.get(path.name, "") for path in checkpoint})
-        verify_files(folder, {"config.json": manifest.files.get("config.json", "")})
+    def manifest(self, folder: Path) -> TrustedManifest:
+        """See `Scheme.manifest`."""
+        return TrustedManifest.read(folder)
 
     def swap(self, model: Any, description: dict[str, Any]) -> None:
         """See `Scheme.swap`."""

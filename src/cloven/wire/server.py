@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 import zmq
@@ -26,7 +27,7 @@ PLAIN_TCP_BANNER = (
 )
 
 
-class Server:
+class Server(ABC):
     """Answers requests at an address; a subclass says how, in `answer`, and calls `bind` when it is ready.
 
     Args:
@@ -93,6 +94,7 @@ class Server:
             self.close()
             raise RunError(f"cannot listen at {self._address}: {error.strerror or error}") from error
 
+    @abstractmethod
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """The frames that answer a request.
 
@@ -103,7 +105,6 @@ class Server:
         Raises:
             MalformedMessage: becomes an error answer.
         """
-        raise NotImplementedError
 
     def serve(self) -> None:
         """Answer requests until `stop`; then close."""
