@@ -9,6 +9,8 @@
     │   ├── WorkerUnreachable     nobody answers at the address
     │   ├── WorkerTimeout         an answer did not come in time
     │   ├── WorkerRefused         the worker answered with an error message
+    │   │   └── BudgetExhausted   the adapter server's budget for these answers is used up
+    │   ├── LedgerUnusable        the ledger of an adapter is missing, locked, corrupt, or not the one it was
     │   └── SessionClosed         the session has ended, and why
     └── SecurityError             somebody may be cheating                          exit 3
         ├── VerificationFailed    an answer or a pad failed its Freivalds check
@@ -61,6 +63,14 @@ class WorkerTimeout(RunError):
 
 class WorkerRefused(RunError):
     """The worker answered with an error message."""
+
+
+class BudgetExhausted(WorkerRefused):
+    """The budget of answers is used up, for this client or for all; no answer was given, and none is owed."""
+
+
+class LedgerUnusable(RunError):
+    """The ledger of an adapter cannot be trusted or reached, so nothing is served; the message says what to do."""
 
 
 class SessionClosed(RunError):

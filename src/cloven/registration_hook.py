@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _WATCHED = "transformers.quantizers.auto"
-_REGISTER = ("cloven.model.registration", "cloven.slip.scheme", "cloven.kv_shield.scheme")
+_REGISTER = ("cloven.model.registration", "cloven.slip.scheme", "cloven.kv_shield.scheme", "cloven.private_lora.scheme")
 
 
 class _Loader(importlib.abc.Loader):

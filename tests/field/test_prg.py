@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloven.field.prg import _TAIL, SecretStream, _residues_of_words, pad_residues
+from cloven.field.prg import TAIL, SecretStream, residues_of_words, pad_residues
 from cloven.field.residues import H, P, is_residue
 
 KEY = bytes(range(32))
@@ -30,7 +30,7 @@ def slow_keystream(key: bytes, counter: int, length: int) -> bytes:
 
 def slow_residues(stream: bytes, width: int) -> list[int]:
     """31-bit words; p is replaced by the next unused word after the first `width`; centred."""
-    words = [int.from_bytes(stream[4 * i : 4 * i + 4], "little") & P for i in range(width + _TAIL)]
+    words = [int.from_bytes(stream[4 * i : 4 * i + 4], "little") & P for i in range(width + TAIL)]
     spare = iter([word for word in words[width:] if word != P])
     chosen = [word if word != P else next(spare) for word in words[:width]]
     return [word - P if word > H else word for word in chosen]
@@ -38,7 +38,7 @@ def slow_residues(stream: bytes, width: int) -> list[int]:
 
 def slow_pad(key: bytes, group: int, index: int, width: int) -> list[int]:
     counter = int.from_bytes(group.to_bytes(4, "big") + index.to_bytes(8, "big") + bytes(4), "big")
-    return slow_residues(slow_keystream(key, counter, 4 * (width + _TAIL)), width)
+    return slow_residues(slow_keystream(key, counter, 4 * (width + TAIL)), width)
 
 
 def slow_stream_key(key: bytes, label: str) -> bytes:
@@ -95,26 +95,26 @@ def test_neighbouring_pads_share_no_keystream() -> None:
 
 def test_rejection_takes_from_the_tail_and_never_shifts() -> None:
     width = 6
-    words = np.arange(1, width + _TAIL + 1, dtype=np.uint32)[None].repeat(3, 0)
-    plain = _residues_of_words(words.copy(), width)
+    words = np.arange(1, width + TAIL + 1, dtype=np.uint32)[None].repeat(3, 0)
+    plain = residues_of_words(words.copy(), width)
     words[1, 2] = P
     words[1, 4] = 0xFFFFFFFF  # the top bit is not used: this is p as well
     words[1, width] = P  # a spare word that is itself p is skipped
-    result = _residues_of_words(words, width)
+    result = residues_of_words(words, width)
     assert result[1].tolist() == [1, 2, width + 2, 4, width + 3, 6]
     assert result[[0, 2]].tolist() == plain[[0, 2]].tolist()  # other pads are as before
 
 
 def test_more_rejections_than_spare_words_never_repeat_one() -> None:
-    words = np.full((1, 4 + _TAIL), P, dtype=np.uint32)
+    words = np.full((1, 4 + TAIL), P, dtype=np.uint32)
     words[0, -1] = 5
     with pytest.raises(Exception):  # noqa: B017 - probability < 2^-400: any error will do, but the same word four times will not
-        _residues_of_words(words, 4)
+        residues_of_words(words, 4)
 
 
 def test_words_map_to_centred_residues() -> None:
-    words = np.array([[0, 1, H, H + 1, P - 1, 0x80000000] + [9] * _TAIL], dtype=np.uint32)
-    assert _residues_of_words(words, 6).tolist() == [[0, 1, H, -H, -1, 0]]
+    words = np.array([[0, 1, H, H + 1, P - 1, 0x80000000] + [9] * TAIL], dtype=np.uint32)
+    assert residues_of_words(words, 6).tolist() == [[0, 1, H, -H, -1, 0]]
 
 
 def chi_square(counts: np.ndarray[Any, Any]) -> float:
@@ -143,8 +143,8 @@ def test_stream_residues() -> None:
     assert residues.shape == (5, 33)
     assert residues.dtype == torch.int32
     assert is_residue(residues)
-    stream = slow_keystream(slow_stream_key(KEY, "r"), 0, 4 * 5 * (33 + _TAIL))
-    length = 4 * (33 + _TAIL)
+    stream = slow_keystream(slow_stream_key(KEY, "r"), 0, 4 * 5 * (33 + TAIL))
+    length = 4 * (33 + TAIL)
     assert residues.tolist() == [slow_residues(stream[i * length : (i + 1) * length], 33) for i in range(5)]
 
 

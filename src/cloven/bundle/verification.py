@@ -31,6 +31,16 @@ def sha256_matrix(matrix: Tensor) -> str:
     return hashlib.sha256(memoryview(buffer).cast("B")).hexdigest()
 
 
+def verify_bytes(data: bytes, expected: str, path: Path) -> None:
+    """Require that a file's bytes, read already, have their SHA-256: the bytes checked are the bytes used.
+
+    Raises:
+        TamperedBundle: they have not.
+    """
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise TamperedBundle(f"{path}: the file's bytes differ from what the manifest promises; copy it again")
+
+
 def verify_files(folder: Path, files: dict[str, str]) -> None:
     """Require that every listed file has its SHA-256.
 

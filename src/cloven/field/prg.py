@@ -22,11 +22,11 @@ from cloven.errors import RunError
 from cloven.field.residues import H, P
 
 KEY_BYTES = 32
-_TAIL = 16  # spare words of a pad; needing more of them has probability < 2^-400 for any width below 2^20
+TAIL = 16  # spare words of a pad; needing more of them has probability < 2^-400 for any width below 2^20
 
 
-def _residues_of_words(words: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.int32]:
-    """The first `width` words of each row with 31 bits ≠ p, centred: [rows, width + _TAIL] -> [rows, width]. Row by row, in the cache."""
+def residues_of_words(words: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.int32]:
+    """The first `width` words of each row with 31 bits ≠ p, centred: [rows, width + TAIL] -> [rows, width]. Row by row, in the cache."""
     residues = np.empty((len(words), width), np.int32)
     for row, out in zip(words, residues, strict=True):
         bits = row & np.uint32(P)
@@ -44,7 +44,7 @@ def _residues_of_words(words: npt.NDArray[np.uint32], width: int) -> npt.NDArray
 
 def pad_residues(key: bytes | bytearray, group: int, first: int, rows: int, width: int) -> Tensor:
     """The masks of pads first … first + rows − 1 of a group: int32 residues [rows, width], uniform for whoever lacks the key."""
-    length = 4 * (width + _TAIL)
+    length = 4 * (width + TAIL)
     zeros = bytes(length)
     stream = bytearray(rows * length)
     view = memoryview(stream)
@@ -52,8 +52,8 @@ def pad_residues(key: bytes | bytearray, group: int, first: int, rows: int, widt
     for row in range(rows):
         iv = group.to_bytes(4, "big") + (first + row).to_bytes(8, "big") + bytes(4)
         view[row * length : (row + 1) * length] = Cipher(aes, modes.CTR(iv)).encryptor().update(zeros)
-    words = np.frombuffer(stream, dtype="<u4").reshape(rows, width + _TAIL)
-    return torch.from_numpy(_residues_of_words(words, width))
+    words = np.frombuffer(stream, dtype="<u4").reshape(rows, width + TAIL)
+    return torch.from_numpy(residues_of_words(words, width))
 
 
 class SecretStream:
@@ -77,9 +77,9 @@ class SecretStream:
 
     def residues(self, rows: int, width: int) -> Tensor:
         """Uniform centred residues, int32 [rows, width]."""
-        stream = self._encryptor.update(bytes(4 * rows * (width + _TAIL)))
-        words = np.frombuffer(stream, dtype="<u4").reshape(rows, width + _TAIL)
-        return torch.from_numpy(_residues_of_words(words, width))
+        stream = self._encryptor.update(bytes(4 * rows * (width + TAIL)))
+        words = np.frombuffer(stream, dtype="<u4").reshape(rows, width + TAIL)
+        return torch.from_numpy(residues_of_words(words, width))
 
     def permutation(self, n: int) -> Tensor:
         """A uniform permutation of 0 … n − 1, int64 [n]: the order of n random 64-bit words (a tie has probability < n²·2^-65)."""

@@ -58,6 +58,9 @@ class Backend(Protocol):
         What is returned is valid until the same thread's next call.
         """
 
+    def small(self, a: Tensor, w: PlacedMatrix) -> Tensor:
+        """a [M, K] · Wᵀ for K ≤ MAX_INNER and int8 entries ≥ −128 on the CPU: int32 [M, N], valid until the same thread's next call."""
+
 
 def digits(c: Tensor) -> Tensor:
     """Balanced base-256 digits: residues [M, K] int32 -> int8 [M, K, 4], digit 0 first.
@@ -92,19 +95,25 @@ class Int8Digits:
     def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
         """See `Backend.parts`: the products of the digits, T = 4."""
         m, k = c.shape
-        codes, planes = w.codes, digits(c)
+        planes = digits(c)
         planes = planes.view(k, DIGITS).t() if m == 1 else planes.permute(2, 0, 1).reshape(DIGITS * m, k)  # [4M, K]
+        return self.small(planes, w).unflatten(0, (DIGITS, m))
+
+    def small(self, a: Tensor, w: PlacedMatrix) -> Tensor:
+        """See `Backend.small`."""
+        rows, codes, planes = a.shape[0], w.codes, a
         if w.columns == 1:  # torch._int_mm reads out of bounds on [M, 1] @ [1, N]
             planes, codes = (torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[1]))) for x in (planes, codes))
         if self.device.type == "cuda":  # more than 16 rows, multiples of 8
-            planes = torch.nn.functional.pad(planes, (0, codes.shape[1] - planes.shape[1], 0, max(24 - 4 * m, -4 * m % 8)))
-            y = torch._int_mm(planes, codes.t())[: 4 * m, : w.rows]
-        elif m <= _FEW_ROWS:  # [N, K] @ [K, 4M]: oneDNN then reads W as it lies, without packing it first
-            y = torch._int_mm(codes, planes.t()).t()
-        else:
-            y = torch._int_mm(planes, codes.t(), out=self._scratch(planes.shape[0], w.rows))
-        parts: Tensor = y.unflatten(0, (DIGITS, m))
-        return parts
+            planes = planes.to(self.device)
+            planes = torch.nn.functional.pad(planes, (0, codes.shape[1] - planes.shape[1], 0, max(24 - rows, -rows % 8)))
+            padded: Tensor = torch._int_mm(planes, codes.t())
+            return padded[:rows, : w.rows]
+        if rows <= DIGITS * _FEW_ROWS:  # [N, K] @ [K, 4M]: oneDNN then reads W as it lies, without packing it first
+            left: Tensor = torch._int_mm(codes, planes.t()).t()
+            return left
+        y: Tensor = torch._int_mm(planes, codes.t(), out=self._scratch(rows, w.rows))
+        return y
 
     def _scratch(self, rows: int, columns: int) -> Tensor:
         """This thread's memory for a product: fresh pages for every product would cost as much as the product itself."""
@@ -131,6 +140,10 @@ class Float64:
         step = max(1, _FLOAT64_BYTES_AT_A_TIME // (8 * w.columns))
         c64 = c.to(torch.float64)
         return torch.cat([centre((c64 @ rows.to(torch.float64).t()).to(torch.int64)) for rows in w.codes.split(step)], dim=1)[None]
+
+    def small(self, a: Tensor, w: PlacedMatrix) -> Tensor:
+        """See `Backend.small`: |y| ≤ 128·127·65536 < p/2, so that reduction changes nothing."""
+        return self.parts(a, w)[0]
 
 
 def multiply(backend: Backend, c: Tensor, w: PlacedMatrix) -> Tensor:

@@ -29,7 +29,7 @@ from cloven.telemetry import logger
 METHOD = "cloven"
 CONFIG_VERSION = 1
 _DESCRIPTION = ("scheme", "version", "bundle", "model")
-_RUNTIME = ("worker", "enclave", "keys", "exposed", "timeout")
+_RUNTIME = ("worker", "enclave", "server", "keys", "exposed", "timeout", "base", "pin")
 
 
 class Manifest(Protocol):
@@ -56,6 +56,9 @@ class Scheme(Protocol):
 
     def manifest(self, folder: Path) -> Manifest:
         """Read and check the manifest of the half that is being loaded."""
+
+    def weights(self, folder: Path, config: ClovenConfig) -> list[Path] | None:
+        """The files with the model's weights, checked, where they are not those of the folder; None: they are."""
 
     def swap(self, model: nn.Module, description: dict[str, Any]) -> None:
         """Replace modules, on the meta device."""
@@ -92,9 +95,10 @@ class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
         AutoModelForCausalLM.from_pretrained("OUT/trusted", quantization_config=ClovenConfig(worker="ipc:///run/me/worker"))
 
     Args:
-        worker, enclave: the address of what the scheme connects to; never stored. The environment's CLOVEN_WORKER and CLOVEN_ENCLAVE
-            fill what is not given.
+        worker, enclave, server: the address of what the scheme connects to; never stored. The environment's CLOVEN_WORKER,
+            CLOVEN_ENCLAVE and CLOVEN_SERVER fill what is not given.
         keys, exposed, timeout: see `cloven.attach`; never stored. The environment's CLOVEN_KEYS and CLOVEN_EXPOSED fill in.
+        base, pin: private LoRA's base model, and the fingerprint of OUT/client; never stored. CLOVEN_BASE and CLOVEN_PIN fill in.
         description: what config.json holds; only the loader gives it.
     """
 
@@ -105,10 +109,13 @@ class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
         exposed: str | None = None,
         timeout: float | None = None,
         enclave: str | None = None,
+        server: str | None = None,
+        base: str | None = None,
+        pin: str | None = None,
         **description: Any,
     ) -> None:
         self.quant_method = METHOD
-        self.enclave = enclave
+        self.enclave, self.server, self.base, self.pin = enclave, server, base, pin
         self.worker, self.keys, self.exposed, self.timeout = worker, keys, exposed, timeout
         description.pop("quant_method", None)
         unknown = set(description) - set(_DESCRIPTION)
@@ -147,8 +154,13 @@ class ClovenConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return None
         keys = self.keys or os.environ.get("CLOVEN_KEYS") or None
         exposed = self.exposed or os.environ.get("CLOVEN_EXPOSED") or None
-        given = RuntimeOptions(address, Path(keys) if keys else None, Path(exposed) if exposed else None)
+        given = RuntimeOptions(address, Path(keys) if keys else None, Path(exposed) if exposed else None, pin=self.given("pin"))
         return given if self.timeout is None else given.with_timeout(self.timeout)
+
+    def given(self, name: str) -> str | None:
+        """A setting, or what the environment says: CLOVEN_…"""
+        value: str | None = getattr(self, name) or os.environ.get(f"CLOVEN_{name.upper()}") or None
+        return value
 
 
 class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -185,8 +197,12 @@ class ClovenQuantizer(HfQuantizer):  # type: ignore[misc]
         if manifest.bundle != description["bundle"]:
             raise ForeignBundle(f"{self._folder}: config.json is of bundle {description['bundle']}, manifest.json of {manifest.bundle}")
         verify_files(self._folder, {name: manifest.files.get(name, "") for name in (*(path.name for path in checkpoint), "config.json")})
+        elsewhere = scheme.weights(self._folder, self.quantization_config)
         scheme.swap(model, description["model"])
-        _require_same_names(model, checkpoint)
+        if elsewhere is None:
+            _require_same_names(model, checkpoint)
+        else:
+            kwargs["checkpoint_files"][:] = map(str, elsewhere)  # the loader's own list
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         model.cloven_folder = self._folder

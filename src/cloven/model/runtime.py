@@ -35,6 +35,7 @@ class RuntimeOptions:
         look_ahead: rows of pads to make in advance per group; None: as many as fit in `pad_bytes`, at most 256; 0: none.
         pad_bytes: memory for pads made in advance.
         insecure_plain_tcp: allow tcp without keys.
+        pin: the fingerprint that the bundle must have (private LoRA).
     """
 
     address: str
@@ -44,6 +45,7 @@ class RuntimeOptions:
     look_ahead: int | None = None
     pad_bytes: int = DEFAULT_PAD_BYTES
     insecure_plain_tcp: bool = False
+    pin: str | None = None
 
     def __post_init__(self) -> None:
         if (self.look_ahead is not None and self.look_ahead < 0) or self.pad_bytes < 0:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from cloven.bundle.trusted_manifest import TrustedManifest
-from cloven.model.registration import register_scheme
+from cloven.model.registration import ClovenConfig, register_scheme
 from cloven.model.runtime import RuntimeOptions
 from cloven.slip.session import SlipSession, open_session
 from cloven.slip.split_model import SplitModelShape, swap_modules
@@ -23,6 +23,9 @@ class Slip:
     def manifest(self, folder: Path) -> TrustedManifest:
         """See `Scheme.manifest`."""
         return TrustedManifest.read(folder)
+
+    def weights(self, folder: Path, config: ClovenConfig) -> None:
+        """See `Scheme.weights`: they are in the folder."""
 
     def swap(self, model: Any, description: dict[str, Any]) -> None:
         """See `Scheme.swap`."""

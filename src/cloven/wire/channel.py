@@ -22,7 +22,18 @@ import zmq
 from torch import Tensor
 from zmq.utils.monitor import recv_monitor_message
 
-from cloven.errors import BadInput, ForeignBundle, PeerRefused, RunError, SessionClosed, WorkerRefused, WorkerTimeout, WorkerUnreachable
+from cloven.errors import (
+    BadInput,
+    BudgetExhausted,
+    ClovenError,
+    ForeignBundle,
+    PeerRefused,
+    RunError,
+    SessionClosed,
+    WorkerRefused,
+    WorkerTimeout,
+    WorkerUnreachable,
+)
 from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
@@ -33,6 +44,7 @@ from cloven.wire.schema import ErrorAnswer, Hello, MalformedMessage, Schema, Wel
 Frame = bytes | memoryview
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
+_ERRORS: dict[str, type[ClovenError]] = {"bundle": ForeignBundle, "budget": BudgetExhausted}
 
 PLAIN_TCP_BANNER = (
     "INSECURE: plain tcp, no encryption and no authentication. Anybody on the network can read and alter the traffic. "
@@ -213,7 +225,7 @@ class Channel:
         message, answer_payload = answer
         if isinstance(message, ErrorAnswer):
             text = "".join(character for character in message.text if 32 <= ord(character) < 127)
-            kind = ForeignBundle if message.code == "bundle" else WorkerRefused
+            kind = _ERRORS.get(message.code, WorkerRefused)
             raise kind(f"{layer}: the {self._peer} at {self.address} answered '{message.code}': {text}")
         try:
             parsed = parse(message, answer_payload)

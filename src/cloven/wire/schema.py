@@ -20,7 +20,7 @@ from cloven.wire.limits import MAX_FRAMES, MAX_HEADER_BYTES, MAX_TEXT
 
 VERSION = 1
 BUNDLE_ID_BYTES = 16
-ERROR_CODES = ("malformed", "version", "bundle", "group", "size", "session", "internal")
+ERROR_CODES = ("malformed", "version", "bundle", "group", "size", "session", "budget", "ledger", "internal")
 
 
 class MalformedMessage(ClovenError):

@@ -88,3 +88,7 @@ class Native:
         if 0 < c.shape[0] <= FEW_ROWS and w.columns <= MAX_INNER and w.codes.stride(1) == 1:
             return self._kernels.product(c, w.codes)[None]
         return self._many.parts(c, w)
+
+    def small(self, a: Tensor, w: PlacedMatrix) -> Tensor:
+        """As the other back end does."""
+        return self._many.small(a, w)

@@ -1,0 +1,99 @@
+"""Adapted linears as the client runs them.
+
+    y = W x + V v                    W x   the public base, here
+                                     v     = C x, from the adapter server: one query for all linears that share x
+    v = Σ over the two terms of scale · (W_int x_int / α)
+
+Parties: the client holds the base, V [N, r], scales and the hint; the server holds C. The base's own products run while the server answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cloven.errors import BadBundle, NotAttached
+from cloven.model.linears import is_linear
+from cloven.model.shared_input import SharedInput
+from cloven.private_lora.factors import TERMS
+from cloven.private_lora.manifest import ClientGroup
+
+Product = Callable[[Tensor, Callable[[], None]], Tensor]
+
+
+class AdaptedGroup:
+    """Puts itself between the linears of a group and their callers; the modules stay, and so do their weights.
+
+    Args:
+        model: the base; its modules' `forward` is replaced.
+        index: the group's number in the bundle.
+        group: what the bundle says of it.
+        scales: float64 [2R] of the integer rows: first terms of all modules, then remainders.
+        bases: V of every module, float32 [N, r].
+
+    Raises:
+        BadBundle: the model has no such linears.
+    """
+
+    def __init__(self, model: nn.Module, index: int, group: ClientGroup, scales: Tensor, bases: list[Tensor]) -> None:
+        self.index, self.group, self.name = index, group, group.name
+        self._scales, self._bases = scales, bases
+        self._product: Product | None = None
+        self._shared = SharedInput(self._compute)
+        self._plain: list[Callable[[Tensor], Tensor]] = []
+        self.modules = [_linear(model, module.name) for module in group.modules]
+        for position, linear in enumerate(self.modules):
+            self._plain.append(linear.forward)
+            linear.forward = _Adapted(self._shared, position)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGroup:
+        raise BadBundle("an adapted model is not copied: load the base again and adapt it")
+
+    def remove(self) -> None:
+        """Give the linears back their own forward."""
+        for linear, plain in zip(self.modules, self._plain, strict=True):
+            linear.forward = plain
+
+    def attach(self, product: Product) -> None:
+        """Use `product(x, meanwhile)`: float64 [M, K] -> float64 [M, 2R], unscaled, for all later calls."""
+        self._product = product
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        if self._product is None:
+            raise NotAttached(
+                f"{self.name}: no adapter server is attached: start `cloven adapter-server`, then set CLOVEN_SERVER before loading, "
+                "or call cloven.attach(model, ADDRESS)"
+            )
+        outputs: list[Tensor] = []
+        rows = x.detach().reshape(-1, x.shape[-1]).cpu().double()  # [..., K] -> [M, K]
+        y = self._product(rows, lambda: outputs.extend(plain(x) for plain in self._plain)) * self._scales
+        v = y.view(-1, TERMS, y.shape[1] // TERMS).sum(1).float()  # [M, R]
+        parts = v.split([module.rank for module in self.group.modules], dim=1)
+        for output, part, basis in zip(outputs, parts, self._bases, strict=True):
+            output += (part @ basis.t()).to(output.device, output.dtype).view(output.shape)
+        return outputs
+
+
+class _Adapted:
+    """The forward of one linear: whichever is called first asks for all."""
+
+    def __init__(self, shared: SharedInput, position: int) -> None:
+        self._shared, self._position = shared, position
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._shared.output(self._position, x)
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise BadBundle(f"this model has no {name}: the adapter is for another base") from error
+    if not is_linear(module) or isinstance(module.forward, _Adapted):
+        raise BadBundle(f"{name}: is no plain linear layer of the base; is the model adapted, quantised or wrapped already?")
+    return module

@@ -1,0 +1,323 @@
+"""The ledger: how many answers an adapter has given, over all clients and per client, durably.
+
+Whoever may use a linear map may learn it: Q answers of b bits reveal at most Q·b bits of every row. The ledger is what limits Q.
+
+    unit      one row of a query, per (adapter, group of linears); the group's matrices share the query
+    charge    rows are reserved in blocks of 256 in one SQLite transaction (synchronous, before the answer is computed); a process hands
+              its reserved rows out from memory and gives back at its end what is left of them
+    witness   a small file outside the ledger's folder with the ledger's number and generation, which grows with every charge: a ledger
+              that is missing, older than the witness (restored from a backup), or another adapter's is refused
+
+The order is: ledger, witness, answer. A crash in between loses at most a block, and never counts too little. Processes on one host may
+share a ledger. Not detected: a machine that is set back as a whole, ledger and witness alike; and an owner who deletes both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloven.errors import BadInput, BudgetExhausted, LedgerUnusable
+
+FORMAT = 1
+BLOCK = 256
+_WAIT_SECONDS = 5.0
+_MAX_WITNESS_BYTES = 65_536
+_NUMBER = re.compile(r"[0-9a-f]{32}")
+_SCHEMA = """
+CREATE TABLE ledger (format INTEGER, adapter TEXT, number TEXT, generation INTEGER, budget INTEGER, share INTEGER);
+CREATE TABLE charged (grp TEXT, client TEXT, rows INTEGER NOT NULL CHECK (rows >= 0), PRIMARY KEY (grp, client)) WITHOUT ROWID;
+"""
+
+
+def state_folder() -> Path:
+    """Where witnesses are: $CLOVEN_STATE, or cloven/ in the user's state folder."""
+    given = os.environ.get("CLOVEN_STATE")
+    return Path(given) if given else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cloven"
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What is known of an adapter's ledger outside of it."""
+
+    path: str
+    number: str
+    generation: int
+
+
+def _witness_path(adapter: str) -> Path:
+    return state_folder() / "ledgers" / f"{adapter}.json"
+
+
+def read_witness(adapter: str) -> Witness | None:
+    """The witness of an adapter's ledger, if there is one.
+
+    Raises:
+        LedgerUnusable: it cannot be read.
+    """
+    path = _witness_path(adapter)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MAX_WITNESS_BYTES else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LedgerUnusable(f"{path}: the ledger's witness cannot be read; restore it, or ask whoever owns the adapter") from error
+    if (
+        not isinstance(record, dict)
+        or set(record) != {"path", "number", "generation"}
+        or not isinstance(record["path"], str)
+        or not _NUMBER.fullmatch(str(record["number"]))
+        or type(record["generation"]) is not int
+    ):
+        raise LedgerUnusable(f"{path}: the ledger's witness is malformed; restore it, or ask whoever owns the adapter")
+    return Witness(**record)
+
+
+def _write_witness(adapter: str, path: Path, number: str, generation: int) -> None:
+    """Only ever forwards: another process may have written a later one."""
+    place = _witness_path(adapter)
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (place.parent / f"{adapter}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            known = read_witness(adapter)
+            if known is not None and known.number == number and known.generation >= generation:
+                return
+            partial = place.with_suffix(".partial")
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump({"path": str(path), "number": number, "generation": generation}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(place)
+            _sync_folder(place.parent)
+    except OSError as error:
+        raise LedgerUnusable(f"{place}: the ledger's witness cannot be written ({error.strerror}); nothing is served without it") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_ledger_place(path: Path, adapter: str) -> None:
+    """Refuse a place for an adapter's ledger where there is another one.
+
+    Raises:
+        BadInput: the adapter has a ledger elsewhere, or its ledger has vanished.
+    """
+    known = read_witness(adapter)
+    if known is None or (Path(known.path) == path and path.exists()):
+        return
+    if not Path(known.path).exists():
+        raise BadInput(f"this adapter has a ledger, at {known.path}, which is missing: restore it; what it counted was given away")
+    if not path.exists() or path.resolve() != Path(known.path).resolve():
+        raise BadInput(f"this adapter has a ledger already: give --ledger {known.path}, so that nothing is forgotten")
+
+
+def create_ledger(path: Path, adapter: str, budget: int, share: int) -> None:
+    """Create the ledger of an adapter, or go on with the one at `path`, whose budgets are then set anew and whose counts stay.
+
+    Raises:
+        BadInput: the adapter has a ledger elsewhere.  LedgerUnusable: see `Ledger`.
+    """
+    require_ledger_place(path, adapter)
+    if path.exists():
+        with contextlib.closing(Ledger(path, adapter)) as ledger:
+            ledger.set_budget(budget, share)
+        return
+    number = secrets.token_hex(16)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA synchronous=EXTRA")
+        database.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA.strip().split(";")[:-1]:
+            database.execute(statement)
+        database.execute("INSERT INTO ledger VALUES (?, ?, ?, 1, ?, ?)", (FORMAT, adapter, number, budget, share))
+        database.execute("COMMIT")
+    _write_witness(adapter, path, number, 1)
+
+
+@dataclass(frozen=True)
+class Account:
+    """Rows charged to one client for one group."""
+
+    group: str
+    client: str
+    rows: int
+
+
+class Ledger:
+    """An open ledger.
+
+    Args:
+        path: the SQLite file, which `create_ledger` made.
+        adapter: SHA-256 of the adapter's weights.
+
+    Raises:
+        LedgerUnusable: missing, corrupt, locked, another adapter's, or older than its witness.
+
+    Guarantee: over all processes, clients and restarts, no more rows of a group are handed out by `charge` than the budget, nor to one
+    client more than its share.
+    """
+
+    def __init__(self, path: Path, adapter: str) -> None:
+        self._path, self._adapter = path, adapter
+        self._reserved: dict[tuple[str, str], int] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        if not path.is_file():
+            raise LedgerUnusable(f"{path}: the ledger is missing: restore it; it is made only by `cloven prepare private-lora`")
+        try:
+            self._database = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._database.execute("PRAGMA synchronous=EXTRA")
+                with self._transaction():  # the write lock: a ledger that cannot be charged is not opened
+                    problem = self._database.execute("PRAGMA quick_check").fetchone()[0]
+                    if problem != "ok":
+                        raise LedgerUnusable(f"{path}: the ledger is corrupt; restore it, nothing is served without it")
+                    self._number, _ = self._identity()
+            except BaseException:
+                self._database.close()
+                raise
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        except BaseException:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise
+
+    def _unusable(self, error: sqlite3.Error) -> LedgerUnusable:
+        locked = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+        what = "is locked by another program" if locked else f"cannot be used ({type(error).__name__})"
+        return LedgerUnusable(f"{self._path}: the ledger {what}; nothing is served without it")
+
+    def _identity(self) -> tuple[str, int]:
+        """The ledger's number and generation, checked against the adapter and the witness."""
+        rows: list[Any] = self._database.execute("SELECT format, adapter, number, generation FROM ledger").fetchall()
+        if len(rows) != 1 or rows[0][0] != FORMAT:
+            raise LedgerUnusable(f"{self._path}: not a ledger of format {FORMAT}")
+        _, adapter, number, generation = rows[0]
+        if adapter != self._adapter:
+            raise LedgerUnusable(f"{self._path}: this is the ledger of another adapter")
+        witness = read_witness(adapter)
+        if witness is None:
+            raise LedgerUnusable(
+                f"{self._path}: the ledger's witness {_witness_path(adapter)} is missing: move it along when the server moves "
+                "(or set CLOVEN_STATE)"
+            )
+        if witness.number != number:
+            raise LedgerUnusable(f"{self._path}: this is not the adapter's ledger, which is at {witness.path}")
+        if generation < witness.generation:
+            raise LedgerUnusable(
+                f"{self._path}: the ledger is older than its last known state (generation {generation}, known {witness.generation}): "
+                "it was restored from a backup; answers that it forgot were given"
+            )
+        return number, generation
+
+    def budget(self) -> tuple[int, int]:
+        """The rows that all clients, and one client, may have of a group."""
+        row: tuple[int, int] = self._database.execute("SELECT budget, share FROM ledger").fetchone()
+        return row
+
+    def set_budget(self, budget: int, share: int) -> None:
+        """The owner's decision: other limits from now on; what was charged stays charged."""
+        with self._lock:
+            self._change(lambda: self._database.execute("UPDATE ledger SET budget = ?, share = ?", (budget, share)))
+
+    def charge(self, group: str, client: str, rows: int) -> None:
+        """Account for rows before they are answered.
+
+        Raises:
+            BudgetExhausted: too few are left, for this client or for all; nothing was charged.
+            LedgerUnusable: it may have been charged, but nothing may be answered.
+        """
+        with self._lock:
+            if self._closed:
+                raise LedgerUnusable(f"{self._path}: the ledger is closed")
+            have = self._reserved.get((group, client), 0)
+            if have < rows:
+                have += self._reserve(group, client, rows - have)
+            self._reserved[group, client] = have - rows
+
+    def _reserve(self, group: str, client: str, missing: int) -> int:
+        wanted = -(-missing // BLOCK) * BLOCK
+        granted = 0
+
+        def reserve() -> None:
+            nonlocal granted
+            budget, share = self.budget()
+            accounts = self._database.execute("SELECT client, rows FROM charged WHERE grp = ?", (group,)).fetchall()
+            left_for_all = budget - sum(rows for _, rows in accounts)
+            left_for_one = share - dict(accounts).get(client, 0)
+            granted = min(wanted, left_for_all, left_for_one)
+            if granted < missing:
+                whose = "this client's share" if left_for_one < left_for_all else "the budget"
+                left = max(0, min(left_for_all, left_for_one))
+                raise BudgetExhausted(f"{whose} of answers is used up: {left} rows are left, {missing} were asked for")
+            self._add(group, client, granted)
+
+        self._change(reserve)
+        return granted
+
+    def _add(self, group: str, client: str, rows: int) -> None:
+        self._database.execute(
+            "INSERT INTO charged VALUES (?, ?, ?) ON CONFLICT (grp, client) DO UPDATE SET rows = rows + excluded.rows",
+            (group, client, rows),
+        )
+
+    def _change(self, operation: Any) -> None:
+        """One transaction and one more generation; the witness follows before anything is answered."""
+        try:
+            with self._transaction():
+                _, generation = self._identity()
+                operation()
+                self._database.execute("UPDATE ledger SET generation = ?", (generation + 1,))
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        _write_witness(self._adapter, self._path, self._number, generation + 1)
+
+    def accounts(self) -> list[Account]:
+        """What is charged, reserved rows of running servers included."""
+        rows = self._database.execute("SELECT grp, client, rows FROM charged ORDER BY grp, client").fetchall()
+        return [Account(*row) for row in rows]
+
+    def close(self) -> None:
+        """Give back what was reserved and not answered, and close."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            unused = {key: rows for key, rows in self._reserved.items() if rows}
+            self._reserved.clear()
+            try:
+                if unused:
+                    self._change(
+                        lambda: self._database.executemany(
+                            "UPDATE charged SET rows = rows - ? WHERE grp = ? AND client = ?",
+                            [(rows, group, client) for (group, client), rows in unused.items()],
+                        )
+                    )
+            finally:
+                self._database.close()

@@ -1,0 +1,71 @@
+"""The adapter server's messages: see `cloven.wire.schema` for what all wires share.
+
+    query  {v, type, id, bundle, group, rows} + c  -> answer {v, type, id, rows} + q
+
+c is [rows, D], int32 centred residues: LWE samples. q is [rows, N]: z = W' c mod p, of every residue the highest b of 31 bits,
+⌊z / 2^(31−b)⌋: int8 for b = 8, else int16. Little-endian, row-major. Every request is complete in itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cloven.field.residues import H
+from cloven.wire.schema import MalformedMessage, Schema, valid_count
+
+
+@dataclass(frozen=True)
+class Query:
+    """Asks for the product with the matrix of a group; c follows as a frame."""
+
+    id: int
+    bundle: bytes
+    group: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """q follows as a frame."""
+
+    id: int
+    rows: int
+
+
+def _valid(name: str, value: object) -> bool:
+    return valid_count(value, lowest=1 if name == "rows" else 0)  # group, rows
+
+
+ADAPTER = Schema({"query": Query, "answer": Answer}, (Query, Answer), _valid)
+
+
+def _dtype(bits: int) -> str:
+    return "i1" if bits == 8 else "<i2"
+
+
+def rounded(z: Tensor, bits: int) -> memoryview:
+    """The payload of an answer: residues int32 [M, N], rounded without fresh noise, which would average out."""
+    q: Any = np.ascontiguousarray((z.numpy() >> (31 - bits)).astype(_dtype(bits)))
+    return memoryview(q).cast("B")
+
+
+def unrounded(frame: memoryview, rows: int, width: int, bits: int) -> Tensor:
+    """The middles of the intervals that an answer names: int32 residues [rows, width].
+
+    Raises:
+        MalformedMessage: wrong size, or numbers of more than `bits` bits.
+    """
+    item = np.dtype(_dtype(bits)).itemsize
+    if frame.nbytes != item * rows * width:
+        raise MalformedMessage("size", f"an answer of {frame.nbytes} bytes, expected {item * rows * width}")
+    q = np.frombuffer(frame, _dtype(bits)).reshape(rows, width).astype(np.int32)
+    half = 2 ** (bits - 1)
+    if q.size and (q.min() < -half or q.max() >= half):
+        raise MalformedMessage("size", "an answer with numbers out of range")
+    middle = (q << (31 - bits)) + (1 << (30 - bits))
+    return torch.from_numpy(np.clip(middle, -H, H))

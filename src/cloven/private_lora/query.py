@@ -1,0 +1,89 @@
+"""One query: the protocol of `cloven.offload` with masks that are LWE samples.
+
+     client                                                     adapter server (W' = [R | W] int8 [N, D])
+  1  x_int = encode(x)            zero on the pad columns
+  2  c     = x_int + A_pub s + e  mod p         -- c -->
+  3                                             <-- q --        z = W' c mod p, rounded to b bits
+  4  y_int = z − H s  mod p       = W x_int + W' e − E_h s + rounding
+  5  y     = y_int / α
+
+Guarantee: the server sees LWE samples, whatever x is and whatever W', H and its answers are. Not verified: the answer; a false one makes
+the output wrong. What depends on x and goes wrong (numbers that are not finite, a norm that overflows) ends the session with one generic
+error and without a word to the server: it can learn at most one bit, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cloven.errors import RunError
+from cloven.field.codec import RowBounds, decode, encode
+from cloven.masks.waiting import MaskSource
+from cloven.private_lora.messages import Answer, Query, unrounded
+from cloven.wire.channel import Channel
+from cloven.wire.limits import rows_per_exchange
+from cloven.wire.messages import residue_frame
+
+
+class CheckFailed(RunError):
+    """One of the client's own checks failed; which one, nobody is told."""
+
+
+@dataclass(frozen=True)
+class RemoteMatrix:
+    """One group's integer matrix W [rows, columns] at the adapter server, behind `pad` columns.
+
+    Args:
+        noise: bound on what an answer is off by.
+        bits: b of an answer.
+    """
+
+    name: str
+    group: int
+    rows: int
+    columns: int
+    pad: int
+    bits: int
+    bounds: RowBounds
+    noise: float
+    masks: MaskSource
+    channel: Channel
+
+    def product(self, x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        """W x for rows x float64 [M, K] -> float64 [M, N], with the error of `LweParameters.noise` at most, in units of 1/α.
+
+        Args:
+            meanwhile: the client's own work while the server computes; called once.
+
+        Raises:
+            CheckFailed: generic.  RunError: the server is absent, silent or refuses.
+        """
+        if not x.shape[0]:
+            meanwhile()
+            return x.new_empty(0, self.rows)
+        pieces = x.split(rows_per_exchange(self.pad + self.columns, self.rows))
+        results = [self._exchange(piece, meanwhile if i == 0 else lambda: None) for i, piece in enumerate(pieces)]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _exchange(self, x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        rows = x.shape[0]
+        try:
+            x_int, alpha = encode(x, self.bounds, self.noise)  # 1
+        except RunError as error:
+            raise CheckFailed("a check of the client failed: the session has ended") from error
+        pads = self.masks.take(rows)
+        c = pads.mask(torch.nn.functional.pad(x_int, (self.pad, 0)))  # 2
+
+        def parse(message: Any, payload: memoryview | None) -> Tensor | None:
+            if not isinstance(message, Answer) or message.rows != rows or payload is None:
+                return None
+            return unrounded(payload, rows, self.rows, self.bits)
+
+        request = Query(self.channel.next_id(), self.channel.bundle, self.group, rows)
+        z = self.channel.exchange(self.name, request, [residue_frame(c)], parse, meanwhile)  # 3
+        return decode(pads.unmask(z), alpha)  # 4, 5

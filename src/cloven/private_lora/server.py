@@ -1,0 +1,161 @@
+"""The adapter server: answers queries with the product of secret weights, rounded and metered.
+
+Per query, in this order:
+    1. check the message: bundle, group, size, residues
+    2. charge the ledger, for this client and for all; durable before anything is computed
+    3. z = W' c mod p
+    4. the highest b bits of every residue, and nothing else, leave
+
+Guarantee to the owner: at most N·b bits per row leave, as often as the ledger allows; the same query has the same answer. Not promised:
+that the weights stay secret from whoever is allowed about 8·d/b rows. Guarantee to the client: none; the content of a query is LWE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from cloven.bundle.verification import verify_bytes
+from cloven.errors import BadBundle, BadInput, BudgetExhausted, LedgerUnusable
+from cloven.field.products import PlacedMatrix, multiply
+from cloven.field.selection import select_backend
+from cloven.private_lora.ledger import Ledger
+from cloven.private_lora.manifest import SERVER_FILE, ServerManifest
+from cloven.private_lora.messages import ADAPTER, Answer, Query, rounded
+from cloven.telemetry import logger
+from cloven.wire.keys import WorkerKeys
+from cloven.wire.limits import rows_per_exchange
+from cloven.wire.messages import residues_of_frame
+from cloven.wire.schema import Hello, MalformedMessage, Welcome
+from cloven.wire.server import Frame, Server
+
+
+class ServedAdapter:
+    """One OUT/server: its matrices, verified, and its ledger.
+
+    Args:
+        folder: OUT/server.
+
+    Raises:
+        BadBundle, TamperedBundle: the folder.  LedgerUnusable: the ledger.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = ServerManifest.read(folder)
+        backend = select_backend("cpu")
+        self._backend = backend
+        self.matrices = [backend.place(matrix) for matrix in _verified(folder, self.manifest)]
+        self.ledger = Ledger(self.manifest.ledger_path(folder), self.manifest.adapter)
+
+    def __repr__(self) -> str:
+        return f"ServedAdapter({self.manifest.bundle})"
+
+    def answer(self, group: int, c: Tensor, client: str) -> memoryview:
+        """Steps 2 to 4 for residues c int32 [M, D] -> the payload of an answer.
+
+        Raises:
+            BudgetExhausted, LedgerUnusable.
+        """
+        self.ledger.charge(self.manifest.groups[group].name, client, c.shape[0])  # 2
+        z = multiply(self._backend, c, self.matrices[group])  # 3
+        return rounded(z, self.manifest.bits)  # 4
+
+
+def _verified(folder: Path, manifest: ServerManifest) -> list[Tensor]:
+    path = folder / SERVER_FILE
+    try:
+        data = path.read_bytes()
+        verify_bytes(data, manifest.files[SERVER_FILE], path)
+        tensors = load(data)
+    except (OSError, SafetensorError) as error:
+        raise BadBundle(f"{path}: cannot be read") from error
+    matrices = []
+    for index, group in enumerate(manifest.groups):
+        matrix = tensors.get(str(index))
+        if matrix is None or matrix.dtype != torch.int8 or tuple(matrix.shape) != (group.rows, group.columns) or (matrix == -128).any():
+            raise BadBundle(f"{path}: has no int8 matrix [{group.rows}, {group.columns}] for group {index}, as the manifest says")
+        matrices.append(matrix)
+    return matrices
+
+
+class AdapterServer(Server):
+    """Serves adapters at one address.
+
+    Args:
+        folders: OUT/server of one or more bundles.
+        address, keys, insecure_plain_tcp, context: see `Server`.
+
+    Clients are told apart by their CURVE keys; over ipc all processes of the user are one client.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        address: str,
+        *,
+        keys: WorkerKeys | None = None,
+        insecure_plain_tcp: bool = False,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        super().__init__("adapter-server", address, ADAPTER, keys=keys, insecure_plain_tcp=insecure_plain_tcp, context=context)
+        self.adapters: dict[bytes, ServedAdapter] = {}
+        try:
+            for folder in folders:
+                adapter = ServedAdapter(Path(folder))
+                if self.adapters.setdefault(bytes.fromhex(adapter.manifest.bundle), adapter) is not adapter:
+                    raise BadInput(f"{folder}: bundle {adapter.manifest.bundle} is given twice")
+            self.bind()
+        except BaseException:
+            self._close_ledgers()
+            raise
+
+    def close(self) -> None:
+        """Close the socket, then the ledgers, which get back what was reserved and not answered."""
+        super().close()
+        self._close_ledgers()
+
+    def _close_ledgers(self) -> None:
+        for adapter in self.adapters.values():
+            try:
+                adapter.ledger.close()
+            except LedgerUnusable as error:
+                logger.error("%s; the rows reserved for running clients stay charged", error)
+
+    def answer(self, frames: list[Any], peer: str) -> list[Frame]:
+        """See `Server.answer`."""
+        message, payload = ADAPTER.unpack(frames)
+        if not isinstance(message, Hello | Query):
+            raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
+        adapter = self.adapters.get(message.bundle)
+        if adapter is None:
+            raise MalformedMessage("bundle", "this server does not serve that bundle: is the client's half of another version?", message.id)
+        if isinstance(message, Hello):
+            return [ADAPTER.pack(Welcome(message.id, message.bundle, len(adapter.matrices)))]
+        assert payload is not None  # the schema says so
+        w = _matrix(adapter, message)
+        c = residues_of_frame(payload, message.rows, w.columns, message.id)  # 1
+        try:
+            answer = adapter.answer(message.group, c, peer)
+        except BudgetExhausted as error:
+            raise MalformedMessage("budget", str(error), message.id) from error
+        except LedgerUnusable as error:
+            logger.error("%s", error)
+            raise MalformedMessage("ledger", "the adapter's ledger cannot be used, so nothing is answered", message.id) from error
+        self._rows += message.rows
+        return [ADAPTER.pack(Answer(message.id, message.rows)), answer]
+
+
+def _matrix(adapter: ServedAdapter, query: Query) -> PlacedMatrix:
+    if query.group >= len(adapter.matrices):
+        raise MalformedMessage("group", f"no group {query.group}: there are {len(adapter.matrices)}", query.id)
+    w = adapter.matrices[query.group]
+    if query.rows > rows_per_exchange(w.columns, w.rows):
+        raise MalformedMessage("size", f"{query.rows} rows at once are too many for this group", query.id)
+    return w
