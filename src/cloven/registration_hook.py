@@ -43,7 +43,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def register() -> None:
     """Register the quantisation method and the schemes, now."""
-    for name in _REGISTER:
+    if not hasattr(importlib.import_module(_REGISTER[0]), "ClovenQuantizer"):
+        return  # it is being imported, imports transformers, and calls this function at its end
+    for name in _REGISTER[1:]:
         importlib.import_module(name)
 
 

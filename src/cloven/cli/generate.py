@@ -12,12 +12,17 @@ import typer
 
 
 def generate(
-    half: Annotated[Path, typer.Argument(help="OUT/trusted of a SLIP bundle, or OUT/exposed of a KV-Shield bundle.")],
+    half: Annotated[Path, typer.Argument(help="OUT/trusted (SLIP), OUT/exposed (KV-Shield) or OUT/client (private LoRA).")],
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input (arguments are visible to other users of the machine).")],
     worker: Annotated[
         str | None, typer.Option(envvar="CLOVEN_WORKER", help="SLIP: the worker's address, ipc://PATH or tcp://HOST:PORT.")
     ] = None,
     enclave: Annotated[str | None, typer.Option(envvar="CLOVEN_ENCLAVE", help="KV-Shield: the enclave's address.")] = None,
+    server: Annotated[str | None, typer.Option(envvar="CLOVEN_SERVER", help="Private LoRA: the adapter server's address.")] = None,
+    base: Annotated[
+        str | None, typer.Option(envvar="CLOVEN_BASE", help="Private LoRA: the base model's directory, where it is not on the Hub.")
+    ] = None,
+    pin: Annotated[str | None, typer.Option(envvar="CLOVEN_PIN", help="Private LoRA: the fingerprint that OUT/client must have.")] = None,
     keys: Annotated[Path | None, typer.Option(envvar="CLOVEN_KEYS", help="This side's folder of keys; needed for tcp.")] = None,
     exposed: Annotated[Path | None, typer.Option(envvar="CLOVEN_EXPOSED", help="SLIP: the trusted side's own copy of OUT/exposed.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 128,
@@ -46,10 +51,11 @@ def generate(
     quiet_transformers()
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"dtype {dtype!r}: choose auto, float32 or bfloat16")
-    address = _verified(half, worker, enclave)
+    address = _verified(half, worker, enclave, server)
     text = sys.stdin.read() if prompt == "-" else prompt
-    for name in ("CLOVEN_WORKER", "CLOVEN_ENCLAVE", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
+    for name in ("CLOVEN_WORKER", "CLOVEN_ENCLAVE", "CLOVEN_SERVER", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
         os.environ.pop(name, None)  # attached below, with all settings
+    os.environ.update({name: value for name, value in (("CLOVEN_BASE", base), ("CLOVEN_PIN", pin)) if value})  # read while loading
     model = AutoModelForCausalLM.from_pretrained(half, dtype=dtype, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(half, trust_remote_code=False)
     inputs = tokenizer(text, return_tensors="pt")
@@ -61,7 +67,8 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with cloven.attach(model, address, keys, exposed=exposed, timeout=timeout, insecure_plain_tcp=insecure_plain_tcp) as session:
+    options = {"timeout": timeout, "insecure_plain_tcp": insecure_plain_tcp, "pin": pin}
+    with cloven.attach(model, address, keys, exposed=exposed, **options) as session:
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad(tokenizer), **sampling)
@@ -83,20 +90,26 @@ def generate(
         typer.echo(json.dumps(report))
 
 
-def _verified(half: Path, worker: str | None, enclave: str | None) -> str:
+def _verified(half: Path, worker: str | None, enclave: str | None, server: str | None) -> str:
     """Hash what transformers would stumble over (shards are hashed when they are loaded); the address of the half's peer."""
     from cloven.bundle.manifest import manifest_format
     from cloven.bundle.trusted_manifest import TrustedManifest
     from cloven.bundle.verification import verify_files
     from cloven.errors import BadInput
     from cloven.kv_shield.manifest import EXPOSED, TRUSTED, KvManifest
+    from cloven.private_lora.manifest import CLIENT, SERVER, ClientManifest
 
     kind = manifest_format(half)
+    if kind == SERVER:
+        raise BadInput(f"{half}: the adapter server's half; generate with OUT/client, and serve this one with `cloven adapter-server`")
     if kind == TRUSTED:
         raise BadInput(f"{half}: the enclave's half; generate with OUT/exposed, and serve this one with `cloven enclave`")
-    shielded = kind == EXPOSED
-    files = KvManifest.read(half, EXPOSED).files if shielded else TrustedManifest.read(half).files
-    address, option = (enclave, "--enclave") if shielded else (worker, "--worker")
+    if kind == CLIENT:
+        files, address, option = ClientManifest.read(half).files, server, "--server"
+    elif kind == EXPOSED:
+        files, address, option = KvManifest.read(half, EXPOSED).files, enclave, "--enclave"
+    else:
+        files, address, option = TrustedManifest.read(half).files, worker, "--worker"
     if address is None:
         raise BadInput(f"{half}: give {option} ADDRESS (or CLOVEN_{option[2:].upper()})")
     verify_files(half, {name: digest for name, digest in files.items() if not name.endswith(".safetensors")})

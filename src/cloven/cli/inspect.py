@@ -21,7 +21,11 @@ def inspect(
     from cloven.bundle.bundle import open_bundle
     from cloven.bundle.manifest import manifest_format
     from cloven.kv_shield.manifest import TRUSTED
+    from cloven.private_lora.manifest import CLIENT
 
+    if manifest_format(out / "client") == CLIENT:
+        _private_lora(out, verify, as_json)
+        return
     if manifest_format(out / "trusted") == TRUSTED:
         _kv_shield(out, verify, as_json)
         return
@@ -86,5 +90,46 @@ def _kv_shield(out: Path, verify: bool, as_json: bool) -> None:
     table.add_row("calls to the enclave per token", str(sum(1 + (layer.rotary or trusted.config.mode == "session") for layer in layers)))
     table.add_row("model directory", f"{description['exposed_bytes'] / 1e6:,.1f} MB")
     table.add_row("the enclave's keys", f"{description['trusted_bytes'] / 1e3:,.1f} kB")
+    table.add_row("files", "all hashes match" if verify else "not hashed (--verify does)")
+    Console().print(table)
+
+
+def _private_lora(out: Path, verify: bool, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cloven.bundle.verification import verify_files
+    from cloven.errors import ForeignBundle
+    from cloven.private_lora.manifest import ServerManifest, fingerprint, read_client
+
+    client = read_client(out / "client")
+    server = ServerManifest.read(out / "server") if (out / "server").is_dir() else None  # a client has no server's half
+    if server is not None and server.bundle != client.bundle:
+        raise ForeignBundle(f"{out}: the halves are of two bundles, {client.bundle} and {server.bundle}")
+    if verify:
+        verify_files(out / "client", client.files)
+        if server is not None:
+            verify_files(out / "server", server.files)
+    description: dict[str, Any] = {
+        "bundle": client.bundle,
+        "scheme": "private-lora",
+        "parameters": {"bits": client.bits, "hint": client.hint},
+        "fingerprint": fingerprint(out / "client"),
+        "base": client.base,
+        "groups": [[group.rows, group.columns] for group in client.groups],
+        "modules": sum(len(group.modules) for group in client.groups),
+        "client_bytes": sum((out / "client" / name).stat().st_size for name in client.files if (out / "client" / name).is_file()),
+        "verified": verify,
+    }
+    if as_json:
+        typer.echo(json.dumps(description))
+        return
+    table = Table(title=f"bundle {client.bundle}", show_header=False)
+    table.add_row("scheme", "private-lora")
+    table.add_row("bits of an answer, hint", f"{client.bits}, {client.hint}")
+    table.add_row("adapted linears, queries per token", f"{description['modules']}, {len(client.groups)}")
+    table.add_row("base (sha256 over tensors)", client.base)
+    table.add_row("fingerprint to pin", description["fingerprint"])
+    table.add_row("client's half", f"{description['client_bytes'] / 1e6:,.1f} MB")
     table.add_row("files", "all hashes match" if verify else "not hashed (--verify does)")
     Console().print(table)

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from cloven.cli import audit, bench, demo, doctor, enclave, generate, inspect, keygen, prepare, worker
+from cloven.cli import adapter_server, audit, bench, demo, doctor, enclave, generate, inspect, keygen, ledger, prepare, worker
 from cloven.errors import ClovenError
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.add_typer(bench.app, name="bench")
 app.command("audit")(audit.audit)
 app.command("worker")(worker.worker)
 app.command("enclave")(enclave.enclave)
+app.command("adapter-server")(adapter_server.adapter_server)
+app.command("ledger")(ledger.ledger)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("keygen")(keygen.keygen)

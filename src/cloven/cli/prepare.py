@@ -73,6 +73,43 @@ def kv_shield(
         )
 
 
+@app.command("private-lora")
+def private_lora(
+    out: Annotated[Path, typer.Argument(help="A new folder; gets OUT/server and OUT/client.")],
+    base: Annotated[str, typer.Option(help="The public base: a model directory, or a model on the Hugging Face Hub.")],
+    adapter: Annotated[Path, typer.Option(help="A PEFT directory: a LoRA for that base.")],
+    budget_tokens: Annotated[int, typer.Option(help="Rows that may be asked of every matrix, by all clients together.")],
+    client_tokens: Annotated[int | None, typer.Option(help="Rows that one client may ask; default: the whole budget.")] = None,
+    bits: Annotated[int, typer.Option(help="Bits of an answer, 8 to 16.")] = 16,
+    hint: Annotated[str, typer.Option(help="lwe, or statistical: unconditional, at 1.7 times the upload.")] = "lwe",
+    ledger: Annotated[Path | None, typer.Option(help="The adapter's ledger; default: OUT/server/ledger.sqlite.")] = None,
+    signing_key: Annotated[Path | None, typer.Option(help="Ed25519 key in PEM to sign OUT/client with; default: a fresh one.")] = None,
+) -> None:
+    """Serve a LoRA adapter without giving it away at once, and without seeing what clients ask."""
+    from cloven.cli.hardening import forbid_core_dumps
+    from cloven.cli.progress import progress_bars
+    from cloven.model.quiet import quiet_transformers
+    from cloven.private_lora.config import PrivateLoraConfig
+    from cloven.private_lora.prepare import prepare_private_lora
+
+    forbid_core_dumps()
+    quiet_transformers()
+    config = PrivateLoraConfig(budget_tokens, client_tokens, bits, hint)
+    with progress_bars() as progress:
+        prepared = prepare_private_lora(base, adapter, out, config, ledger=ledger, signing_key=signing_key, progress=progress)
+    groups = prepared.manifest.groups
+    typer.echo(f"Bundle {prepared.manifest.bundle}: {sum(len(g.modules) for g in groups)} adapted linears, {len(groups)} queries per token")
+    typer.echo(f"  server   {out / 'server'}   secret: `cloven adapter-server` serves it")
+    typer.echo(f"  client   {out / 'client'}   for every client; fingerprint to pin: {prepared.fingerprint}")
+    typer.echo(
+        f"{budget_tokens:,} tokens of {bits} bits give away up to {prepared.revealed:.1%} of the adapter's narrowest matrix, "
+        "whoever asks them: what answers reveal is metered, not hidden."
+    )
+    if prepared.revealed == 1:
+        narrow = min(group.columns for group in groups)
+        typer.echo(f"That is all of it: {8 * narrow // bits:,} tokens reconstruct a matrix with {narrow:,} columns exactly.")
+
+
 def _print_summary(bundle: Bundle) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -110,8 +110,8 @@ class Int8Digits:
             padded: Tensor = torch._int_mm(planes, codes.t())
             return padded[:rows, : w.rows]
         if rows <= DIGITS * _FEW_ROWS:  # [N, K] @ [K, 4M]: oneDNN then reads W as it lies, without packing it first
-            left: Tensor = torch._int_mm(codes, planes.t()).t()
-            return left
+            left: Tensor = torch._int_mm(codes, planes.t())
+            return left.t()
         y: Tensor = torch._int_mm(planes, codes.t(), out=self._scratch(rows, w.rows))
         return y
 

@@ -21,6 +21,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from cloven import registration_hook
 from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.model.runtime import RuntimeOptions
@@ -248,3 +249,4 @@ def _register() -> None:
 
 
 _register()
+registration_hook.register()

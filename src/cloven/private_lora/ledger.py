@@ -122,7 +122,10 @@ def require_ledger_place(path: Path, adapter: str) -> None:
     if known is None or (Path(known.path) == path and path.exists()):
         return
     if not Path(known.path).exists():
-        raise BadInput(f"this adapter has a ledger, at {known.path}, which is missing: restore it; what it counted was given away")
+        raise BadInput(
+            f"this adapter has a ledger, at {known.path}, which is missing: restore it, because what it counted was given away; "
+            f"if it never answered a client, remove {_witness_path(adapter)}"
+        )
     if not path.exists() or path.resolve() != Path(known.path).resolve():
         raise BadInput(f"this adapter has a ledger already: give --ledger {known.path}, so that nothing is forgotten")
 

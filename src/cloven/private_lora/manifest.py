@@ -172,6 +172,11 @@ class ServerManifest:
         require(SERVER_FILE in files and len({group.name for group in groups}) == len(groups), path, "files")
         return cls(record["bundle"], record["bits"], record["hint"], record["adapter"], record["ledger"], groups, files)
 
+    @property
+    def parameters(self) -> LweParameters:
+        """Of the encryption."""
+        return lwe_parameters(self.hint)
+
     def ledger_path(self, folder: Path) -> Path:
         """Where the ledger is."""
         return (folder / self.ledger).resolve()

@@ -130,6 +130,34 @@ def generate_keys(folder: Path) -> None:
         raise BadInput(f"{folder}: cannot write keys there: {error.strerror}") from error
 
 
+def generate_client(folder: Path, server: Path) -> Path:
+    """Make the keys of one more client below `folder`, and admit it at a server whose keys there are.
+
+    Args:
+        folder: gets `trusted/`.
+        server: the server's folder of keys (or the folder above it).
+
+    Returns:
+        The file that admits the client.
+
+    Raises:
+        BadInput: there are keys already, or a folder cannot be written.
+    """
+    pinned, trusted = worker_keys(server).own.public, folder / "trusted"
+    if trusted.exists():
+        raise BadInput(f"{folder}: holds keys already; choose another folder, or remove {trusted} first")
+    pair = KeyPair(*zmq.curve_keypair())
+    admitted = (server / "worker" if (server / "worker").is_dir() else server) / "allowed" / f"{z85.decode(pair.public).hex()}.json"
+    try:
+        trusted.mkdir(parents=True, mode=0o700)
+        _write(trusted / "key.json", {"public": pair.public.decode(), "secret": pair.secret.decode()}, 0o600)
+        _write(trusted / "worker.json", {"public": pinned.decode()}, 0o600)
+        _write(admitted, {"public": pair.public.decode()}, 0o600)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot write keys there: {error.strerror}") from error
+    return admitted
+
+
 def trusted_keys(folder: Path) -> TrustedKeys:
     """Read the trusted side's folder (or the folder above it, as `cloven keygen` made it)."""
     folder = folder / "trusted" if (folder / "trusted").is_dir() else folder
