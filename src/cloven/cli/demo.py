@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    scheme: Annotated[str, typer.Argument(help="slip or kv-shield.")] = "slip",
+    scheme: Annotated[str, typer.Argument(help="slip, kv-shield or private-lora.")] = "slip",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     prompts: Annotated[int, typer.Option(min=1, max=20, help="How many of the 20 prompts.")] = 20,
     tokens: Annotated[int, typer.Option(min=1, max=256, help="New tokens per prompt.")] = 64,
@@ -26,12 +26,13 @@ def demo(
     from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
 
-    if scheme not in ("slip", "kv-shield"):
-        raise BadInput(f"there is no demo of {scheme!r}; choose slip or kv-shield")
+    shows = {"slip": _slip, "kv-shield": _kv_shield, "private-lora": _private_lora}
+    if scheme not in shows:
+        raise BadInput(f"there is no demo of {scheme!r}; choose slip, kv-shield or private-lora")
     forbid_core_dumps()
     quiet_transformers()
     with progress_bars() as progress:
-        good = _slip(progress, prompts, tokens, as_json) if scheme == "slip" else _kv_shield(progress, prompts, tokens, as_json)
+        good = shows[scheme](progress, prompts, tokens, as_json)
     if not good:
         raise typer.Exit(1)
 
@@ -69,6 +70,46 @@ def _kv_shield(progress: Progress, prompts: int, tokens: int, as_json: bool) -> 
         console.print(table)
         print_table(result.attacks)
     return all(count == result.prompts for count in result.text_identical.values())
+
+
+def _private_lora(progress: Progress, prompts: int, tokens: int, as_json: bool) -> bool:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from cloven.demo.private_lora import run_lora_demo
+
+    result = run_lora_demo(progress, prompts, tokens)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return _mostly_identical(result.tokens_identical_to_peft, result.prompts)
+    console = Console()
+    console.print(f"[bold]{escape(result.example_prompt)}[/bold]{escape(result.example_text)}\n", highlight=False)
+    table = Table(title="Private LoRA on the demo model and the demo adapter (float32)")
+    for column in ("what", "base", "private", "PEFT"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    same, other = result.tokens_identical_to_peft, result.prompts - result.tokens_different_from_base
+    table.add_row(f"greedy texts of {tokens} tokens identical to PEFT's", f"{other} of {result.prompts}", f"{same} of {result.prompts}", "")
+    table.add_row(
+        f"perplexity ({result.perplexity_tokens:,} tokens sampled from PEFT's model)",
+        *(f"{value:.3f}" for value in (result.perplexity_base, result.perplexity_private, result.perplexity_peft)),
+    )
+    table.add_row("tokens/s", "", f"{result.tokens_per_s_private:.1f}", f"{result.tokens_per_s_peft:.1f}")
+    table.add_row("largest error of a logit / largest logit", "", f"{result.largest_logit_error:.1e}", "")
+    console.print(table)
+    cost = Table(title="What it cost, per token", show_header=False)
+    cost.add_row("queries to the adapter server", f"{result.queries_per_token}")
+    cost.add_row("bytes to the server / back", f"{result.bytes_up_per_token:,.0f} / {result.bytes_down_per_token:,.0f}")
+    cost.add_row("making masks, in the background", f"{result.mask_ms_per_token:.2f} ms")
+    cost.add_row("the ledger: rows used of the budget, per matrix", f"{result.queries_used:,} of {result.budget:,}")
+    console.print(cost)
+    console.print("The server saw LWE samples. What its answers give away of the adapter is metered by the ledger, not hidden.")
+    return _mostly_identical(same, result.prompts)
+
+
+def _mostly_identical(same: int, prompts: int) -> bool:
+    """19 of 20: answers are rounded to 16 bits, and a near tie may fall the other way."""
+    return same >= prompts - max(1, prompts // 20)
 
 
 def _print(result: SlipDemo) -> None:
