@@ -1,6 +1,6 @@
 """A stolen cache: what each mode of KV-Shield withstands, and what it does not, each beside the system without that protection.
 
-The figures of docs/threat-model.md, on the demo model.
+The figures of docs/threat-model.md, on the demo model; then a thief who also holds the session, on a tiny one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import cloven
 from cloven.audit.attack import Attack
 from cloven.audit.kv_shield import MODES, audit_kv_shield, by_norms, by_sorting, by_table, layer0_of
 from cloven.kv_shield.config import KvShieldConfig
+from cloven.kv_shield.enclave import Enclave
+from cloven.kv_shield.messages import NO_SESSION
 from cloven.kv_shield.prepare import prepare_kv_shield
+from cloven.wire.schema import MalformedMessage
 from cloven.zoo.demo import demo_model_path
 from cloven.zoo.text import sample_text
-from tests.kv_bundles import enclave, load
+from tests.kv_bundles import attached, deviation, enclave, ids_of, load, small_enclave, stored_keys
 from tests.split_models import demo_model, scratch
 
 D, NOISE = 32, 16
@@ -164,3 +167,72 @@ def test_a_real_session_cache_gives_none(plain_rows: tuple[Tensor, Tensor]) -> N
     chance = float((ids[0] == ids[0].mode().values).double().mean())
     for attack in (by_table, by_sorting, by_norms):
         assert float((attack(rows, table) == ids[0]).double().mean()) <= chance + 0.05
+
+
+# a live session
+
+
+def unit_rows(columns: int, heads: int, kv_heads: int, size: int) -> Tensor:
+    """[1, rows, heads, size]: every head that shares a kv head asks for another unit vector, until `columns` are asked for."""
+    per_kv = heads // kv_heads
+    asked = torch.arange(-(-columns // per_kv) * per_kv).view(-1, 1, per_kv)  # which one: row, kv head, head
+    return (asked.unsqueeze(-1) == torch.arange(size)).float().expand(-1, kv_heads, -1, -1).flatten(1, 2).unsqueeze(0)
+
+
+def columns_of(answers: Tensor, heads: int, kv_heads: int, columns: int) -> Tensor:
+    """The answers to `unit_rows`, in the vectors' order: [1, rows, heads · W] -> [G, columns, W]."""
+    answered = answers.view(-1, kv_heads, heads // kv_heads, answers.shape[-1] // heads)
+    return answered.transpose(0, 1).flatten(1, 2)[:, :columns]
+
+
+def inverses(target: Enclave, layer: int, name: bytes, first: int, peer: str) -> tuple[Tensor, Tensor, int]:
+    """What undoes k' and v' of a session: F⁻¹ and F_v⁻¹, [G, D, d] each, and how many rows it took. An ordinary peer's calls only."""
+    shape = target.manifest.layers[layer]
+    heads, kv_heads, d = shape.heads, shape.kv_heads, shape.head_dim
+    size = d + target.noise
+    q = unit_rows(size, heads, kv_heads, d)  # q' = [q, 0] F⁻ᵀ, at position 0, which does not rotate
+    rows = q.shape[1]
+    asked = torch.cat([q.flatten(2), torch.zeros(1, rows, 2 * kv_heads * d)], -1)
+    keyed = target.key(layer, asked, torch.zeros(1, rows, dtype=torch.int32), name, first, peer)
+    for_k = columns_of(keyed[..., : heads * size], heads, kv_heads, d)
+    for_v = columns_of(target.restore(layer, unit_rows(size, heads, kv_heads, size).flatten(2), name, peer), heads, kv_heads, size)
+    return for_k.transpose(1, 2), for_v, rows
+
+
+@torch.no_grad()
+def test_whoever_holds_a_live_session_undoes_its_cache() -> None:
+    """Shown, not hidden: the session's name and its connection give the keys, in (d + ρ)·G / H rows."""
+    with attached("llama", "session") as a:
+        ids = ids_of(1, 40)
+        keyed, plain = (model(input_ids=ids, use_cache=True).past_key_values for model in (a.model, a.plain))
+        (name, session), *_ = a.enclave._sessions.items()
+        for layer in range(a.enclave.layers):
+            assert session.restored[layer] == session.keyed[layer] == 40  # no row is left to be restored
+            for_k, for_v, rows = inverses(a.enclave, layer, name, 40, session.peer)
+            shape = a.enclave.manifest.layers[layer]
+            assert rows == -(-(shape.head_dim + a.enclave.noise) * shape.kv_heads // shape.heads)
+            true, held = plain.layers[layer], keyed.layers[layer]
+            assert deviation(held.keys @ for_k, true.keys) < 1e-3 and deviation(held.values @ for_v, true.values) < 1e-3
+
+
+@torch.no_grad()
+def test_another_peer_and_another_session_undo_nothing() -> None:
+    """The same calls, without what they need: the session."""
+    with attached("llama", "session") as a:
+        keyed, plain = (model(input_ids=ids_of(1, 40), use_cache=True).past_key_values for model in (a.model, a.plain))
+        (name, _), *_ = a.enclave._sessions.items()
+        for held_name, peer in ((name, "another"), (bytes(16), "local")):
+            with pytest.raises(MalformedMessage, match="no such session of yours"):
+                inverses(a.enclave, 0, held_name, 40, peer)
+        for_k, for_v, _ = inverses(a.enclave, 0, a.enclave.open(1, "local"), 0, "local")
+        true, held = plain.layers[0], keyed.layers[0]
+        assert deviation(held.keys @ for_k, true.keys) > 0.3 and deviation(held.values @ for_v, true.values) > 0.3
+
+
+def test_permute_mode_needs_no_session_at_all() -> None:
+    """Shown, not hidden: any peer that the enclave admits has π_v, by one row."""
+    target = small_enclave("permute")
+    shape = target.manifest.layers[0]
+    row = torch.arange(shape.head_dim).float().repeat(shape.heads).view(1, 1, -1)
+    inverse = target.restore(0, row, NO_SESSION, "anybody").view(shape.heads, shape.head_dim).long()
+    assert torch.equal(inverse[:: shape.heads // shape.kv_heads], stored_keys("llama")["0.v"].argsort(1))

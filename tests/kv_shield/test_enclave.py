@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from cloven.bundle.manifest import MANIFEST
 from cloven.bundle.verification import sha256_file
 from cloven.errors import BadBundle, ClovenError, TamperedBundle
 from cloven.kv_shield import enclave as module
-from cloven.kv_shield.enclave import MAX_SEQUENCES, Enclave
+from cloven.kv_shield.enclave import LEAST_BYTES, MAX_KEY_BYTES, Enclave
 from cloven.kv_shield.manifest import KEYS_FILE
-from cloven.kv_shield.messages import NO_SESSION
+from cloven.kv_shield.messages import NO_SESSION, Label
 from cloven.model.attention import rotary_module, rotation_function
 from cloven.wire.schema import MalformedMessage
 from tests.kv_bundles import FAMILIES, deviation, kv_bundle, positions_of, random_rows, small_enclave, stored_keys, tensors
+from tests.kv_shield.sealing import sealing_bundle
 from tests.split_models import tiny
 
 H, G, D, RHO = 4, 2, 12, 16  # of the tiny llama
@@ -213,6 +215,43 @@ def test_pad_rows_are_random() -> None:
     assert deviation(opened_v, x[0, :30, -G * D :].unflatten(1, (G, D))) > 0.3
 
 
+def parts_of(keyed: Tensor) -> list[Tensor]:
+    return list(keyed.split([H * (D + RHO), G * (D + RHO), G * (D + RHO)], -1))
+
+
+def test_pads_are_as_large_as_their_sequences_own_rows_in_every_part() -> None:
+    caller = Caller(3)
+    x = random_rows(3, 60, caller.enclave.widths_in(0))
+    x[..., -G * D :] *= 0.1  # v is smaller than k in every model
+    x[1] *= 20
+    positions = positions_of(3, 60).clone()
+    positions[:2, :30] = -1
+    for part in parts_of(caller.key(x=x, positions=positions)):
+        for row in range(2):
+            assert torch.allclose(part[row, :30].std(), part[row, 30:].std(), rtol=0.25)
+
+
+def test_numbers_that_are_not_finite_stay_in_their_own_rows() -> None:
+    caller = Caller(2)
+    x = random_rows(2, 60, caller.enclave.widths_in(0))
+    x[1, 5], x[0, 59] = float("inf"), float("nan")
+    positions = positions_of(2, 60).clone()
+    positions[0, :30] = -1
+    keyed = caller.key(x=x, positions=positions)
+    assert bool(keyed[0, :59].isfinite().all()) and not bool(keyed[1, 5].isfinite().all())
+    for part in parts_of(keyed):
+        assert torch.allclose(part[0, :30].std(), part[0, 30:59].std(), rtol=0.25)
+
+
+def test_a_sequence_of_pads_beside_another() -> None:
+    caller = Caller(2)
+    x = 20 * random_rows(2, 40, caller.enclave.widths_in(0))
+    positions = positions_of(2, 40).clone()
+    positions[0] = -1
+    for part in parts_of(caller.key(x=x, positions=positions)):
+        assert torch.allclose(part[0].std(), part[1].std(), rtol=0.25)
+
+
 def test_rows_that_are_all_pads() -> None:
     caller = Caller()
     keyed = caller.key(positions=torch.full((1, 3), -1, dtype=torch.int32))
@@ -293,13 +332,47 @@ def test_restore_before_key() -> None:
     refused("session", "more rows", caller.restore, rows=4)  # three were keyed
 
 
-def test_too_many_sequences() -> None:
-    enclave = small_enclave()
-    names = [enclave.open(MAX_SEQUENCES // 2, ME) for _ in range(2)]
-    refused("session", "1024 sequences have keys already", enclave.open, 1, YOU)
+def test_keys_have_no_more_than_their_memory() -> None:
+    """All peers together, and each half of it; small keys count for a mebibyte."""
+    enclave, most = small_enclave(), MAX_KEY_BYTES // LEAST_BYTES
+    names = [enclave.open(most // 4, ME) for _ in range(2)]
+    refused("session", f"1 more sequences: one peer's keys may take 512 MiB, {most // 2} sequences here: close some", enclave.open, 1, ME)
+    enclave.open(most // 2 - 1, YOU)
+    refused("session", f"2 more sequences: all peers' keys may take 1024 MiB, {most} sequences here", enclave.open, 2, "c" * 64)
+    enclave.open(1, "c" * 64)
     enclave.close(names[0], ME)
-    refused("session", "close some", enclave.open, MAX_SEQUENCES // 2 + 1, ME)
-    enclave.open(1, YOU)
+    refused("session", "one peer's", enclave.open, most // 4 + 1, ME)
+    enclave.open(most // 4, ME)
+
+
+def test_the_memory_of_keys_is_that_of_their_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    caller = Caller()
+    caller.key()
+    caller.key(layer=1)
+    keys = [key for layer in range(2) for key in caller.drawn(layer)]
+    size = sum(getattr(key, name).nbytes for key in keys for name in ("k", "k_inverse", "v", "v_inverse"))
+    monkeypatch.setattr(module, "LEAST_BYTES", 1)
+    monkeypatch.setattr(module, "MAX_KEY_BYTES", 6 * size)
+    enclave = small_enclave()
+    enclave.open(3, ME)
+    refused("session", "3 sequences here", enclave.open, 1, ME)
+    monkeypatch.setattr(module, "MAX_KEY_BYTES", 1)
+    small_enclave().open(1, ME)  # a large model's only sequence
+
+
+def test_sealing_in_permute_mode_is_bounded_too() -> None:
+    enclave = Enclave(sealing_bundle("llama", "permute") / "trusted")
+    enclave.open(512, ME)
+    refused("session", "one peer's", enclave.open, 1, ME)
+
+
+def test_a_session_has_no_more_rows_than_the_model_positions() -> None:
+    caller = Caller()
+    start = torch.zeros(1, LIMIT - 1, dtype=torch.int32)
+    caller.key(LIMIT - 1, positions=start)
+    refused("size", "129 rows in a cache: the model has 128 positions", caller.key, 2, LIMIT - 1, positions=start[:, :2])
+    caller.key(1, LIMIT - 1)
+    refused("size", "129 rows", caller.key, 1, LIMIT, positions=start[:, :1])
 
 
 def test_no_sessions_in_permute_mode() -> None:
@@ -320,6 +393,56 @@ def test_idle_sessions_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     enclave.open(1, YOU)
     refused("session", "no such session", idle.key, 1, first=3)
     used.key(1, first=3)
+
+
+@pytest.mark.parametrize("mode", ["permute", "session"])
+@pytest.mark.parametrize("state", ["sealed", "resuming"])
+def test_sealed_caches_are_kept_for_thirty_days(mode: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    enclave = Enclave(sealing_bundle("llama", mode) / "trusted")
+    name, label = enclave.open(1, ME), Label(0, "keys", 0, (4,), "uint8")
+    blocks = [enclave.vault(name, ME).seal(replace(label, block=number), memoryview(b"rows")) for number in range(2)]
+    enclave.vault(name, ME).end(2)
+    if state == "resuming":
+        enclave.vault(name, ME).unseal(label, 1, memoryview(blocks[0]))
+    assert enclave.vault(name, ME).state == state
+    now[0] += module.SEALED_SECONDS - 1
+    enclave.open(1, YOU)
+    vault = enclave.vault(name, ME)  # counts as use
+    assert [vault.unseal(replace(label, block=number), 1, memoryview(block)) for number, block in enumerate(blocks)] == [b"rows"] * 2
+    now[0] += module.IDLE_SECONDS + 1
+    enclave.open(1, YOU)
+    refused("session", "no such session", enclave.vault, name, ME)  # open again: an hour is enough
+    assert module.SEALED_SECONDS == 30 * 24 * 3600
+
+
+def test_a_sealed_cache_that_nobody_resumed_is_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    enclave = Enclave(sealing_bundle("llama", "session") / "trusted")
+    name = enclave.open(1, ME)
+    enclave.vault(name, ME).seal(Label(0, "keys", 0, (4,), "uint8"), memoryview(b"rows"))
+    enclave.vault(name, ME).end(1)
+    now[0] += module.SEALED_SECONDS + 1
+    enclave.open(1, YOU)
+    refused("session", "no such session", enclave.vault, name, ME)
+
+
+def test_what_sealing_stops() -> None:
+    """In session mode keying and restoring; permute mode's restoring knows of no session, as docs/threat-model.md says."""
+    enclave = Enclave(sealing_bundle("llama", "session") / "trusted")
+    caller = Caller(enclave=enclave)
+    caller.key()
+    enclave.vault(caller.name, ME).seal(Label(0, "keys", 0, (4,), "uint8"), memoryview(b"rows"))
+    enclave.vault(caller.name, ME).end(1)
+    refused("session", "the cache is sealed", caller.key, 1, first=3)
+    refused("session", "the cache is sealed", caller.restore)
+    permute = Enclave(sealing_bundle("llama", "permute") / "trusted")
+    name = permute.open(1, ME)
+    permute.vault(name, ME).seal(Label(0, "keys", 0, (4,), "uint8"), memoryview(b"rows"))
+    permute.vault(name, ME).end(1)
+    assert permute.restore(0, random_rows(1, 1, H * D), NO_SESSION, YOU).shape == (1, 1, H * D)
 
 
 def test_repr_shows_nothing() -> None:

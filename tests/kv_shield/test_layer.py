@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import QuantizedCache
 
 import cloven
-from cloven.errors import NotAttached
+from cloven.errors import BadInput, NotAttached
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.prepare import prepare_kv_shield
 from cloven.zoo.tiny import tiny_config, tiny_model
@@ -287,6 +287,74 @@ def test_a_quantised_cache_in_permute_mode(family: str) -> None:
         exact = logits(a.plain, ids)[:, 8:]
         assert deviation(out["plain"], exact) > 1e-3  # it does round
         assert deviation(out["keyed"], out["plain"]) < 0.2 * deviation(out["plain"], exact)
+
+
+# --- models that somebody changes
+
+
+class Adapter(nn.Module):
+    """As PEFT does it: stands in the place of a linear, calls it and adds to it."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        return y + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_an_adapter_on_top_is_refused(family: str, mode: str) -> None:
+    """It would add plain rows to keyed ones, or keyed rows to plain ones: wrong numbers, and no error."""
+    with attached(family, mode) as a:
+        shape = a.enclave.manifest.layers[0]
+        attention = a.model.get_submodule(shape.name)
+        for name in (*shape.projections, shape.output):
+            linear = attention.get_submodule(name)
+            setattr(attention, name, Adapter(linear))
+            with pytest.raises(BadInput, match=rf"{shape.name}: its {name} is not the module .* merge adapters before `prepare`"):
+                logits(a.model, ids_of(1, 5))
+            setattr(attention, name, linear)
+        same(a, ids_of(1, 5))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("mode", MODES)
+def test_peft(mode: str) -> None:
+    """Refused where it touches the attention's projections; elsewhere it is none of KV-Shield's business."""
+    peft: Any = pytest.importorskip("peft")
+    with attached("llama", mode) as a:
+        on_top = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        with pytest.raises(BadInput, match="merge adapters before `prepare`"):
+            logits(peft.get_peft_model(a.model, on_top), ids_of(1, 5))
+    with attached("llama", mode) as a:
+        elsewhere = peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False)
+        outputs = []
+        for model in (copy.deepcopy(a.plain), a.model):
+            torch.manual_seed(1)
+            outputs.append(logits(peft.get_peft_model(model, elsewhere), ids_of(1, 5)))
+        assert deviation(outputs[1], outputs[0]) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt2"])
+def test_a_copy_of_the_model_starts_without_a_session(family: str, mode: str) -> None:
+    with attached(family, mode) as a:
+        same(a, ids_of(1, 5))
+        clone = copy.deepcopy(a.model)
+        a.session._call.mask = mark = torch.ones(1, 1)
+        with pytest.raises(NotAttached):
+            logits(clone, ids_of(1, 3))
+        assert a.session._call.mask is mark  # it does not hear of it
+        same(a, ids_of(1, 6))
+        with cloven.attach(clone, str(a.session.channel.address), timeout=10):
+            with torch.no_grad():
+                for parameter in a.model.parameters():
+                    parameter.zero_()  # the copy has weights, and hooks, of its own
+            a.session.close()
+            assert deviation(logits(clone, ids_of(2, 5)), logits(a.plain, ids_of(2, 5))) < FLOAT32_TOLERANCE
 
 
 @pytest.mark.parametrize("mode", MODES)

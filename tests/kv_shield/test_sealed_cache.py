@@ -14,11 +14,12 @@ import cloven
 from cloven.cluster.enclave_process import EnclaveProcess
 from cloven.errors import BadInput, ClovenError, RunError, WorkerRefused
 from cloven.kv_shield import sealed_cache
-from cloven.kv_shield.messages import TAG_BYTES
+from cloven.kv_shield.messages import ENCLAVE, TAG_BYTES, Label, Seal, SealEnd
 from cloven.kv_shield.preallocated import PreallocatedCache
 from cloven.kv_shield.sealed_cache import SealedCache
+from cloven.kv_shield.service import EnclaveServer
 from cloven.kv_shield.session import KvSession
-from tests.kv_bundles import Attached, attached, enclave_at, ids_of, load
+from tests.kv_bundles import Attached, attached, enclave, enclave_at, ids_of, load
 from tests.kv_shield.sealing import KINDS, PROMPT, ROOM, attached_sealing, greedy_ids, sealing_bundle
 from tests.split_models import run_python, tiny
 
@@ -164,6 +165,82 @@ def test_other_caches_go_on(keyed: Attached) -> None:
     assert torch.equal(greedy_ids(keyed.model, second, 6, two), expected)
     keyed.session.resume(sealed)
     assert torch.equal(greedy_ids(keyed.model, first, 6, one), expected)
+
+
+# connections that are lost on the way
+
+
+class Twice(EnclaveServer):
+    """Gets every message of one kind twice, as after a reconnect; the first answer is the one that arrives."""
+
+    kind: type = Seal
+    times = 1
+
+    def answer(self, frames: list[Any], peer: str) -> list[Any]:
+        """See `Server.answer`."""
+        answer = super().answer(frames, peer)
+        message, _ = ENCLAVE.unpack(list(frames))
+        if isinstance(message, self.kind) and self.times:
+            self.times -= 1
+            super().answer(frames, peer)
+        return answer
+
+
+@pytest.mark.parametrize("mode", ["permute", "session"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_sealing_whose_first_block_arrives_twice(mode: str, used: bool) -> None:
+    """The enclave begins a second sealing: nothing is overwritten, and the cache can be used and sealed."""
+    out = sealing_bundle("llama", mode)
+    with enclave(out / "trusted", Twice) as (address, _):
+        model = load(out)
+        with cloven.attach(model, address, timeout=10) as session:
+            assert isinstance(session, KvSession)
+            cache = KINDS["preallocated"](model.config)
+            text = greedy_ids(model, ids_of(1, PROMPT), 6, cache)
+            before = [part.clone() for part in storages(cache)]
+            with pytest.raises(RunError, match="the cache is as it was, seal it again"):
+                session.seal(cache)
+            assert all(torch.equal(now, then) for now, then in zip(storages(cache), before, strict=True))
+            if used:
+                text = greedy_ids(model, text, 3, cache)
+            sealed = session.seal(cache)
+            assert sealed.epoch == 3 and cache.layers[0].keys.numel() == 0
+            session.resume(sealed)
+            text = greedy_ids(model, text, 3, cache)
+            assert torch.equal(text, greedy_ids(tiny("llama"), ids_of(1, PROMPT), text.shape[1] - PROMPT))
+
+
+def test_a_sealing_of_one_block_that_arrives_twice(permuted: Attached) -> None:
+    """The enclave's last word decides, where no second block tells."""
+
+    class Sealer:
+        def seal_block(self, label: Label, data: memoryview) -> tuple[bytes, int]:
+            return bytes(data), 1
+
+        def end_seal(self, blocks: int) -> int:
+            return 2
+
+    cache, _ = filled(permuted, "dynamic")
+    with pytest.raises(RunError, match="seal it again"):
+        sealed_cache.seal(Sealer(), cache)  # type: ignore[arg-type]
+    assert all(bool(part.any()) for part in storages(cache))
+
+
+def test_the_end_of_a_sealing_that_arrives_twice() -> None:
+    out = sealing_bundle("llama", "session")
+
+    class TwiceEnded(Twice):
+        kind = SealEnd
+
+    with enclave(out / "trusted", TwiceEnded) as (address, server):
+        model = load(out)
+        with cloven.attach(model, address, timeout=10) as session:
+            assert isinstance(session, KvSession)
+            cache = KINDS["dynamic"](model.config)
+            text = greedy_ids(model, ids_of(1, PROMPT), 6, cache)
+            session.resume(session.seal(cache))
+            assert server.refused == 0
+            assert torch.equal(greedy_ids(model, text, 3, cache), greedy_ids(tiny("llama"), ids_of(1, PROMPT), 9))
 
 
 # what is refused

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import cloven
@@ -36,6 +37,7 @@ from cloven.zoo.tiny import tiny_model
 from tests.kv_bundles import (
     FLOAT32_TOLERANCE,
     MODES,
+    Attached,
     RecordingServer,
     attached,
     deviation,
@@ -199,6 +201,46 @@ def test_sessions_end_with_their_caches() -> None:
         assert kinds(a.server).count(Open) == 6 and kinds(a.server).count(Close) == 5
 
 
+def in_threads(a: Attached, count: int, until: threading.Event | None = None) -> list[threading.Thread]:
+    """Calls without a cache, each in a thread of its own, that ends at once or waits; returns when all calls are made."""
+    done = threading.Barrier(count + 1)
+
+    def call(seed: int) -> None:
+        logits(a.model, ids_of(1, 4, seed), use_cache=False)
+        done.wait(20)
+        if until is not None:
+            until.wait(20)
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(count)]
+    for thread in threads:
+        thread.start()
+    done.wait(20)
+    return threads
+
+
+def test_sessions_without_a_cache_end_with_their_threads() -> None:
+    with attached("llama", "session") as a:
+        for thread in in_threads(a, 5):
+            thread.join(20)
+        assert len(a.enclave._sessions) == 5
+        gc.collect()
+        logits(a.model, ids_of(1, 3), use_cache=False)
+        assert len(a.enclave._sessions) == 1
+
+
+def test_closing_ends_the_sessions_of_other_threads() -> None:
+    with attached("llama", "session") as a:
+        release = threading.Event()
+        threads = in_threads(a, 3, release)
+        logits(a.model, ids_of(1, 3), use_cache=False)
+        assert len(a.enclave._sessions) == 4
+        a.session.close()
+        assert not a.enclave._sessions
+        release.set()
+        for thread in threads:
+            thread.join(20)
+
+
 def test_closing_drops_the_keys_in_the_enclave() -> None:
     with attached("llama", "session") as a:
         cache = a.model(input_ids=ids_of(1, 5), use_cache=True).past_key_values
@@ -288,6 +330,90 @@ def test_a_static_cache_given_by_hand_is_exact_or_refused() -> None:
         except ClovenError:
             return
         assert deviation(ours, logits(a.plain, ids)[:, 5:]) < FLOAT32_TOLERANCE
+
+
+# --- masks
+
+
+def in_pieces(model: Any, ids: Tensor, mask: Tensor, cache: Any, grows: bool = False) -> Tensor:
+    """Logits of a prompt in three pieces, all with the whole mask (or, where it `grows`, with what stands there so far)."""
+    rows = []
+    for start, end in ((0, 5), (5, 8), (8, 10)):
+        so_far = torch.where(torch.arange(mask.shape[1]) < end, mask, 0) if grows else mask
+        rows.append(logits(model, ids[:, start:end], attention_mask=so_far, past_key_values=cache))
+    return torch.cat(rows, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("pads", ["left", "right", "behind"])
+def test_a_mask_is_read_by_place(family: str, mode: str, pads: str) -> None:
+    """A row's column is its place in the cache, however long the mask is."""
+    ids, mask = ids_of(2, 10), torch.ones(2, 20 if pads == "behind" else 10, dtype=torch.long)
+    mask[0, {"left": slice(0, 3), "right": slice(7, 10), "behind": slice(10, 20)}[pads]] = 0
+    with attached(family, mode) as a:
+        expected, ours = (in_pieces(model, ids, mask, DynamicCache(config=model.config)) for model in (a.plain, a.model))
+        real = mask[:, :10].bool()
+        assert deviation(ours[real], expected[real]) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_static_cache_by_hand_with_a_mask_of_its_length(family: str) -> None:
+    with attached(family, "session") as a:
+        ids, mask = ids_of(2, 10), torch.ones(2, 20, dtype=torch.long)
+        mask[0, :3] = 0
+        caches = [StaticCache(config=model.config, max_cache_len=20) for model in (a.plain, a.model)]
+        expected, ours = (in_pieces(m, ids, mask, cache, grows=True) for m, cache in zip((a.plain, a.model), caches, strict=True))
+        real = mask[:, :10].bool()
+        assert deviation(ours[real], expected[real]) < FLOAT32_TOLERANCE
+
+
+def test_tokens_with_a_mask_of_the_whole_conversation_to_come() -> None:
+    with attached("llama", "session") as a:
+        chosen = []
+        for model in (a.plain, a.model):
+            cache, x, mask, tokens = DynamicCache(config=model.config), ids_of(1, 8, 3), torch.zeros(1, 24, dtype=torch.long), []
+            mask[:, :8] = 1
+            for place in range(8, 14):
+                x = logits(model, x, attention_mask=mask, past_key_values=cache)[:, -1:].argmax(-1)
+                mask[:, place] = 1
+                tokens.append(int(x))
+            chosen.append(tokens)
+        assert chosen[0] == chosen[1]
+
+
+def test_the_pads_of_every_piece_are_the_masks() -> None:
+    ids, mask = ids_of(2, 10), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    with attached("llama", "session", RecordingServer) as a:
+        in_pieces(a.model, ids, mask, DynamicCache(config=a.model.config))
+        told = []
+        for frames in a.server.received:
+            message, payload = ENCLAVE.unpack(list(frames))
+            if isinstance(message, Key) and message.layer == 1:
+                assert payload is not None
+                told.append(torch.frombuffer(bytearray(payload[: 8 * message.rows]), dtype=torch.int32).view(2, -1) < 0)
+        assert torch.equal(torch.cat(told, 1), mask[:, :10] == 0)
+
+
+def test_a_mask_that_is_too_short_is_refused() -> None:
+    with attached("llama", "session") as a:
+        cache = a.model(input_ids=ids_of(1, 5), use_cache=True).past_key_values
+        with pytest.raises(BadInput, match="a mask of 6 rows: the cache has 5 and the call 2 more"):
+            logits(a.model, ids_of(1, 2), attention_mask=torch.ones(1, 6, dtype=torch.long), past_key_values=cache)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_a_layer_by_itself_has_its_own_positions(mode: str) -> None:
+    with attached("llama", mode) as a:
+        ids, positions, outputs = ids_of(2, 10), torch.arange(10)[None] * 7, []
+        for model in (a.plain, a.model):
+            model(input_ids=ids)  # of the same shape, at 0 to 9
+            hidden = model.model.embed_tokens(ids)
+            rotation = model.model.rotary_emb(hidden, positions)
+            outputs.append(model.model.layers[0].self_attn(hidden, position_embeddings=rotation, attention_mask=None)[0])
+        assert deviation(outputs[1], outputs[0]) < FLOAT32_TOLERANCE
 
 
 def test_masks_of_four_dimensions_are_refused_in_session_mode() -> None:
@@ -423,7 +549,7 @@ def test_a_dtype_that_is_not_spoken(mode: str) -> None:
 
 def test_a_batch_larger_than_the_enclave_takes() -> None:
     with attached("llama", "session") as a:
-        with pytest.raises(WorkerRefused, match="1024 sequences"):
+        with pytest.raises(WorkerRefused, match="512 sequences here"):
             logits(a.model, ids_of(1025, 1))
         assert deviation(logits(a.model, ids_of(2, 3)), logits(a.plain, ids_of(2, 3))) < FLOAT32_TOLERANCE
 

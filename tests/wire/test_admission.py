@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -108,11 +110,25 @@ def test_unreadable_keys_refuse_everybody(curve: Admission) -> None:
 
 
 def test_connection_cap(curve: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(admission.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(admission, "MAX_CONNECTIONS", 3)
-    curve._open.update([5, 6, 7])  # with the one that asks
-    assert ask(curve) == b"200"
-    curve._open.add(8)
+    curve._open = dict.fromkeys(range(100, 400), now[0])  # opened by strangers
+    curve._open |= dict.fromkeys((5, 6, 7), now[0])
+    assert [ask(curve) for _ in range(4)] == [b"200", b"200", b"200", b"400"]
+    now[0] += admission._UNDECIDED_SECONDS + 0.1
+    curve._open = dict.fromkeys((5, 6, 7), 1000.0)  # libzmq has closed the others
     assert ask(curve) == b"400"
+    del curve._open[6]
+    curve._open[8] = now[0]  # the one that asks
+    assert ask(curve) == b"200"
+    curve._open[9] = now[0]
+    assert ask(curve) == b"400"
+
+
+def test_connections_that_have_ended_do_not_count(curve: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "MAX_CONNECTIONS", 3)
+    assert [ask(curve) for _ in range(20)] == [b"200"] * 20
 
 
 # ---- live ----
@@ -281,6 +297,23 @@ def test_connections_are_counted(setup: Setup, socket_folder: Path) -> None:
         while worker._admission._open and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not worker._admission._open
+
+
+def test_sockets_that_are_only_opened_keep_nobody_out(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "MAX_CONNECTIONS", 3)
+    keys, host = trusted_keys(setup.keys), ("127.0.0.1", int(setup.tcp.rsplit(":", 1)[1]))
+    with serving(setup.exposed, setup.tcp, keys=worker_keys(setup.keys)) as worker, contextlib.ExitStack() as stack:
+        assert worker._admission is not None
+        for _ in range(8):
+            stack.enter_context(socket.create_connection(host))
+        while len(worker._admission._open) < 8:
+            time.sleep(0.01)
+        channels = [setup.channel(keys) for _ in range(3)]
+        for channel in channels:
+            stack.callback(channel.close)
+            assert channel.hello() == 1
+        with pytest.raises(PeerRefused):
+            setup.hello(keys)  # the cap is of admitted ones
 
 
 def test_libzmq_tells_the_uid_of_an_ipc_peer(setup: Setup, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from cloven.wire.keys import TrustedKeys, WorkerKeys, generate_keys, trusted_key
 from cloven.wire.schema import ErrorAnswer, Hello, MalformedMessage, Welcome
 from cloven.wire.server import Frame, Server
 from tests.helpers import Context, free_port
+from tests.split_models import run_python
 from tests.wire.test_schema import BUNDLE, COLOURS, Ask, Tell
 
 
@@ -121,6 +122,44 @@ def test_who_asks_over_curve(context: Context, tmp_path: Path) -> None:
             ask(context, address, BLUE, keys=client)
         names = [z85.decode(client.own.public).hex() for client in clients]
         assert server.peers == [*names, names[0]]
+
+
+CLAIMS = """
+import sys, threading
+import zmq
+from cloven.wire.messages import WORKER
+from cloven.wire.schema import MalformedMessage
+from cloven.wire.server import Server
+
+class Deaf(Server):
+    def answer(self, frames, peer):
+        raise MalformedMessage("malformed", "what?")
+
+server = Deaf("worker", sys.argv[1], WORKER)
+server.bind()
+threading.Thread(target=server.serve, daemon=True).start()
+context = zmq.Context()
+
+def connect(claim=None):
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    if claim is not None:
+        socket.setsockopt(zmq.ROUTING_ID, bytes([0]) + claim.to_bytes(4, "big"))
+    socket.connect(sys.argv[1])
+    socket.send(b"hello")
+    assert socket.poll(5000), "the server is silent"
+    return socket
+
+claimed = [connect(0x6B8B4567 + number) for number in range(16)]  # glibc's first number without a seed, and those that follow it
+honest = [connect() for _ in range(3)]
+print("alive")
+"""
+
+
+def test_nobody_knows_the_number_of_the_next_peer(socket_folder: Path) -> None:
+    """libzmq aborts the process where a peer has claimed it: a process of its own."""
+    done = run_python(CLAIMS, f"ipc://{socket_folder}/s")
+    assert done.returncode == 0 and done.stdout == "alive\n", done.stderr
 
 
 def test_tcp_needs_keys() -> None:

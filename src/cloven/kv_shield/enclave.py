@@ -5,10 +5,14 @@ For layer l and rows x = q ‖ k (‖ v) of positions p:
     permute   q', k' arrive permuted by the weights; norm and rotation on permuted vectors; restore: a_i = a'_{π_v⁻¹(i)}
     session   q, k, v arrive plain; norm, rotation, then q' = [q, 0] F⁻ᵀ, k' = [k, ν] F, v' = [v, ν] F_v; restore: (a' F_v⁻¹)[: d]
 
-Guarantee: keys never leave this process. In session mode a session belongs to the peer that opened it, keys are fresh for every
-sequence, and a place in the cache is keyed once: there is no way to ask for the same place again, or for what was keyed before. As many
-attention outputs are restored as rows were keyed: whoever takes a connection over cannot have the cache undone row by row.
+Guarantee: no answer to an honest accelerator holds a key. In session mode a session belongs to the peer that opened it, and keys are fresh
+for every sequence: a thief who has only the cache, or who is another peer, can have nothing undone.
+Not withstood: whoever holds a live session (its peer's connection and its name) keys and restores unit vectors, and the answers are F⁻¹
+and F_v⁻¹: about (d + ρ)·G / H rows undo all that was keyed before. A place is keyed once, as many rows are restored as were keyed, and a
+session keys no more rows than the model has positions: that bounds the rows and does not prevent this. In permute mode restoring needs no
+session.
 Not hidden from the accelerator: hidden states, q, k, v as they pass, attention scores. It is the cache at rest that is protected.
+Forgotten: sessions that were not used for an hour, or for 30 days where their cache is sealed or half resumed.
 Source: KV-Shield as corrected in docs/architecture.md.
 """
 
@@ -35,8 +39,11 @@ from cloven.kv_shield.shapes import AttentionShape
 from cloven.kv_shield.vault import Vault
 from cloven.wire.schema import MalformedMessage
 
-MAX_SEQUENCES = 1024  # with keys, at a time
+MAX_KEY_BYTES = 2**30  # of the keys of all sessions, drawn or still to be drawn; one peer may have half of it
+LEAST_BYTES = 2**20  # what a sequence counts for at least, so that sessions of small or no keys are bounded too
 IDLE_SECONDS = 3600.0
+SEALED_SECONDS = 30 * 86_400.0  # of a sealed cache, whose rows are lost with its session
+_FLOAT_BYTES, _MATRICES = 4, 4  # of `SessionKeys`
 _FEW_ROWS = 16
 
 
@@ -49,7 +56,7 @@ class _Session:
     stream: SecretStream
     keyed: list[int]
     restored: list[int]
-    keys: list[list[SessionKeys] | None] = field(repr=False)  # by layer, then sequence; drawn when a layer is first used
+    keys: list[list[SessionKeys] | None] = field(repr=False)  # by layer, then sequence; drawn when a layer first keys
     used: float
     vault: Vault
 
@@ -99,6 +106,9 @@ class Enclave:
             self._layers = [self._layer(shape, index, stored) for index, shape in enumerate(self.manifest.layers)]
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise BadBundle(f"{folder / KEYS_FILE}: not the keys of this bundle ({type(error).__name__})") from error
+        sizes = [shape.kv_heads * (shape.head_dim + self.noise) ** 2 for shape in self.manifest.layers] if self.noise else []
+        self._sequence_bytes = max(LEAST_BYTES, _FLOAT_BYTES * _MATRICES * sum(sizes))
+        self._most_bytes = max(MAX_KEY_BYTES, 2 * self._sequence_bytes)  # one sequence is never too many
         self._sessions: dict[bytes, _Session] = {}
         self._tables: _Tables | None = None
 
@@ -125,14 +135,17 @@ class Enclave:
         return self._layer_at(layer).shape.widths(self.noise)[0]
 
     def open(self, sequences: int, peer: str) -> bytes:
-        """A session with fresh keys for that many sequences, for this peer alone; returns its name."""
+        """A session with fresh keys for that many sequences, for this peer alone; returns its name.
+
+        Raises:
+            MalformedMessage: no sessions here, or no room for so many keys.
+        """
         if not self.noise and not self.config.seal_idle:
             raise MalformedMessage("session", "this bundle's keys are in its weights, and it was prepared without --seal-idle: no sessions")
         now = time.monotonic()
-        for name in [name for name, session in self._sessions.items() if now - session.used > IDLE_SECONDS]:
+        for name in [name for name, session in self._sessions.items() if now - session.used > _idle_limit(session)]:
             del self._sessions[name]
-        if sum(session.sequences for session in self._sessions.values()) + sequences > MAX_SEQUENCES:
-            raise MalformedMessage("session", f"{MAX_SEQUENCES} sequences have keys already: close some")
+        self._require_room(sequences, peer)
         name = secrets.token_bytes(SESSION_BYTES)
         stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/session")
         vault = Vault(self.bundle, name)
@@ -230,6 +243,18 @@ class Enclave:
         session.used = time.monotonic()
         return session
 
+    def _require_room(self, sequences: int, peer: str) -> None:
+        held = [(session.peer, session.sequences) for session in self._sessions.values()]
+        for whose, count, limit in (
+            ("one peer's", sum(count for owner, count in held if owner == peer), self._most_bytes // 2),
+            ("all peers'", sum(count for _, count in held), self._most_bytes),
+        ):
+            if (count + sequences) * self._sequence_bytes > limit:
+                most = limit // self._sequence_bytes
+                raise MalformedMessage(
+                    "session", f"{sequences} more sequences: {whose} keys may take {limit >> 20} MiB, {most} sequences here: close some"
+                )
+
     def _next(self, layer: int, shape: torch.Size, name: bytes, first: int, peer: str) -> _Session:
         session = self._session(name, peer)
         session.vault.require_open()
@@ -237,6 +262,8 @@ class Enclave:
             raise MalformedMessage("session", f"{shape[0]} sequences, but the session was opened for {session.sequences}")
         if first != session.keyed[layer]:
             raise MalformedMessage("session", f"place {first} of the cache: the next one is {session.keyed[layer]}, each is keyed once")
+        if first + shape[1] > self.manifest.limit:  # bounds what the holder of a session can learn; an honest cache is no longer
+            raise MalformedMessage("size", f"{first + shape[1]} rows in a cache: the model has {self.manifest.limit} positions")
         return session
 
     def _keys(self, session: _Session, layer: int) -> list[SessionKeys]:
@@ -286,10 +313,23 @@ class Enclave:
             noise = session.stream.normal(b * shape.kv_heads * s, self.noise).float().view(b, shape.kv_heads, s, self.noise) * level
             parts.append((torch.cat([rows, noise], -1) @ matrix).transpose(1, 2).reshape(b, s, -1))
         keyed = torch.cat(parts, -1)
-        if bool(pads.any()):  # what stood there must not show that it is padding, nor be worth anything
-            random = session.stream.normal(int(pads.sum()), keyed.shape[-1]).float()
-            keyed[pads] = random * keyed[~pads].std() if not bool(pads.all()) else random
+        widths = [part.shape[-1] for part in parts]
+        for row in pads.any(1).nonzero().flatten().tolist():  # what stood there must not show that it is padding, nor be worth anything
+            where = pads[row]
+            like = keyed[row, ~where] if not bool(where.all()) else keyed[~pads]
+            random = session.stream.normal(int(where.sum()), keyed.shape[-1]).float().split(widths, -1)
+            keyed[row, where] = torch.cat([part * _level(of) for part, of in zip(random, like.split(widths, -1), strict=True)], -1)
         return keyed.to(qk.dtype)
+
+
+def _idle_limit(session: _Session) -> float:
+    return SEALED_SECONDS if session.vault.state in ("sealed", "resuming") else IDLE_SECONDS
+
+
+def _level(rows: Tensor) -> float:
+    """The standard deviation of what is finite; 1 where nothing is."""
+    finite = rows[rows.isfinite()].double()
+    return float(finite.std()) if finite.numel() > 1 else 1.0
 
 
 def _rotary_of(stored: dict[str, Tensor]) -> Rotary | None:

@@ -12,6 +12,7 @@ for cos and sin, and in session mode its heads are ρ dimensions wider (the scal
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cloven.errors import NotAttached
+from cloven.errors import BadInput, NotAttached
 from cloven.kv_shield.shapes import AttentionShape
 from cloven.model.shared_input import SharedInput
 
@@ -52,14 +53,15 @@ class KeyedAttention:
         self.peer: Peer | None = None
         self._call = threading.local()  # the cache that the current call of the attention module was given
         attention: Any = model.get_submodule(shape.name)
+        self._modules = {name: attention.get_submodule(name) for name in (*shape.projections, shape.output)}
         self._plain: list[Callable[[Tensor], Tensor]] = []
         self._shared = SharedInput(self._projected)
         for position, name in enumerate(shape.projections):
-            module = attention.get_submodule(name)
+            module = self._modules[name]
             self._plain.append(module.forward)
-            module.forward = _Projection(self._shared, position)
-        self._out = attention.get_submodule(shape.output).forward
-        attention.get_submodule(shape.output).forward = self._output
+            module.forward = _Projection(self, position)
+        self._out: Callable[[Tensor], Tensor] = self._modules[shape.output].forward
+        self._modules[shape.output].forward = self._output
         for name in ("q_norm", "k_norm"):
             if getattr(attention, name, None) is not None:
                 setattr(attention, name, nn.Identity())  # in the enclave
@@ -69,11 +71,32 @@ class KeyedAttention:
                 attention.split_size = shape.widths(noise)[0]
         attention.register_forward_pre_hook(self._enter, with_kwargs=True)
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyedAttention:
+        """A copy of the model starts without a session."""
+        clone = KeyedAttention.__new__(KeyedAttention)
+        memo[id(self)] = clone
+        clone.index, clone.shape, clone.noise, clone.peer = self.index, self.shape, self.noise, None
+        clone._call = threading.local()
+        clone._shared = SharedInput(clone._projected)
+        clone._modules = copy.deepcopy(self._modules, memo)
+        clone._plain = copy.deepcopy(self._plain, memo)
+        clone._out = copy.deepcopy(self._out, memo)
+        return clone
+
+    def projection(self, position: int, x: Tensor) -> Tensor:
+        """The output of one projection: whichever is called first asks for all."""
+        return self._shared.output(position, x)
+
+    def _enter(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache = kwargs.get("past_key_values")
         if cache is None and len(args) > 1 and hasattr(args[1], "get_seq_length"):  # GPT-2 passes it by position
             cache = args[1]
         self._call.cache = cache
+        for name, module in self._modules.items():
+            if attention.get_submodule(name) is not module:  # what stands there now would work on keyed rows
+                raise BadInput(
+                    f"{self.shape.name}: its {name} is not the module that was loaded (an adapter?): merge adapters before `prepare`"
+                )
         if self.peer is not None:
             self.peer.require_open(cache)
         given = kwargs.get("position_embeddings")
@@ -110,10 +133,10 @@ class KeyedAttention:
 
 
 class _Projection:
-    """The forward of one projection: whichever is called first asks for all."""
+    """The forward of one projection."""
 
-    def __init__(self, shared: SharedInput, position: int) -> None:
-        self._shared, self._position = shared, position
+    def __init__(self, attention: KeyedAttention, position: int) -> None:
+        self._attention, self._position = attention, position
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._shared.output(self._position, x)
+        return self._attention.projection(self._position, x)

@@ -3,7 +3,7 @@
     open     {id, bundle, sequences}                                        -> opened   {id, session}
     key      {id, bundle, session, layer, batch, rows, first, dtype} + x    -> keyed    {id, batch, rows} + x'
     restore  {id, bundle, session, layer, batch, rows, dtype} + a'          -> restored {id, batch, rows} + a
-    seal     {id, bundle, session, layer, part, block, shape, dtype} + rows -> sealed   {id} + ciphertext
+    seal     {id, bundle, session, layer, part, block, shape, dtype} + rows -> sealed   {id, epoch} + ciphertext
     seal_end {id, bundle, session, blocks}                                  -> seal_ended {id, epoch}
     unseal   {id, bundle, session, epoch, layer, part, block, shape, dtype} + ciphertext -> unsealed {id, left} + rows
     close    {id, bundle, session}                                          -> closed   {id}
@@ -124,9 +124,10 @@ class Seal:
 
 @dataclass(frozen=True)
 class Sealed:
-    """The ciphertext follows as a frame."""
+    """The ciphertext follows as a frame; `epoch` is the number of the sealing that it is a block of."""
 
     id: int
+    epoch: int
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cloven.kv_shield.layer import KeyedAttention
 from cloven.kv_shield.manifest import EXPOSED, KvManifest
 from cloven.kv_shield.session import KvSession, open_session
 from cloven.kv_shield.shapes import parse_attention
-from cloven.model.registration import register_scheme
+from cloven.model.registration import ClovenConfig, register_scheme
 from cloven.model.runtime import RuntimeOptions
 
 _ALIGNMENT = 64  # bytes
@@ -28,6 +28,9 @@ class KvShield:
     def manifest(self, folder: Path) -> KvManifest:
         """See `Scheme.manifest`."""
         return KvManifest.read(folder, EXPOSED)
+
+    def weights(self, folder: Path, config: ClovenConfig) -> None:
+        """See `Scheme.weights`: they are in the folder."""
 
     def swap(self, model: Any, description: dict[str, Any]) -> None:
         """See `Scheme.swap`: the projections' weights are stored flat."""

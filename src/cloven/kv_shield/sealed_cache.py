@@ -1,7 +1,7 @@
 """Sealing on the accelerator's side: any transformers `Cache` becomes blocks of ciphertext, and its memory is overwritten.
 
     1. every tensor of every layer, block by block, to the enclave; the answers are kept
-    2. when all are there: the tensors' storage is overwritten with zeros, and the cache is emptied
+    2. when all are there, of one sealing: the tensors' storage is overwritten with zeros, and the cache is emptied
     3. resuming decrypts the blocks in order into new tensors
 
 Guarantee: see `cloven.kv_shield.vault`; after step 2 the cache's own memory holds none of its rows. Not covered: copies that others made.
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cloven.errors import BadInput, WorkerRefused
+from cloven.errors import BadInput, RunError, WorkerRefused
 from cloven.kv_shield.messages import MAX_BLOCK_BYTES, TAG_BYTES, Label
 
 _PLAIN = (int, float, str, torch.dtype, torch.device, type(None))  # what a layer may hold besides rows
@@ -28,8 +28,8 @@ _PLAIN = (int, float, str, torch.dtype, torch.device, type(None))  # what a laye
 class Sealer(Protocol):
     """The enclave, as sealing sees it."""
 
-    def seal_block(self, label: Label, data: memoryview) -> bytes:
-        """Ciphertext of a block."""
+    def seal_block(self, label: Label, data: memoryview) -> tuple[bytes, int]:
+        """Ciphertext of a block, and the epoch of its sealing."""
 
     def end_seal(self, blocks: int) -> int:
         """The epoch of the sealing that is complete."""
@@ -55,19 +55,25 @@ def seal(sealer: Sealer, cache: Any) -> SealedCache:
 
     Raises:
         BadInput: a layer holds something else than tensors that can be read back.
+        RunError: the sealing began anew on the way, as after a lost connection; the cache is as it was.
     """
     blocks: list[tuple[Label, bytes]] = []
+    epochs: set[int] = set()
     tensors = list(_tensors(cache))
     for layer, part, tensor in tensors:
         data = _bytes(tensor)
         for start in range(0, len(data), MAX_BLOCK_BYTES):
             label = Label(layer, part, len(blocks), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            blocks.append((label, sealer.seal_block(label, data[start : start + MAX_BLOCK_BYTES])))
-    epoch = sealer.end_seal(len(blocks))
+            ciphertext, epoch = sealer.seal_block(label, data[start : start + MAX_BLOCK_BYTES])
+            blocks.append((label, ciphertext))
+            epochs.add(epoch)
+    _require_one(epochs)  # before the end: a sealing that has ended can only be resumed
+    epochs.add(sealer.end_seal(len(blocks)))
+    _require_one(epochs)
     for layer, part, tensor in tensors:
         torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).zero_()
         setattr(cache.layers[layer], part, tensor.new_empty(0))
-    return SealedCache(cache, epoch, tuple(blocks))
+    return SealedCache(cache, epochs.pop(), tuple(blocks))
 
 
 def resume(sealer: Sealer, sealed: SealedCache) -> Any:
@@ -95,6 +101,12 @@ def _tensors(cache: Any) -> Iterator[tuple[int, str, Tensor]]:
                 yield number, name, value
             elif not isinstance(value, _PLAIN) and not (isinstance(value, Tensor) and value.numel() <= 1):
                 raise BadInput(f"a cache of {type(layer).__name__} cannot be sealed: it keeps {name} as {type(value).__name__}")
+
+
+def _require_one(epochs: set[int]) -> None:
+    """Refuse ciphertext of several sealings, of which the enclave resumes the last alone: nothing has been overwritten yet."""
+    if len(epochs) > 1:
+        raise RunError("the connection was lost and the enclave began the sealing anew: the cache is as it was, seal it again")
 
 
 def _require_whole(sealed: SealedCache) -> None:

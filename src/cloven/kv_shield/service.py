@@ -46,7 +46,7 @@ class EnclaveServer(Server):
         folder: OUT/trusted.
         address, keys, insecure_plain_tcp, context: see `Server`.
 
-    Guarantee: see `Enclave`; messages never hold a key.
+    Guarantee: see `Enclave`.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class EnclaveServer(Server):
         if payload.nbytes > MAX_BLOCK_BYTES + TAG_BYTES:
             raise MalformedMessage("size", f"a block of {payload.nbytes} bytes, at most {MAX_BLOCK_BYTES}")
         if isinstance(message, Seal):
-            return [ENCLAVE.pack(Sealed(message.id)), vault.seal(label, payload)]
+            ciphertext = vault.seal(label, payload)
+            return [ENCLAVE.pack(Sealed(message.id, vault.epoch)), ciphertext]
         plain = vault.unseal(label, message.epoch, payload)
         return [ENCLAVE.pack(Unsealed(message.id, vault.left)), plain]
 

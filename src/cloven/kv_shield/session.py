@@ -2,7 +2,7 @@
 
 The base model's call tells positions and pads: they are read from its arguments and from those of its rotary embedding. In session mode
 every cache (transformers' `Cache` object) has its own session in the enclave, opened when its first row is keyed and closed when the
-object is gone; a call without a cache gets one for itself.
+object is gone; a call without a cache gets one for itself, closed when its thread calls again or ends.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,37 @@ _MOVES_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class _Alone:
+    """The session of a call without a cache: held by the thread alone, so that it is gone when the thread is."""
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+
+
+class _Call(threading.local):
+    """What a thread's current call of the base model is about."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.positions: Tensor | None = None  # as given to the rotary embedding
+        self.known: Tensor | None = None  # as sent to the enclave
+        self.alone: _Alone | None = None
+
+
+class _Hook:
+    """A session's hook on its model. A copy of the model starts without a session: the hook's copy does nothing."""
+
+    def __init__(self, act: Callable[..., None] | None) -> None:
+        self._act = act
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._act is not None:
+            self._act(*arguments)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Hook:
+        return _Hook(None)
+
+
 class KvSession(Session):
     """A model's connection to its enclave: see `Session`.
 
@@ -67,12 +98,13 @@ class KvSession(Session):
         self._of_cache: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
         self._sealed: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sealing = threading.Lock()
-        self._gone: list[bytes] = []  # of caches that no longer exist: closed at the next call
-        self._call = threading.local()
-        self.on_close(model.base_model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        self._alone: set[bytes] = set()  # of calls without a cache, of all threads
+        self._gone: list[bytes] = []  # of caches and threads that no longer exist: closed at the next call
+        self._call = _Call()
+        self.on_close(model.base_model.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True).remove)
         rotary = rotary_module(model)
         if rotary is not None:
-            self.on_close(rotary.register_forward_pre_hook(self._rotate, with_kwargs=True).remove)
+            self.on_close(rotary.register_forward_pre_hook(_Hook(self._rotate), with_kwargs=True).remove)
 
     def _enter(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._noise and kwargs.get("cache") is not None:
@@ -84,21 +116,18 @@ class KvSession(Session):
             raise BadInput("session mode needs a mask [batch, length]: this cache (a static one) makes its own; use a dynamic cache")
         self._call.mask = mask if isinstance(mask, Tensor) else None
         self._call.positions = self._call.known = None
-        alone: bytes | None = getattr(self._call, "alone", None)  # the session of the last call without a cache
-        if alone is not None:
-            self._gone.append(alone)
-        self._call.alone = None
+        self._call.alone = None  # the last call's, which ends by that
 
     def _rotate(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        self._call.known = None  # a layer may be called by itself, with positions of its own
 
     def close(self, reason: str = CLOSED) -> None:
         """End the session; the enclave drops its keys, if it can be reached within a second."""
         if not self.closed and reason == CLOSED:
             self.channel.timeout = min(self.channel.timeout, 1.0)
             with contextlib.suppress(ClovenError):
-                alone = getattr(self._call, "alone", None)
-                for name in [*self._of_cache.values(), *self._gone, *([alone] if alone is not None else [])]:
+                for name in {*self._of_cache.values(), *self._alone, *self._gone}:
                     self._end(name)
         super().close(reason)
 
@@ -119,6 +148,7 @@ class KvSession(Session):
         Raises:
             BadInput: there is nothing in it, or it is sealed already.
             WorkerRefused: the bundle was prepared without --seal-idle.
+            RunError: the connection was lost on the way; the cache is as it was, and can be sealed again.
         """
         if cache in self._sealed or not cache.get_seq_length():
             raise BadInput("this cache is sealed already, or empty")
@@ -140,8 +170,8 @@ class KvSession(Session):
             return cache
 
     def _key(self, layer: int, x: Tensor, cache: Any) -> Tensor:
-        rows, positions = _on_cpu(x), self._positions_once(x)
         first = int(cache.get_seq_length(layer)) if self._noise and cache is not None else 0
+        rows, positions = _on_cpu(x), self._positions_once(x, first)
         name = self._session_for(cache, x.shape[0]) if self._noise else NO_SESSION
         width = sum(self._layers[layer].widths(self._noise)[: 3 if self._noise else 2])
         parts = []
@@ -187,31 +217,35 @@ class KvSession(Session):
         if cache is not None and cache in self._sealed:
             raise RunError("this cache is sealed: resume it first")
 
-    def _positions_once(self, x: Tensor) -> Tensor:
-        """The positions are the same for every layer of a call."""
-        known: Tensor | None = self._call.known
+    def _positions_once(self, x: Tensor, first: int) -> Tensor:
+        """The positions are the same for every layer of a call, and so is `first`: each layer asks before its own cache grows."""
+        known = self._call.known
         if known is None or known.shape != x.shape[:2]:
-            known = self._call.known = self._positions(x)
+            known = self._call.known = self._positions(x, first)
         return known
 
-    def _positions(self, x: Tensor) -> Tensor:
-        """int32 [B, S]: the positions of the rows; −1 at pads, in session mode."""
+    def _positions(self, x: Tensor, first: int) -> Tensor:
+        """int32 [B, S]: the positions of the rows that follow `first` others in the cache; −1 at pads, in session mode."""
         batch, length = x.shape[:2]
-        given: Tensor | None = self._call.positions
+        given = self._call.positions
         positions = torch.zeros(batch, length, dtype=torch.int32)
         if given is not None:
             if given.shape[-1] != length or given.shape[0] not in (1, batch):
                 raise RunError("the positions of this call are not those of its rows")
             positions.copy_(given.expand(batch, length))
-        mask: Tensor | None = self._call.mask
+        mask = self._call.mask
         if self._noise and mask is not None:
-            positions[mask[:, -length:].cpu() == 0] = -1
+            if mask.shape[1] < first + length:
+                raise BadInput(f"a mask of {mask.shape[1]} rows: the cache has {first} and the call {length} more, all need their column")
+            positions[mask[:, first : first + length].cpu() == 0] = -1  # by place: the mask may be longer than the text
         return positions
 
     def _session_for(self, cache: Any, sequences: int) -> bytes:
-        while self._gone:
-            self._end(self._gone.pop())
-        name: bytes | None = self._of_cache.get(cache) if cache is not None else self._call.alone
+        with contextlib.suppress(IndexError):  # none left: another thread may take the last one
+            while True:
+                self._end(self._gone.pop())
+        alone = self._call.alone
+        name: bytes | None = self._of_cache.get(cache) if cache is not None else alone.name if alone is not None else None
         if name is None:
             request = Open(self.channel.next_id(), self.channel.bundle, sequences)
             name = self.channel.exchange("open", request, [], lambda m, _: m.session if isinstance(m, Opened) else None)
@@ -222,10 +256,13 @@ class KvSession(Session):
                     for method in _MOVES_ROWS:
                         setattr(cache, method, _refuse_to_move)
             else:
-                self._call.alone = name
+                alone = self._call.alone = _Alone(name)
+                self._alone.add(name)
+                weakref.finalize(alone, self._gone.append, name)
         return name
 
     def _end(self, name: bytes) -> None:
+        self._alone.discard(name)
         request = Close(self.channel.next_id(), self.channel.bundle, name)
         with contextlib.suppress(WorkerRefused):  # the enclave has forgotten it already: restarted, or idle for long
             self.channel.exchange("close", request, [], lambda m, _: True if isinstance(m, Closed) else None)
@@ -241,10 +278,10 @@ class _Sealer:
     def __init__(self, session: KvSession, name: bytes) -> None:
         self._channel, self._name = session.channel, name
 
-    def seal_block(self, label: Label, data: memoryview) -> bytes:
+    def seal_block(self, label: Label, data: memoryview) -> tuple[bytes, int]:
         """See `Sealer`."""
         request = Seal(self._channel.next_id(), self._channel.bundle, self._name, **_fields(label))
-        return self._channel.exchange("seal", request, [data], lambda m, p: bytes(p) if isinstance(m, Sealed) and p else None)
+        return self._channel.exchange("seal", request, [data], lambda m, p: (bytes(p), m.epoch) if isinstance(m, Sealed) and p else None)
 
     def end_seal(self, blocks: int) -> int:
         """See `Sealer`."""

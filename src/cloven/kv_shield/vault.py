@@ -5,9 +5,11 @@
     AAD   = bundle, session, epoch, layer, part, block, shape, dtype
 
     open --seal 0, 1, …--> sealing --end--> sealed --unseal 0, 1, … all--> open
+                           sealing --key, restore--> open       the sealing is given up: the rows are in use
 
-Guarantee (AES-256-GCM): a block that was changed, swapped, left out, or that is of an earlier sealing is refused. While a cache is not
-open, nothing is keyed or restored for it. The cache crosses the link once each way.
+Guarantee (AES-256-GCM): a block that was changed, swapped, left out, or that is of an earlier sealing is refused. In session mode nothing
+is keyed or restored for a cache that is sealed or half resumed; permute mode's keys are the same for every cache, and know of no sealing.
+The cache crosses the link once each way. A sealed cache can be resumed for 30 days (`enclave.SEALED_SECONDS`), while its enclave lives.
 """
 
 from __future__ import annotations
@@ -58,11 +60,13 @@ class Vault:
         return self._cipher().encrypt(label.block.to_bytes(12, "big"), data, self._bound(label))
 
     def end(self, blocks: int) -> int:
-        """All blocks are there; returns the epoch.
+        """All blocks are there; returns the epoch. Asking again, as after an answer that was lost, does no harm.
 
         Raises:
             MalformedMessage: another number of blocks was sealed.
         """
+        if self.state == "sealed" and blocks == self._count:
+            return self.epoch
         if self.state != "sealing" or blocks != self._count:
             raise MalformedMessage("session", f"{blocks} blocks: the cache is {self.state}, {self._count} were sealed")
         self.state, self._next = "sealed", 0
@@ -95,7 +99,9 @@ class Vault:
         return self._count - self._next
 
     def require_open(self) -> None:
-        """Refuse to work on a cache that is not open."""
+        """Refuse to work on a sealed cache. A sealing that was not ended is given up: nothing has been overwritten."""
+        if self.state == "sealing":
+            self.state = "open"
         if self.state != "open":
             raise MalformedMessage("session", f"the cache is {self.state}: resume it first")
 

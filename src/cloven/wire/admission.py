@@ -10,6 +10,8 @@ import os
 import re
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
 import zmq
@@ -17,13 +19,14 @@ from zmq.utils.monitor import parse_monitor_message
 
 from cloven.errors import ClovenError
 from cloven.telemetry import logger
-from cloven.wire.limits import MAX_CONNECTIONS
+from cloven.wire.limits import HANDSHAKE_MILLISECONDS, MAX_CONNECTIONS
 
 _COUNTED = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 DOMAIN = b"cloven"
 _ENDPOINT = "inproc://zeromq.zap.01"
 _POLL_MILLISECONDS = 100
+_UNDECIDED_SECONDS = HANDSHAKE_MILLISECONDS / 1000 + 1  # libzmq closes what is older and was not admitted
 _IPC_PEER = re.compile(r"[A-Za-z.]*:([0-9]+):([0-9]+):[0-9]*")  # libzmq 4.3 on Linux: "localhost:uid:gid:pid"
 
 
@@ -35,7 +38,8 @@ class Admission(threading.Thread):
         allowed: gives the public keys (raw, 32 bytes) that may connect by CURVE; None where CURVE is not used.
         ipc: whether the sockets listen on ipc, so that every peer's user must be known.
 
-    Guarantee: over CURVE, only listed keys connect; over ipc, only processes of this user; at most MAX_CONNECTIONS at a time.
+    Guarantee: over CURVE, only listed keys connect; over ipc, only processes of this user; at most MAX_CONNECTIONS at a time,
+    of which sockets that were opened and not admitted are none.
     """
 
     def __init__(
@@ -45,7 +49,8 @@ class Admission(threading.Thread):
         self._allowed = allowed
         self._ipc = ipc
         self._stopping = threading.Event()
-        self._open: set[int] = set()
+        self._open: dict[int, float] = {}  # by descriptor: when it was accepted, admitted or not
+        self._consents: deque[float] = deque()  # when the last ones were given
         self._monitor: zmq.Socket[bytes] | None = None
         self._zap = context.socket(zmq.REP)
         self._zap.linger = 0
@@ -88,9 +93,20 @@ class Admission(threading.Thread):
         if event["event"] & _FAILED:  # refused by libzmq itself: no CURVE, or made for another server's key
             logger.warning("a connection was refused: its handshake failed")
         elif event["event"] == zmq.EVENT_ACCEPTED:
-            self._open.add(int(event["value"]))
+            self._open[int(event["value"])] = time.monotonic()
         else:
-            self._open.discard(int(event["value"]))
+            self._open.pop(int(event["value"]), None)
+
+    def _admitted(self) -> int:
+        """How many connections are open and admitted: strangers, who can open sockets, must not keep everybody else out.
+
+        ZeroMQ does not tell which descriptor a handshake was about. An old one was admitted; of the others, as many as had consent lately.
+        """
+        since = time.monotonic() - _UNDECIDED_SECONDS
+        while self._consents and self._consents[0] < since:
+            self._consents.popleft()
+        undecided = sum(accepted >= since for accepted in self._open.values())
+        return len(self._open) - undecided + min(undecided, len(self._consents))
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         if len(request) < 6:
@@ -101,6 +117,7 @@ class Admission(threading.Thread):
         except Exception as error:  # whatever happens, this thread answers, and the answer is no
             reason = f"the check failed ({type(error).__name__})"
         if reason is None:
+            self._consents.append(time.monotonic())
             user = credentials[0].hex().encode() if mechanism == b"CURVE" else b"local"  # what `Server` calls the peer
             return [version, number, b"200", b"OK", user, b""]
         logger.warning("a connection was refused: %s", reason)
@@ -109,7 +126,7 @@ class Admission(threading.Thread):
     def _refusal(self, version: bytes, domain: bytes, address: str, mechanism: bytes, credentials: list[bytes]) -> str | None:
         if version != b"1.0" or domain != DOMAIN:
             return "unknown ZAP version or domain"
-        if len(self._open) > MAX_CONNECTIONS:
+        if self._admitted() >= MAX_CONNECTIONS:
             return f"{MAX_CONNECTIONS} connections are open already"
         peer = _IPC_PEER.fullmatch(address)
         if peer is not None and int(peer[1]) != os.getuid():

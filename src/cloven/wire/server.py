@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -73,6 +75,9 @@ class Server(ABC):
         Raises:
             RunError, BadInput: the address is taken, or not this machine's.
         """
+        # A ROUTER numbers its anonymous peers from libc's rand(), which nobody seeds: a peer that claims a number to come would have libzmq
+        # abort this process at the connection that gets it. With a secret seed it has to guess 32 bits.
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "big"))
         self._context = self._given_context or zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.sndhwm = self._socket.rcvhwm = QUEUED_MESSAGES
