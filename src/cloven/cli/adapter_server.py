@@ -14,6 +14,9 @@ def adapter_server(
     keys: Annotated[Path | None, typer.Option(help="The server's folder of keys, from `cloven keygen`; needed for tcp.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as PyTorch takes.")] = 1,
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Listen on tcp without keys. INSECURE.")] = False,
+    insecure_fhe_semi_honest: Annotated[
+        bool, typer.Option("--insecure-fhe-semi-honest", help="Also answer the fhe backend: a cheating client gets the adapter. INSECURE.")
+    ] = False,
 ) -> None:
     """Serve adapters to clients whose input stays encrypted, as much as the ledger allows, until SIGTERM or SIGINT."""
     from cloven.cli.threads import let_threads_sleep
@@ -30,7 +33,13 @@ def adapter_server(
     forbid_core_dumps()
     if threads:
         torch.set_num_threads(threads)
-    service = AdapterServer(folders, listen, keys=worker_keys(keys) if keys is not None else None, insecure_plain_tcp=insecure_plain_tcp)
+    service = AdapterServer(
+        folders,
+        listen,
+        keys=worker_keys(keys) if keys is not None else None,
+        insecure_plain_tcp=insecure_plain_tcp,
+        insecure_fhe_semi_honest=insecure_fhe_semi_honest,
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     for adapter in service.adapters.values():

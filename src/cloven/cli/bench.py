@@ -120,3 +120,49 @@ def kv_shield(
     table.add_row("bytes to and from the enclave, per token", "", *(f"{value:,.0f}" for value in result.bytes_per_token.values()))
     table.add_row("sealing, GB/s on one core", f"{result.seal_gb_per_s:.2f}", "", "")
     Console().print(table)
+
+
+@app.command("private-lora")
+def private_lora(
+    shape: Annotated[str, typer.Option(help="chatglm2-6b, llama-2-7b or demo.")] = "chatglm2-6b",
+    tokens: Annotated[int, typer.Option(min=1, help="Generated tokens per round.")] = 16,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers; default: all.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds after the first, which warms up.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The protocol of private LoRA without the base model: client, server, masks, bytes; beside homomorphic encryption."""
+    from cloven.cli.threads import let_threads_sleep
+
+    let_threads_sleep()
+    from rich.console import Console
+    from rich.table import Table
+
+    from cloven.bench.private_lora import bench_private_lora
+    from cloven.cli.progress import progress_bars
+    from cloven.model.quiet import quiet_transformers
+
+    quiet_transformers()
+    with progress_bars() as progress:
+        result = bench_private_lora(shape, progress, tokens=tokens, rounds=rounds, layers=layers)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    table = Table(title=f"Private LoRA, {result.shape}: {result.layers} layers, d = {result.columns}, r = {result.rank}")
+    for column in ("", *result.backends):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, field in (
+        ("protocol, ms per generated token", "protocol_ms_per_token"),
+        ("of it the server's product, ms", "server_ms_per_token"),
+        ("masks, in the background, ms per token", "mask_ms_per_token"),
+        ("protocol, ms per layer and token", "protocol_ms_per_layer"),
+        ("bytes to the server, per layer and token", "bytes_up_per_layer"),
+        ("bytes back", "bytes_down_per_layer"),
+        ("prefill of 512 tokens, s, masks ready", "prefill_512_s"),
+    ):
+        values = [getattr(figures, field) for figures in result.backends.values()]
+        table.add_row(name, *("" if value is None else f"{value:,.0f}" if "bytes" in field else f"{value:.3f}" for value in values))
+    console = Console()
+    console.print(table)
+    console.print(f"Masks of the prefill: {result.prefill_512_masks_s:.2f} s, made before. The others: one layer, one process.")
+    if result.not_installed:
+        console.print(f"Not installed, so not measured: {', '.join(result.not_installed)}.")

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,11 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")] = False,
+    backend: Annotated[str, typer.Option(help="Private LoRA: lwe, or fhe for comparison.")] = "lwe",
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
+    insecure_fhe_semi_honest: Annotated[
+        bool, typer.Option("--insecure-fhe-semi-honest", help="Allow --backend fhe, which protects the input only.")
+    ] = False,
 ) -> None:
     """Generate text with a protected model. Tokens are streamed to standard output."""
     from cloven.cli.threads import let_threads_sleep
@@ -67,7 +71,8 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    options = {"timeout": timeout, "insecure_plain_tcp": insecure_plain_tcp, "pin": pin}
+    options: dict[str, Any] = {"timeout": timeout, "insecure_plain_tcp": insecure_plain_tcp, "pin": pin}
+    options |= {"backend": backend, "insecure_fhe_semi_honest": insecure_fhe_semi_honest}
     with cloven.attach(model, address, keys, exposed=exposed, **options) as session:
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()

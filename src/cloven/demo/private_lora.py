@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cloven.bench.ledgers import ledgers_in
 from cloven.cluster.adapter_process import AdapterServerProcess
 from cloven.demo.merged import merged_model
 from cloven.private_lora.config import PrivateLoraConfig
@@ -79,19 +79,6 @@ class LoraDemo:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
-
-
-@contextlib.contextmanager
-def ledgers_in(folder: Path) -> Iterator[None]:
-    """Keep what ledgers leave behind in a folder that will vanish: a demo's or a benchmark's answers go to nobody."""
-    before = os.environ.get("CLOVEN_STATE")
-    os.environ["CLOVEN_STATE"] = str(folder / "state")
-    try:
-        yield
-    finally:
-        os.environ.pop("CLOVEN_STATE")
-        if before is not None:
-            os.environ["CLOVEN_STATE"] = before
 
 
 def run_lora_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: int = 64) -> LoraDemo:

@@ -97,22 +97,23 @@ class Int8Digits:
         m, k = c.shape
         planes = digits(c)
         planes = planes.view(k, DIGITS).t() if m == 1 else planes.permute(2, 0, 1).reshape(DIGITS * m, k)  # [4M, K]
-        return self.small(planes, w).unflatten(0, (DIGITS, m))
+        parts: Tensor = self.small(planes, w).unflatten(0, (DIGITS, m))
+        return parts
 
     def small(self, a: Tensor, w: PlacedMatrix) -> Tensor:
         """See `Backend.small`."""
         rows, codes, planes = a.shape[0], w.codes, a
+        y: Tensor
         if w.columns == 1:  # torch._int_mm reads out of bounds on [M, 1] @ [1, N]
             planes, codes = (torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[1]))) for x in (planes, codes))
         if self.device.type == "cuda":  # more than 16 rows, multiples of 8
             planes = planes.to(self.device)
             planes = torch.nn.functional.pad(planes, (0, codes.shape[1] - planes.shape[1], 0, max(24 - rows, -rows % 8)))
-            padded: Tensor = torch._int_mm(planes, codes.t())
-            return padded[:rows, : w.rows]
-        if rows <= DIGITS * _FEW_ROWS:  # [N, K] @ [K, 4M]: oneDNN then reads W as it lies, without packing it first
-            left: Tensor = torch._int_mm(codes, planes.t())
-            return left.t()
-        y: Tensor = torch._int_mm(planes, codes.t(), out=self._scratch(rows, w.rows))
+            y = torch._int_mm(planes, codes.t())[:rows, : w.rows]
+        elif rows <= DIGITS * _FEW_ROWS:  # [N, K] @ [K, 4M]: oneDNN then reads W as it lies, without packing it first
+            y = torch._int_mm(codes, planes.t()).t()
+        else:
+            y = torch._int_mm(planes, codes.t(), out=self._scratch(rows, w.rows))
         return y
 
     def _scratch(self, rows: int, columns: int) -> Tensor:

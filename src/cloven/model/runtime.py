@@ -36,6 +36,8 @@ class RuntimeOptions:
         pad_bytes: memory for pads made in advance.
         insecure_plain_tcp: allow tcp without keys.
         pin: the fingerprint that the bundle must have (private LoRA).
+        backend: "lwe", or "fhe": standard homomorphic encryption, for comparison (private LoRA).
+        insecure_fhe_semi_honest: allow the fhe backend.
     """
 
     address: str
@@ -46,8 +48,14 @@ class RuntimeOptions:
     pad_bytes: int = DEFAULT_PAD_BYTES
     insecure_plain_tcp: bool = False
     pin: str | None = None
+    backend: str = "lwe"
+    insecure_fhe_semi_honest: bool = False
 
     def __post_init__(self) -> None:
+        if self.backend not in ("lwe", "fhe"):
+            raise BadInput(f"backend {self.backend!r}: choose lwe or fhe")
+        if self.backend == "fhe" and not self.insecure_fhe_semi_honest:
+            raise BadInput("the fhe backend gives the adapter to a client that cheats: it needs insecure_fhe_semi_honest on both sides")
         if (self.look_ahead is not None and self.look_ahead < 0) or self.pad_bytes < 0:
             raise BadInput("look_ahead and pad_bytes: give 0 or more")
 

@@ -24,6 +24,13 @@ from cloven.private_lora.manifest import ClientGroup
 Product = Callable[[Tensor, Callable[[], None]], Tensor]
 
 
+def deltas(y: Tensor, scales: Tensor, bases: list[Tensor]) -> list[Tensor]:
+    """V v of every module, float32 [M, N_i], from the unscaled integer products y float64 [M, 2R]."""
+    v = (y * scales).view(-1, TERMS, y.shape[1] // TERMS).sum(1).float()  # [M, R]
+    parts = v.split([basis.shape[1] for basis in bases], dim=1)
+    return [part @ basis.t() for part, basis in zip(parts, bases, strict=True)]
+
+
 class AdaptedGroup:
     """Puts itself between the linears of a group and their callers; the modules stay, and so do their weights.
 
@@ -71,11 +78,9 @@ class AdaptedGroup:
             )
         outputs: list[Tensor] = []
         rows = x.detach().reshape(-1, x.shape[-1]).cpu().double()  # [..., K] -> [M, K]
-        y = self._product(rows, lambda: outputs.extend(plain(x) for plain in self._plain)) * self._scales
-        v = y.view(-1, TERMS, y.shape[1] // TERMS).sum(1).float()  # [M, R]
-        parts = v.split([module.rank for module in self.group.modules], dim=1)
-        for output, part, basis in zip(outputs, parts, self._bases, strict=True):
-            output += (part @ basis.t()).to(output.device, output.dtype).view(output.shape)
+        y = self._product(rows, lambda: outputs.extend(plain(x) for plain in self._plain))
+        for output, delta in zip(outputs, deltas(y, self._scales, self._bases), strict=True):
+            output += delta.to(output.device, output.dtype).view(output.shape)
         return outputs
 
 

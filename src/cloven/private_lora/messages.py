@@ -1,9 +1,11 @@
 """The adapter server's messages: see `cloven.wire.schema` for what all wires share.
 
-    query  {v, type, id, bundle, group, rows} + c  -> answer {v, type, id, rows} + q
+    query      {v, type, id, bundle, group, rows} + c  -> answer           {v, type, id, rows} + q
+    encrypted  {v, type, id, bundle, group} + row      -> encrypted_answer {v, type, id} + ciphertexts
 
 c is [rows, D], int32 centred residues: LWE samples. q is [rows, N]: z = W' c mod p, of every residue the highest b of 31 bits,
 ⌊z / 2^(31−b)⌋: int8 for b = 8, else int16. Little-endian, row-major. Every request is complete in itself.
+`encrypted` is one row for the fhe backend, with the client's public key.
 """
 
 from __future__ import annotations
@@ -37,11 +39,31 @@ class Answer:
     rows: int
 
 
+@dataclass(frozen=True)
+class Encrypted:
+    """Asks for the encrypted product of one row (fhe); public key and ciphertexts follow as a frame."""
+
+    id: int
+    bundle: bytes
+    group: int
+
+
+@dataclass(frozen=True)
+class EncryptedAnswer:
+    """Ciphertexts follow as a frame."""
+
+    id: int
+
+
 def _valid(name: str, value: object) -> bool:
     return valid_count(value, lowest=1 if name == "rows" else 0)  # group, rows
 
 
-ADAPTER = Schema({"query": Query, "answer": Answer}, (Query, Answer), _valid)
+ADAPTER = Schema(
+    {"query": Query, "answer": Answer, "encrypted": Encrypted, "encrypted_answer": EncryptedAnswer},
+    (Query, Answer, Encrypted, EncryptedAnswer),
+    _valid,
+)
 
 
 def _dtype(bits: int) -> str:

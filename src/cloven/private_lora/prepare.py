@@ -118,8 +118,8 @@ def prepare_private_lora(
         server.mkdir(mode=0o700)
         progress("hash base", 0, 1)
         base_hash = base_sha256(source.folder)
-        described, matrices, public = _matrices(groups, config.parameters, progress)
-        _write_server(server, matrices, key)
+        described, matrices, public = split_groups(groups, config.parameters, progress)
+        _write_key(server / SIGNING_KEY, key)
         public[_tripwire(source.config)] = torch.empty(0)
         save_file(public, client / CLIENT_FILE)
         manifest = ClientManifest(
@@ -139,15 +139,7 @@ def prepare_private_lora(
         mark = manifest.write(client, key)
         for path in client.iterdir():
             path.chmod(0o644)
-        ServerManifest(
-            bundle=manifest.bundle,
-            bits=config.bits,
-            hint=config.hint,
-            adapter=lora.sha256,
-            ledger=LEDGER_FILE if ledger is None else str(place),
-            groups=tuple(ServerGroup(group.name, *matrix.shape) for group, matrix in zip(described, matrices, strict=True)),
-            files={SERVER_FILE: sha256_file(server / SERVER_FILE)},
-        ).write(server)
+        write_server(server, manifest, matrices, lora.sha256, LEDGER_FILE if ledger is None else str(place))
     try:
         create_ledger(place, lora.sha256, config.budget_tokens, config.client_share)
     except BaseException:
@@ -180,10 +172,10 @@ def _groups(config: PretrainedConfig, adapter: Adapter) -> list[list[LoraModule]
     return [group for group in groups if group]
 
 
-def _matrices(
+def split_groups(
     groups: list[list[LoraModule]], parameters: LweParameters, progress: Progress
 ) -> tuple[tuple[ClientGroup, ...], list[Tensor], dict[str, Tensor]]:
-    """What the client is told of every group, W' of every group, and the client's tensors."""
+    """Steps 2 and 3: what the client is told of every group, W' of every group, and the client's tensors."""
     stream = SecretStream(secrets.token_bytes(KEY_BYTES), "private-lora")
     described: list[ClientGroup] = []
     matrices: list[Tensor] = []
@@ -244,10 +236,22 @@ def _draw_pad(rows: int, parameters: LweParameters) -> Tensor:
     return torch.from_numpy((words % np.uint64(2 * _LIMITS + 1)).astype(np.int16) - _LIMITS).to(torch.int8).view(rows, -1)
 
 
-def _write_server(server: Path, matrices: list[Tensor], key: Ed25519PrivateKey) -> None:
+def write_server(server: Path, client: ClientManifest, matrices: list[Tensor], adapter: str, ledger: str) -> None:
+    """Write the server's half of a bundle: W' of every group, and the manifest; mode 0600."""
     (server / SERVER_FILE).touch(mode=0o600)
     save_file({str(index): matrix for index, matrix in enumerate(matrices)}, server / SERVER_FILE)
-    path = server / SIGNING_KEY
+    ServerManifest(
+        bundle=client.bundle,
+        bits=client.bits,
+        hint=client.hint,
+        adapter=adapter,
+        ledger=ledger,
+        groups=tuple(ServerGroup(group.name, *matrix.shape) for group, matrix in zip(client.groups, matrices, strict=True)),
+        files={SERVER_FILE: sha256_file(server / SERVER_FILE)},
+    ).write(server)
+
+
+def _write_key(path: Path, key: Ed25519PrivateKey) -> None:
     path.touch(mode=0o600)
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 

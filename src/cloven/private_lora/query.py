@@ -24,7 +24,8 @@ from torch import Tensor
 from cloven.errors import RunError
 from cloven.field.codec import RowBounds, decode, encode
 from cloven.masks.waiting import MaskSource
-from cloven.private_lora.messages import Answer, Query, unrounded
+from cloven.private_lora.fhe import FheClient
+from cloven.private_lora.messages import Answer, Encrypted, EncryptedAnswer, Query, unrounded
 from cloven.wire.channel import Channel
 from cloven.wire.limits import rows_per_exchange
 from cloven.wire.messages import residue_frame
@@ -32,6 +33,51 @@ from cloven.wire.messages import residue_frame
 
 class CheckFailed(RunError):
     """One of the client's own checks failed; which one, nobody is told."""
+
+
+@dataclass(frozen=True)
+class EncryptedMatrix:
+    """One group's integer matrix W [rows, columns] at an adapter server that answers by homomorphic encryption: see `fhe`."""
+
+    name: str
+    group: int
+    rows: int
+    columns: int
+    bounds: RowBounds
+    keys: FheClient
+    channel: Channel
+
+    def product(self, x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        """W x for rows x float64 [M, K] -> float64 [M, N], up to the rounding of x.
+
+        Raises:
+            CheckFailed: generic.  RunError: the server is absent, silent or refuses.
+        """
+        x_int, alpha = checked_encoding(x, self.bounds, 0.0)
+        meanwhile()
+        y = torch.stack([self._row(row) for row in x_int]) if len(x_int) else x_int.new_empty(0, self.rows)
+        return decode(y, alpha)
+
+    def _row(self, x_int: Tensor) -> Tensor:
+        def parse(message: Any, payload: memoryview | None) -> Tensor | None:
+            if not isinstance(message, EncryptedAnswer) or payload is None:
+                return None
+            return self.keys.result(payload, self.rows, self.columns)
+
+        request = Encrypted(self.channel.next_id(), self.channel.bundle, self.group)
+        return self.channel.exchange(self.name, request, [self.keys.query(x_int)], parse)
+
+
+def checked_encoding(x: Tensor, bounds: RowBounds, noise: float) -> tuple[Tensor, Tensor]:
+    """`encode`, whose reasons to fail stay with the client.
+
+    Raises:
+        CheckFailed: generic.
+    """
+    try:
+        return encode(x, bounds, noise)
+    except RunError as error:
+        raise CheckFailed("a check of the client failed: the session has ended") from error
 
 
 @dataclass(frozen=True)
@@ -72,10 +118,7 @@ class RemoteMatrix:
 
     def _exchange(self, x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         rows = x.shape[0]
-        try:
-            x_int, alpha = encode(x, self.bounds, self.noise)  # 1
-        except RunError as error:
-            raise CheckFailed("a check of the client failed: the session has ended") from error
+        x_int, alpha = checked_encoding(x, self.bounds, self.noise)  # 1
         alpha[~x_int.any(1)] = torch.inf  # a row of zeros is asked like any other, and its answer is noise: zero
         pads = self.masks.take(rows)
         c = pads.mask(torch.nn.functional.pad(x_int, (self.pad, 0)))  # 2

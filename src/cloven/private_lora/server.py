@@ -24,11 +24,12 @@ from torch import Tensor
 
 from cloven.bundle.verification import verify_bytes
 from cloven.errors import BadBundle, BadInput, BudgetExhausted, LedgerUnusable
-from cloven.field.products import PlacedMatrix, multiply
+from cloven.field.products import multiply
 from cloven.field.selection import select_backend
+from cloven.private_lora.fhe import BANNER, FheMatrix
 from cloven.private_lora.ledger import Ledger
 from cloven.private_lora.manifest import SERVER_FILE, ServerManifest
-from cloven.private_lora.messages import ADAPTER, Answer, Query, rounded
+from cloven.private_lora.messages import ADAPTER, Answer, Encrypted, EncryptedAnswer, Query, rounded
 from cloven.telemetry import logger
 from cloven.wire.keys import WorkerKeys
 from cloven.wire.limits import rows_per_exchange
@@ -52,6 +53,7 @@ class ServedAdapter:
         backend = select_backend("cpu")
         self._backend = backend
         self.matrices = [backend.place(matrix) for matrix in _verified(folder, self.manifest)]
+        self._encrypted: dict[int, FheMatrix] = {}
         self.ledger = Ledger(self.manifest.ledger_path(folder), self.manifest.adapter)
 
     def __repr__(self) -> str:
@@ -66,6 +68,18 @@ class ServedAdapter:
         self.ledger.charge(self.manifest.groups[group].name, client, c.shape[0])  # 2
         z = multiply(self._backend, c, self.matrices[group])  # 3
         return rounded(z, self.manifest.bits)  # 4
+
+    def answer_encrypted(self, group: int, query: memoryview, client: str) -> bytes:
+        """The fhe backend's steps 2 to 4 for one row. INSECURE: see `fhe`.
+
+        Raises:
+            BudgetExhausted, LedgerUnusable, MalformedMessage.
+        """
+        if group not in self._encrypted:
+            w = self.matrices[group]
+            self._encrypted[group] = FheMatrix(w.codes[: w.rows, self.manifest.parameters.pad_columns : w.columns])
+        self.ledger.charge(self.manifest.groups[group].name, client, 1)
+        return self._encrypted[group].answer(query)
 
 
 def _verified(folder: Path, manifest: ServerManifest) -> list[Tensor]:
@@ -91,6 +105,7 @@ class AdapterServer(Server):
     Args:
         folders: OUT/server of one or more bundles.
         address, keys, insecure_plain_tcp, context: see `Server`.
+        insecure_fhe_semi_honest: also answer queries of the fhe backend, with a banner: see `fhe`.
 
     Clients are told apart by their CURVE keys; over ipc all processes of the user are one client.
     """
@@ -102,10 +117,14 @@ class AdapterServer(Server):
         *,
         keys: WorkerKeys | None = None,
         insecure_plain_tcp: bool = False,
+        insecure_fhe_semi_honest: bool = False,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         super().__init__("adapter-server", address, ADAPTER, keys=keys, insecure_plain_tcp=insecure_plain_tcp, context=context)
         self.adapters: dict[bytes, ServedAdapter] = {}
+        self._fhe = insecure_fhe_semi_honest
+        if self._fhe:
+            logger.warning(BANNER)
         try:
             for folder in folders:
                 adapter = ServedAdapter(Path(folder))
@@ -131,7 +150,7 @@ class AdapterServer(Server):
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """See `Server.answer`."""
         message, payload = ADAPTER.unpack(frames)
-        if not isinstance(message, Hello | Query):
+        if not isinstance(message, Hello | Query | Encrypted):
             raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
         adapter = self.adapters.get(message.bundle)
         if adapter is None:
@@ -139,23 +158,30 @@ class AdapterServer(Server):
         if isinstance(message, Hello):
             return [ADAPTER.pack(Welcome(message.id, message.bundle, len(adapter.matrices)))]
         assert payload is not None  # the schema says so
-        w = _matrix(adapter, message)
-        c = residues_of_frame(payload, message.rows, w.columns, message.id)  # 1
+        if message.group >= len(adapter.matrices):
+            raise MalformedMessage("group", f"no group {message.group}: there are {len(adapter.matrices)}", message.id)
         try:
-            answer = adapter.answer(message.group, c, peer)
+            return self._metered(adapter, message, payload, peer)
         except BudgetExhausted as error:
             raise MalformedMessage("budget", str(error), message.id) from error
         except LedgerUnusable as error:
             logger.error("%s", error)
             raise MalformedMessage("ledger", "the adapter's ledger cannot be used, so nothing is answered", message.id) from error
+        except MalformedMessage as error:
+            error.request = message.id
+            raise
+
+    def _metered(self, adapter: ServedAdapter, message: Query | Encrypted, payload: memoryview, peer: str) -> list[Frame]:
+        if isinstance(message, Encrypted):
+            if not self._fhe:
+                raise MalformedMessage("malformed", "the fhe backend is off: it needs --insecure-fhe-semi-honest at the server")
+            ciphertexts = adapter.answer_encrypted(message.group, payload, peer)
+            self._rows += 1
+            return [ADAPTER.pack(EncryptedAnswer(message.id)), ciphertexts]
+        w = adapter.matrices[message.group]
+        if message.rows > rows_per_exchange(w.columns, w.rows):
+            raise MalformedMessage("size", f"{message.rows} rows at once are too many for this group")
+        c = residues_of_frame(payload, message.rows, w.columns)  # 1
+        answer = adapter.answer(message.group, c, peer)
         self._rows += message.rows
         return [ADAPTER.pack(Answer(message.id, message.rows)), answer]
-
-
-def _matrix(adapter: ServedAdapter, query: Query) -> PlacedMatrix:
-    if query.group >= len(adapter.matrices):
-        raise MalformedMessage("group", f"no group {query.group}: there are {len(adapter.matrices)}", query.id)
-    w = adapter.matrices[query.group]
-    if query.rows > rows_per_exchange(w.columns, w.rows):
-        raise MalformedMessage("size", f"{query.rows} rows at once are too many for this group", query.id)
-    return w

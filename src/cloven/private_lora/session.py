@@ -21,13 +21,13 @@ from cloven.masks.lwe import LweMasks
 from cloven.masks.lwe_parameters import LweParameters
 from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session
 from cloven.private_lora.base import require_base
-from cloven.private_lora.factors import TERMS
+from cloven.private_lora.fhe import BANNER, FheClient
 from cloven.private_lora.layer import AdaptedGroup, Product
 from cloven.private_lora.manifest import ClientGroup, ClientManifest, read_client
 from cloven.private_lora.messages import ADAPTER
 from cloven.private_lora.names import CLIENT_FILE, basis_name, hint_name, scales_name
-from cloven.private_lora.query import CheckFailed, RemoteMatrix
-from cloven.telemetry import Telemetry
+from cloven.private_lora.query import CheckFailed, EncryptedMatrix, RemoteMatrix
+from cloven.telemetry import Telemetry, logger
 from cloven.wire.channel import Channel
 from cloven.wire.keys import trusted_keys
 
@@ -42,7 +42,7 @@ class LoraSession(Session):
     """
 
     masks: list[LweMasks]
-    remote: list[RemoteMatrix]
+    remote: list[RemoteMatrix | EncryptedMatrix]
     look_ahead: LookAhead
 
     def __init__(self, model: nn.Module, channel: Channel, telemetry: Telemetry) -> None:
@@ -113,7 +113,7 @@ def adapt(
         address: the adapter server's; None: attach later with `cloven.attach`.
         keys: the client's folder of keys, made by `cloven keygen`; needed for tcp.
         base: the base's directory, where the model itself does not say.
-        options: `pin` (the bundle's fingerprint), `timeout`, `look_ahead`, `pad_bytes`, `insecure_plain_tcp`; see `RuntimeOptions`.
+        options: `pin` (the bundle's fingerprint), `timeout`, `look_ahead`, `pad_bytes`, `backend`, `insecure_…`; see `RuntimeOptions`.
 
     Returns:
         The session, or None where no address was given.
@@ -204,8 +204,22 @@ def open_session(model: Any, options: RuntimeOptions) -> LoraSession:
     except BaseException:
         channel.close()
         raise
-    _connect_groups(session, model, groups, manifest, options)
+    if options.backend == "fhe":
+        logger.warning(BANNER)
+        _connect_encrypted(session, groups)
+    else:
+        _connect_groups(session, model, groups, manifest, options)
     return session
+
+
+def _connect_encrypted(session: LoraSession, groups: list[AdaptedGroup]) -> None:
+    """The fhe backend: no masks, one fresh key pair for the session."""
+    session.masks, session.remote, keys = [], [], FheClient()
+    for adapted in groups:
+        group = adapted.group
+        remote = EncryptedMatrix(group.name, adapted.index, group.rows, group.columns, remote_bounds(group), keys, session.channel)
+        adapted.attach(_guarded_product(session, remote))
+        session.remote.append(remote)
 
 
 def _connect_groups(
@@ -232,11 +246,11 @@ def _connect_groups(
 def remote_matrix(index: int, group: ClientGroup, bits: int, parameters: LweParameters, masks: LweMasks, channel: Channel) -> RemoteMatrix:
     """A group's matrix at the server, as the client sees it."""
     noise = parameters.noise(group.l2, bits)
-    rows = TERMS * sum(module.rank for module in group.modules)
-    return RemoteMatrix(group.name, index, rows, group.columns, parameters.pad_columns, bits, remote_bounds(group), noise, masks, channel)
+    pad, bounds = parameters.pad_columns, remote_bounds(group)
+    return RemoteMatrix(group.name, index, group.rows, group.columns, pad, bits, bounds, noise, masks, channel)
 
 
-def _guarded_product(session: LoraSession, remote: RemoteMatrix) -> Product:
+def _guarded_product(session: LoraSession, remote: RemoteMatrix | EncryptedMatrix) -> Product:
     return lambda x, meanwhile: session.guarded(lambda: remote.product(x, meanwhile))
 
 
