@@ -10,10 +10,12 @@ from torch import Tensor
 from cloven.audit.attack import Attack
 from cloven.audit.kv_shield import audit_kv_shield
 from cloven.audit.plain_model import plain_model
+from cloven.audit.private_lora import audit_private_lora
 from cloven.bundle.manifest import manifest_format
 from cloven.errors import BadBundle, BadInput
 from cloven.kv_shield.manifest import TRUSTED
 from cloven.kv_shield.prepare import attention_shapes
+from cloven.private_lora.manifest import SERVER
 from cloven.zoo.text import sample_text
 
 TEXT_TOKENS = 256
@@ -24,15 +26,19 @@ def audit(out: Path, tokens: Tensor | None = None) -> list[Attack]:
     """Attack a bundle.
 
     Args:
-        out: OUT of `cloven prepare kv-shield`, both halves.
+        out: OUT of `cloven prepare kv-shield` or `private-lora`, both halves.
         tokens: the text that the attacker wants, int64 [T]; sampled from the model if not given.
 
     Raises:
         BadBundle: no bundle that can be audited.  BadInput: the text is too short.
     """
+    if manifest_format(out / "server") == SERVER:
+        if tokens is not None:
+            raise BadInput("a private-LoRA bundle is audited without a text: its attacks are on weights and queries")
+        return audit_private_lora(out)
     if manifest_format(out / "trusted") != TRUSTED:
         found = manifest_format(out / "trusted")
-        what = "only KV-Shield bundles can be audited today" if found else "there is no bundle; give OUT of `cloven prepare kv-shield`"
+        what = "SLIP bundles cannot be audited yet" if found else "there is no bundle here with both halves; give OUT of `cloven prepare`"
         raise BadBundle(f"{out}: {what}")
     model, config = plain_model(out)
     if tokens is None:

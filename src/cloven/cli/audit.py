@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def audit(
-    out: Annotated[Path, typer.Argument(help="OUT of `cloven prepare kv-shield`: both halves.")],
+    out: Annotated[Path, typer.Argument(help="OUT of `cloven prepare kv-shield` or `private-lora`: both halves.")],
     text: Annotated[Path | None, typer.Option(help="A text file that the attacker wants; default: text sampled from the model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -35,8 +35,27 @@ def audit(
     attacks = run(out, tokens)
     if as_json:
         typer.echo(json.dumps({"attacks": [attack.to_dict() for attack in attacks]}))
+    elif attacks[0].scheme.startswith("private-lora"):
+        print_list(attacks)
     else:
         print_table(attacks)
+
+
+def print_list(attacks: list[Attack]) -> None:
+    """Attacks on one system: what each reached, and what it reaches where the protection is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What the parties recover")
+    for column in ("attack", "scheme", "value", "chance", "weakened", "tries", "verdict"):
+        table.add_column(column, justify="left" if column in ("attack", "scheme", "verdict") else "right")
+    for attack in attacks:
+        numbers = (attack.value, attack.chance, attack.weakened_value)
+        table.add_row(attack.name.replace("_", " "), attack.scheme, *(f"{n:.1%}" for n in numbers), f"{attack.tries:,}", attack.verdict)
+    console = Console()
+    console.print(table)
+    for attack in attacks:
+        console.print(f"{attack.name.replace('_', ' ')}: {attack.metric}", highlight=False)
 
 
 def print_table(attacks: list[Attack]) -> None:

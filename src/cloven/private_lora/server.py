@@ -52,7 +52,7 @@ class ServedAdapter:
         self.manifest = ServerManifest.read(folder)
         backend = select_backend("cpu")
         self._backend = backend
-        self.matrices = [backend.place(matrix) for matrix in _verified(folder, self.manifest)]
+        self.matrices = [backend.place(matrix) for matrix in server_matrices(folder, self.manifest)]
         self._encrypted: dict[int, FheMatrix] = {}
         self.ledger = Ledger(self.manifest.ledger_path(folder), self.manifest.adapter)
 
@@ -82,7 +82,12 @@ class ServedAdapter:
         return self._encrypted[group].answer(query)
 
 
-def _verified(folder: Path, manifest: ServerManifest) -> list[Tensor]:
+def server_matrices(folder: Path, manifest: ServerManifest) -> list[Tensor]:
+    """W' of every group, int8, from the bytes that were hashed.
+
+    Raises:
+        BadBundle, TamperedBundle.
+    """
     path = folder / SERVER_FILE
     try:
         data = path.read_bytes()
