@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cloven.errors import BadInput
 from cloven.masks.lwe_parameters import LweParameters, lwe_parameters
 
+TERMS = 2  # int8 terms per weight
 FEWEST_BITS, MOST_BITS = 8, 16
 MOST_TOKENS = 2**40
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from cloven.field.prg import SecretStream
 from cloven.private_lora.adapter import LoraModule
 
-TERMS = 2
 _LARGEST = 127.0
 
 

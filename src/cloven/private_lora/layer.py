@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cloven.errors import BadBundle, NotAttached
 from cloven.model.linears import is_linear
 from cloven.model.shared_input import SharedInput
-from cloven.private_lora.factors import TERMS
+from cloven.private_lora.config import TERMS
 from cloven.private_lora.manifest import ClientGroup
 
 Product = Callable[[Tensor, Callable[[], None]], Tensor]

@@ -24,8 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cloven.bundle.manifest import FORMAT_VERSION, MANIFEST, load_manifest, parse_files, require
 from cloven.errors import BadBundle, BadInput, ForeignBundle, TamperedBundle
 from cloven.masks.lwe_parameters import SPECIFICATION, LweParameters, lwe_parameters
-from cloven.private_lora.config import FEWEST_BITS, MOST_BITS
-from cloven.private_lora.factors import TERMS
+from cloven.private_lora.config import FEWEST_BITS, MOST_BITS, TERMS
 
 SCHEME = "private-lora"
 CLIENT, SERVER = "cloven-lora-client", "cloven-lora-server"
