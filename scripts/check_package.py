@@ -26,7 +26,12 @@ def main() -> None:
         (wheel,) = folder.glob("*.whl")
         (sdist,) = folder.glob("*.tar.gz")
         contents = set(zipfile.ZipFile(wheel).namelist())
-        for needed in ("cloven/py.typed", "cloven/zoo/demo_model/model.safetensors", "cloven/zoo/demo_model/tokenizer.json"):
+        for needed in (
+            "cloven/py.typed",
+            "cloven/zoo/demo_model/model.safetensors",
+            "cloven/zoo/demo_model/tokenizer.json",
+            "cloven/zoo/demo_adapter/adapter_model.safetensors",
+        ):
             assert needed in contents, f"{needed} is not in the wheel"
         with tarfile.open(sdist) as archive:
             assert any(path.endswith("pyproject.toml") for path in archive.getnames())

@@ -95,7 +95,8 @@ def _private_lora(progress: Progress, prompts: int, tokens: int, as_json: bool) 
         *(f"{value:.3f}" for value in (result.perplexity_base, result.perplexity_private, result.perplexity_peft)),
     )
     table.add_row("tokens/s", "", f"{result.tokens_per_s_private:.1f}", f"{result.tokens_per_s_peft:.1f}")
-    table.add_row("largest error of a logit / largest logit", "", f"{result.largest_logit_error:.1e}", "")
+    for bits, error in result.error_by_bits.items():
+        table.add_row(f"relative error of the logits, answers of {bits} bits", "", f"{error:.1e}", "")
     console.print(table)
     cost = Table(title="What it cost, per token", show_header=False)
     cost.add_row("queries to the adapter server", f"{result.queries_per_token}")

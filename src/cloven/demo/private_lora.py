@@ -20,7 +20,7 @@ from cloven.demo.merged import merged_model
 from cloven.private_lora.config import PrivateLoraConfig
 from cloven.private_lora.ledger import Ledger
 from cloven.private_lora.manifest import ServerManifest
-from cloven.private_lora.prepare import prepare_private_lora
+from cloven.private_lora.prepare import LEDGER_FILE, prepare_private_lora
 from cloven.private_lora.session import adapt
 from cloven.zoo.demo import demo_adapter_path, demo_model_path
 from cloven.zoo.text import perplexity, sample_text
@@ -48,18 +48,22 @@ PROMPTS = (
     "The game was developed",
     "The government of",
 )
+BITS = (16, 12, 10, 8)
 TEXT_SEQUENCES, TEXT_TOKENS, TEXT_SEED = 4, 200, 5
 
 
 @dataclass(frozen=True)
 class LoraDemo:
-    """The demo's figures; `tokens_identical_to_peft` counts greedy texts equal to those of PEFT's merged model."""
+    """The demo's figures; `tokens_identical_to_peft` counts greedy texts equal to those of PEFT's merged model.
+
+    `error_by_bits`: ‖logits − PEFT's‖ / ‖PEFT's‖ for answers of so many bits.
+    """
 
     prompts: int
     new_tokens: int
     tokens_identical_to_peft: int
     tokens_different_from_base: int
-    largest_logit_error: float
+    error_by_bits: dict[str, float]
     perplexity_base: float
     perplexity_private: float
     perplexity_peft: float
@@ -98,13 +102,16 @@ def run_lora_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: i
     peft_seconds = time.perf_counter() - started
     alone = [_generate(base, ids, new_tokens) for ids in inputs]
     perplexities = {"base": perplexity(base, text), "peft": perplexity(merged, text)}
-    budget = sum(ids.shape[1] for ids in expected) + text.numel() + inputs[0].shape[1]
+    budget = sum(ids.shape[1] for ids in expected) + text.numel() + len(BITS) * inputs[0].shape[1]
     with tempfile.TemporaryDirectory(prefix="cloven-demo-") as name, ledgers_in(Path(name)):
-        out = Path(name) / "out"
-        progress("preparing", 0, 1)
-        prepare_private_lora(path, adapter, out, PrivateLoraConfig(budget))
+        outs = {bits: Path(name) / f"out{bits}" for bits in BITS}
+        out = outs[BITS[0]]
+        for done, bits in enumerate(BITS):  # all of one adapter, so all with one ledger
+            progress("preparing", done, len(BITS))
+            config = PrivateLoraConfig(budget, bits=bits)
+            prepare_private_lora(path, adapter, outs[bits], config, ledger=None if bits == BITS[0] else out / "server" / LEDGER_FILE)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        with AdapterServerProcess(out / "server") as server:
+        with AdapterServerProcess(out / "server", None, *(str(outs[bits] / "server") for bits in BITS[1:])) as server:
             session = adapt(model, out / "client", server.address)
             assert session is not None
             with session:
@@ -116,8 +123,8 @@ def run_lora_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: i
                 total, groups = session.telemetry.total(), len(session.remote)
                 progress("perplexity", 0, 1)
                 perplexities["private"] = perplexity(model, text)
-                error = _largest_error(model, merged, inputs[0])
                 mask_ms = 1000 * session.mask_seconds_per_row()
+            errors = {str(bits): _error(path, outs[bits] / "client", server.address, merged, inputs[0]) for bits in BITS}
         manifest = ServerManifest.read(out / "server")
         with contextlib.closing(Ledger(manifest.ledger_path(out / "server"), manifest.adapter)) as ledger:
             used = max(account.rows for account in ledger.accounts())
@@ -129,7 +136,7 @@ def run_lora_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: i
         new_tokens=new_tokens,
         tokens_identical_to_peft=sum(torch.equal(a, b) for a, b in zip(texts, expected, strict=True)),
         tokens_different_from_base=sum(not torch.equal(a, b) for a, b in zip(texts, alone, strict=True)),
-        largest_logit_error=error,
+        error_by_bits=errors,
         perplexity_base=perplexities["base"],
         perplexity_private=perplexities["private"],
         perplexity_peft=perplexities["peft"],
@@ -149,10 +156,14 @@ def run_lora_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: i
 
 
 @torch.no_grad()
-def _largest_error(model: Any, merged: Any, ids: Tensor) -> float:
-    """Largest difference of logits, relative to the largest logit."""
-    expected = merged(input_ids=ids).logits
-    return float((model(input_ids=ids).logits - expected).abs().max() / expected.abs().max())
+def _error(base: Path, client: Path, address: str, merged: Any, ids: Tensor) -> float:
+    """Relative error of the logits with a bundle of its own."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    session = adapt(model, client, address, look_ahead=0)
+    assert session is not None
+    with session:
+        expected = merged(input_ids=ids).logits
+        return float((model(input_ids=ids).logits - expected).norm() / expected.norm())
 
 
 def _generate(model: Any, ids: Tensor, new_tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`cloven.attach`: connect a loaded model to its worker, or its enclave."""
+"""`cloven.attach`: connect a loaded model to its worker, its enclave or its adapter server."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def attach(
     exposed: str | Path | None = None,
     **options: Any,
 ) -> Session:
-    """Connect a model loaded from a bundle to its worker (SLIP) or its enclave (KV-Shield).
+    """Connect a model loaded from a bundle to its worker (SLIP), its enclave (KV-Shield) or its adapter server (private LoRA).
 
     Args:
-        model: what `AutoModelForCausalLM.from_pretrained` returned for OUT/trusted (SLIP) or OUT/exposed (KV-Shield).
+        model: what `AutoModelForCausalLM.from_pretrained` returned for OUT/trusted (SLIP), OUT/exposed (KV-Shield) or OUT/client (private
+            LoRA; for a base that was loaded from its own directory, see `cloven.adapt`).
         address: ipc://PATH on one host, tcp://HOST:PORT between hosts.
         keys: the trusted side's folder of keys, made by `cloven keygen`; needed for tcp.
         exposed: the trusted side's own copy of OUT/exposed; the sibling of OUT/trusted if not given.
-        options: `timeout` (seconds), `look_ahead` (rows of pads), `pad_bytes`, `insecure_plain_tcp`; see `RuntimeOptions`.
+        options: `timeout` (seconds), `look_ahead` (rows of pads), `pad_bytes`, `pin`, `backend`, `insecure_…`; see `RuntimeOptions`.
 
     Returns:
         The session, a context manager with `statistics()` and `close()`. A session that the model had before is closed.
@@ -37,8 +38,8 @@ def attach(
         BadInput: not a split model, or wrong settings.  PeerRefused, WorkerUnreachable, WorkerTimeout: the worker.
         ForeignBundle, TamperedBundle: the worker or the copy of exposed/ does not belong to this model.
 
-    Guarantee: the worker receives one-time-padded integers only and a wrong answer is refused (≤ 2^-61 per session). Not hidden: the
-    number, size and times of products.
+    Guarantee: see the scheme's session: SLIP's worker receives one-time-padded integers only and a wrong answer is refused (≤ 2^-61 per
+    session). Not hidden: the number, size and times of products.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, ClovenConfig):

@@ -177,7 +177,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, adapter: str) -> None:
-        self._path, self._adapter = path, adapter
+        self._path, self.adapter = path, adapter
         self._reserved: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -222,7 +222,7 @@ class Ledger:
         if len(rows) != 1 or rows[0][0] != FORMAT:
             raise LedgerUnusable(f"{self._path}: not a ledger of format {FORMAT}")
         _, adapter, number, generation = rows[0]
-        if adapter != self._adapter:
+        if adapter != self.adapter:
             raise LedgerUnusable(f"{self._path}: this is the ledger of another adapter")
         witness = read_witness(adapter)
         if witness is None:
@@ -299,7 +299,7 @@ class Ledger:
                 self._database.execute("UPDATE ledger SET generation = ?", (generation + 1,))
         except sqlite3.Error as error:
             raise self._unusable(error) from error
-        _write_witness(self._adapter, self._path, self._number, generation + 1)
+        _write_witness(self.adapter, self._path, self._number, generation + 1)
 
     def accounts(self) -> list[Account]:
         """What is charged, reserved rows of running servers included."""

@@ -43,18 +43,22 @@ class ServedAdapter:
 
     Args:
         folder: OUT/server.
+        ledgers: those that are open, by path; bundles of one adapter share one.
 
     Raises:
         BadBundle, TamperedBundle: the folder.  LedgerUnusable: the ledger.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ledgers: dict[Path, Ledger]) -> None:
         self.manifest = ServerManifest.read(folder)
         backend = select_backend("cpu")
         self._backend = backend
         self.matrices = [backend.place(matrix) for matrix in server_matrices(folder, self.manifest)]
         self._encrypted: dict[int, FheMatrix] = {}
-        self.ledger = Ledger(self.manifest.ledger_path(folder), self.manifest.adapter)
+        path = self.manifest.ledger_path(folder)
+        if path not in ledgers or ledgers[path].adapter != self.manifest.adapter:
+            ledgers[path] = Ledger(path, self.manifest.adapter)
+        self.ledger = ledgers[path]
 
     def __repr__(self) -> str:
         return f"ServedAdapter({self.manifest.bundle})"
@@ -127,12 +131,13 @@ class AdapterServer(Server):
     ) -> None:
         super().__init__("adapter-server", address, ADAPTER, keys=keys, insecure_plain_tcp=insecure_plain_tcp, context=context)
         self.adapters: dict[bytes, ServedAdapter] = {}
+        self._ledgers: dict[Path, Ledger] = {}
         self._fhe = insecure_fhe_semi_honest
         if self._fhe:
             logger.warning(BANNER)
         try:
             for folder in folders:
-                adapter = ServedAdapter(Path(folder))
+                adapter = ServedAdapter(Path(folder), self._ledgers)
                 if self.adapters.setdefault(bytes.fromhex(adapter.manifest.bundle), adapter) is not adapter:
                     raise BadInput(f"{folder}: bundle {adapter.manifest.bundle} is given twice")
             self.bind()
@@ -146,9 +151,9 @@ class AdapterServer(Server):
         self._close_ledgers()
 
     def _close_ledgers(self) -> None:
-        for adapter in self.adapters.values():
+        for ledger in self._ledgers.values():
             try:
-                adapter.ledger.close()
+                ledger.close()
             except LedgerUnusable as error:
                 logger.error("%s; the rows reserved for running clients stay charged", error)
 
