@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,24 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("cloven", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("cloven")
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def away_from_home() -> Iterator[Path]:
+    """Nothing reaches the home folder of the person who runs the tests: one cache for the run, and a state folder."""
+    with tempfile.TemporaryDirectory(prefix="cloven-tests-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLOVEN_CACHE", f"{folder}/cache")
+        patch.setenv("CLOVEN_STATE", f"{folder}/state")  # for fixtures of a module or of the session
+        yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_state(away_from_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a state folder of its own: witnesses of ledgers are forgotten with it."""
+    state = away_from_home / f"state-{next(_numbers)}"
+    monkeypatch.setenv("CLOVEN_STATE", str(state))
+    return state
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cloven.zoo.demo import demo_model_path
 from tests.helpers import free_port
+from tests.split_models import scratch
 
 README = Path(__file__).parents[1] / "README.md"
 NOT_RUN = ("make ", "git clone", "pip install")
@@ -26,8 +27,9 @@ def blocks(*languages: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """`cloven` is on the path, as in an activated virtual environment; no settings of the person who runs the tests."""
+    """`cloven` is on the path, as in an activated virtual environment; no settings, state or cache of the person who runs the tests."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("CLOVEN_")}
+    own |= {"XDG_STATE_HOME": str(scratch() / "readme-state"), "XDG_CACHE_HOME": str(scratch() / "readme-cache")}
     return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"}
 
 

@@ -13,6 +13,7 @@ from cloven.audit.registry import TEXT_TOKENS, audit
 from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.kv_shield.config import KvShieldConfig
 from tests.kv_bundles import kv_bundle
+from tests.lora_bundles import own_bundle
 from tests.split_models import tiny_bundle
 
 NEEDED = 2 * (12 + 16) + 16  # of the tiny models, at ρ = 16
@@ -59,7 +60,7 @@ def test_a_text_must_be_long_enough() -> None:
 
 
 def test_what_cannot_be_audited(tmp_path: Path) -> None:
-    with pytest.raises(BadBundle, match="only KV-Shield bundles can be audited today"):
+    with pytest.raises(BadBundle, match="SLIP bundles cannot be audited yet"):
         audit(tiny_bundle("llama").path)
     with pytest.raises(BadBundle):
         audit(tmp_path)
@@ -71,3 +72,28 @@ def test_what_cannot_be_audited(tmp_path: Path) -> None:
     shutil.copytree(kv_bundle("qwen2", "permute") / "exposed", tmp_path / "out" / "exposed")
     with pytest.raises(ForeignBundle):
         audit(tmp_path / "out")
+
+
+def test_a_private_lora_bundle_is_audited(tmp_path: Path) -> None:
+    attacks = audit(own_bundle(tmp_path / "out", budget=8))
+    assert {attack.scheme for attack in attacks} <= {"private-lora/lwe", "private-lora/fhe"}
+    assert {"regression_budget", "packing", "hint_inversion", "distinguish"} <= {attack.name for attack in attacks}
+
+
+def test_a_text_for_a_private_lora_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="audited without a text"):
+        audit(own_bundle(tmp_path / "out"), tokens(NEEDED))
+
+
+def test_halves_of_a_private_lora_bundle_alone_are_refused(tmp_path: Path) -> None:
+    out = own_bundle(tmp_path / "out")
+    shutil.copytree(out / "client", tmp_path / "clients" / "client")
+    shutil.copytree(out / "server", tmp_path / "owners" / "server")
+    for folder, match in (
+        (tmp_path / "clients", "no bundle here with both halves"),
+        (out / "client", "no bundle here with both halves"),
+        (out / "server", "no bundle here with both halves"),
+        (tmp_path / "owners", "client"),
+    ):
+        with pytest.raises(BadBundle, match=match):
+            audit(folder)

@@ -108,3 +108,53 @@ def test_digits_are_balanced_and_exact(values: list[int]) -> None:
     assert planes.shape == (4, len(values))
     assert int(planes[3].abs().max()) <= 64
     assert sum(planes[i] * 256**i for i in range(4)).tolist() == values  # type: ignore[union-attr]
+
+
+# --- small: int8 times int8
+
+
+def exact_small(a: Tensor, w: Tensor) -> Tensor:
+    return a.to(torch.int64) @ w.to(torch.int64).t()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: getattr(b, "name", "native"))
+@pytest.mark.parametrize("k", [1, 2, 3, 31, 33, 1280])
+def test_small_products_of_every_shape(backend: Backend, k: int) -> None:
+    for m, n in [(1, 1), (1, 7), (7, 1), (64, 5), (65, 5), (200, 3)]:
+        a = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=torch.Generator().manual_seed(m))
+        w = random_codes(n, k, n)
+        product = backend.small(a, backend.place(w))
+        assert product.dtype == torch.int32 and product.shape == (m, n)
+        assert torch.equal(product.to(torch.int64), exact_small(a, w))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: getattr(b, "name", "native"))
+@pytest.mark.parametrize("rows", [1, 3, 65])
+def test_small_products_at_their_extremes(backend: Backend, rows: int) -> None:
+    """The digits of residues reach −128, on either side of the product."""
+    for k in (1, 2, 1280, MAX_INNER):
+        for left, right in ((-128, 127), (127, -128), (-128, -127), (-127, -128), (127, 127)):
+            a, w = torch.full((rows, k), left, dtype=torch.int8), torch.full((2, k), right, dtype=torch.int8)
+            product = backend.small(a, backend.place(w))
+            assert (product == left * right * k).all(), (k, left, right)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: getattr(b, "name", "native"))
+def test_small_products_of_views_and_of_nothing(backend: Backend) -> None:
+    wide = torch.randint(-128, 128, (90, 60), dtype=torch.int8, generator=torch.Generator().manual_seed(5))
+    for a in (wide[:, 7:40], wide[::3, :33], wide.t()[:, :33], wide[:1, 7:40]):
+        for w in (random_codes(6, 70)[:, 20:53], random_codes(33, 6).t(), random_codes(1, 70)[:, 3:36]):
+            assert torch.equal(backend.small(a, backend.place(w)).to(torch.int64), exact_small(a, w))
+    assert backend.small(wide[:0, :33], backend.place(random_codes(6, 33))).shape == (0, 6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: getattr(b, "name", "native"))
+@given(data=st.data())
+def test_any_small_product(backend: Backend, data: st.DataObject) -> None:
+    m, n, k = (data.draw(st.integers(1, 9), label=name) for name in "mnk")
+    entry = st.integers(-128, 127) | st.sampled_from([-128, 127])
+    a, w = (
+        torch.tensor(data.draw(st.lists(st.lists(entry, min_size=k, max_size=k), min_size=rows, max_size=rows)), dtype=torch.int8)
+        for rows in (m, n)
+    )
+    assert torch.equal(backend.small(a, backend.place(w)).to(torch.int64), exact_small(a, w))

@@ -9,6 +9,7 @@ Parties: the client holds the base, V [N, r], scales and the hint; the server ho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +55,22 @@ class AdaptedGroup:
         self.modules = [_linear(model, module.name) for module in group.modules]
         for position, linear in enumerate(self.modules):
             self._plain.append(linear.forward)
-            linear.forward = _Adapted(self._shared, position)
+            linear.forward = _Adapted(self, position)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGroup:
-        raise BadBundle("an adapted model is not copied: load the base again and adapt it")
+        """A copy of the model starts without a session: masks and connections are not copied."""
+        clone = AdaptedGroup.__new__(AdaptedGroup)
+        memo[id(self)] = clone
+        clone.index, clone.group, clone.name, clone._product = self.index, self.group, self.name, None
+        clone._scales, clone._bases = self._scales, self._bases
+        clone._shared = SharedInput(clone._compute)
+        clone._plain = copy.deepcopy(self._plain, memo)
+        clone.modules = copy.deepcopy(self.modules, memo)
+        return clone
+
+    def output(self, position: int, x: Tensor) -> Tensor:
+        """The output of one linear: whichever is called first asks for all."""
+        return self._shared.output(position, x)
 
     def remove(self) -> None:
         """Give the linears back their own forward."""
@@ -85,13 +98,13 @@ class AdaptedGroup:
 
 
 class _Adapted:
-    """The forward of one linear: whichever is called first asks for all."""
+    """The forward of one linear."""
 
-    def __init__(self, shared: SharedInput, position: int) -> None:
-        self._shared, self._position = shared, position
+    def __init__(self, group: AdaptedGroup, position: int) -> None:
+        self._group, self._position = group, position
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._shared.output(self._position, x)
+        return self._group.output(self._position, x)
 
 
 def _linear(model: nn.Module, name: str) -> Any:
