@@ -1,7 +1,8 @@
 """The README's examples work as they are printed.
 
 A ```python block is a complete program. The lines of the ```sh blocks are commands of one session; those that contain `make `,
-`git clone` or `pip install` need a fresh clone and are not run. `MODEL` stands for a model directory: here it is the demo model's.
+`git clone` or `pip install` need a fresh clone and are not run. `MODEL` and `ADAPTER` stand for a model's and an
+adapter's directory: here they are the demo's.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cloven.zoo.demo import demo_model_path
+from cloven.zoo.demo import demo_adapter_path, demo_model_path
 from tests.helpers import free_port
 from tests.split_models import scratch
 
 README = Path(__file__).parents[1] / "README.md"
 NOT_RUN = ("make ", "git clone", "pip install")
-PORT = "5555"
+PORTS = ("5555", "5556")
 
 
 def blocks(*languages: str) -> list[str]:
@@ -46,7 +47,10 @@ def test_the_examples(tmp_path: Path) -> None:
         script.write_text(block, encoding="utf-8")
         programs.append(started([sys.executable, str(script)], tmp_path))
     (tmp_path / "MODEL").symlink_to(demo_model_path())
-    session = "\n".join(commands()).replace(PORT, str(free_port()))  # somebody else may be at the printed one
+    (tmp_path / "ADAPTER").symlink_to(demo_adapter_path())
+    session = "\n".join(commands())
+    for port in PORTS:  # somebody else may be at the printed ones
+        session = session.replace(port, str(free_port()))
     shell = started(["bash", "-c", f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{session}\n"], tmp_path)
     for program in programs:
         out, errors = program.communicate(timeout=240)
@@ -70,9 +74,9 @@ def test_there_is_something_to_run() -> None:
 
 
 def test_every_command_shown_anywhere_exists() -> None:
-    named = set(re.findall(r"`?cloven (\w+)", README.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`?cloven ([\w-]+)", README.read_text(encoding="utf-8")))
     listed = subprocess.run([sys.executable, "-m", "cloven", "--help"], capture_output=True, text=True, timeout=30).stdout
-    commands_there = set(re.findall(r"^│ (\w+) ", listed, re.MULTILINE))
+    commands_there = set(re.findall(r"^│ ([\w-]+) ", listed, re.MULTILINE))
     words = {"works", "does", "is", "are", "knows", "never"}  # where the text speaks about cloven
     assert named - words <= commands_there, named - commands_there
 

@@ -20,6 +20,13 @@ PER_LAYER = {
     "qwen3": LLAMA_LIKE,
     "mistral": LLAMA_LIKE,
     "gemma": LLAMA_LIKE,
+    "gemma2": LLAMA_LIKE,
+    "gemma3": LLAMA_LIKE,
+    "granite": LLAMA_LIKE,
+    "olmo2": LLAMA_LIKE,
+    "glm": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+    "starcoder2": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("c_fc",), ("c_proj",)),
+    "falcon": (("query_key_value", "dense_h_to_4h"), ("dense",), ("dense_4h_to_h",)),  # attention and MLP in parallel
     "phi3": (("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
     "gpt2": (("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",)),
     "gpt-neox": (("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)),

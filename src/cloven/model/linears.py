@@ -13,9 +13,13 @@ _MOE = (
 )
 
 
+_FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"  # an nn.Linear that adds its bias by itself; not imported for it
+
+
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear itself or GPT-2's Conv1D; subclasses may compute something else."""
-    return type(module) in (nn.Linear, Conv1D)
+    """nn.Linear itself, GPT-2's Conv1D or Falcon's own; other subclasses may compute something else."""
+    kind = type(module)
+    return kind in (nn.Linear, Conv1D) or f"{kind.__module__}.{kind.__qualname__}" == _FALCON
 
 
 def matrix_of(module: nn.Module) -> Tensor:

@@ -7,19 +7,24 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 _VOCABULARY = 97
@@ -57,18 +62,50 @@ def _configs() -> dict[str, PretrainedConfig]:
         "llama-mha": LlamaConfig(**_without("num_key_value_heads")),
         "glm": GlmConfig(**_SIZES, partial_rotary_factor=0.5),
         "gpt-neox": GPTNeoXConfig(**_without("head_dim", "num_key_value_heads"), rotary_pct=0.5),
+        "gemma2": Gemma2Config(**_SIZES, sliding_window=8),
+        "gemma3": Gemma3TextConfig(**_SIZES, sliding_window=8),
+        "granite": GraniteConfig(**_without("head_dim")),
+        "olmo2": Olmo2Config(**_without("head_dim")),
+        "starcoder2": Starcoder2Config(**_without("head_dim")),
+        "falcon": FalconConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            multi_query=True,
+            parallel_attn=True,
+            bias=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        ),
     }
 
 
-FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt2", "gpt-neox")
+FAMILIES = (
+    "llama",
+    "llama-tied",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "glm",
+    "granite",
+    "olmo2",
+    "starcoder2",
+    "falcon",
+    "gpt2",
+    "gpt-neox",
+)
 
 
 def tiny_config(family: str) -> PretrainedConfig:
     """The configuration of a tiny model: one of FAMILIES, or "mixtral" (a mixture of experts, which is refused)."""
     if family == "mixtral":
         return MixtralConfig(**_SIZES, num_local_experts=4)
-    if family == "gemma2":
-        return Gemma2Config(**_SIZES, sliding_window=8)
     return _configs()[family]
 
 
