@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloven.field.prg import TAIL, SecretStream, residues_of_words, pad_residues
+from cloven.field.prg import TAIL, SecretStream, pad_residues, residues_of_words
 from cloven.field.residues import H, P, is_residue
 
 KEY = bytes(range(32))

@@ -9,7 +9,7 @@ import zmq
 
 from cloven.errors import BadInput, ClovenError, PeerRefused
 from cloven.wire import keys
-from cloven.wire.keys import generate_keys, trusted_keys, worker_keys
+from cloven.wire.keys import generate_client, generate_keys, trusted_keys, worker_keys
 
 
 @pytest.fixture
@@ -157,3 +157,61 @@ def test_too_many_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(keys, "MAX_ALLOWED", 0)
     with pytest.raises(BadInput, match="more than 0 keys"):
         worker_keys(folder)
+
+
+# --- more clients
+
+
+def test_another_client_is_admitted(folder: Path, tmp_path: Path) -> None:
+    admitted = generate_client(tmp_path / "second", folder)
+    first, second, server = trusted_keys(folder), trusted_keys(tmp_path / "second"), worker_keys(folder)
+    assert second.worker == first.worker == server.own.public and second.own.public != first.own.public
+    assert server.allowed() == {zmq.utils.z85.decode(keys.own.public) for keys in (first, second)}
+    assert admitted.parent == folder / "worker" / "allowed" and admitted.stem == zmq.utils.z85.decode(second.own.public).hex()
+    assert zmq.curve_public(second.own.secret) == second.own.public
+
+
+def test_the_servers_own_folder_admits_as_well(folder: Path, tmp_path: Path) -> None:
+    generate_client(tmp_path / "second", folder / "worker")
+    generate_client(tmp_path / "third", folder)
+    assert len(worker_keys(folder).allowed()) == 3
+
+
+def test_removing_the_file_revokes_the_client(folder: Path, tmp_path: Path) -> None:
+    generate_client(tmp_path / "second", folder).unlink()
+    assert worker_keys(folder).allowed() == {zmq.utils.z85.decode(trusted_keys(folder).own.public)}
+
+
+def test_modes_of_another_clients_keys(folder: Path, tmp_path: Path) -> None:
+    admitted = generate_client(tmp_path / "second", folder)
+    for path in (*(tmp_path / "second").rglob("*.json"), admitted):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "second" / "trusted").stat().st_mode & 0o777 == 0o700
+
+
+def test_no_secret_leaves_its_folder(folder: Path, tmp_path: Path) -> None:
+    generate_client(tmp_path / "second", folder)
+    second, server = trusted_keys(tmp_path / "second").own.secret.decode(), worker_keys(folder).own.secret.decode()
+    assert all(second not in path.read_text(encoding="utf-8") for path in folder.rglob("*.json"))
+    assert all(server not in path.read_text(encoding="utf-8") for path in (tmp_path / "second").rglob("*.json"))
+
+
+def test_another_clients_keys_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
+    generate_client(tmp_path / "second", folder)
+    before = (tmp_path / "second" / "trusted" / "key.json").read_bytes()
+    with pytest.raises(BadInput, match="holds keys already"):
+        generate_client(tmp_path / "second", folder)
+    assert (tmp_path / "second" / "trusted" / "key.json").read_bytes() == before and len(worker_keys(folder).allowed()) == 2
+    with pytest.raises(BadInput, match="holds keys already"):
+        generate_client(folder, folder)
+
+
+def test_a_client_of_no_server(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="keygen"):
+        generate_client(tmp_path / "second", tmp_path / "nowhere")
+    with pytest.raises(ClovenError):
+        generate_client(tmp_path / "second", folder / "trusted")  # the trusted side's keys admit nobody
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="cannot write keys"):
+        generate_client(tmp_path / "file", folder)
+    assert not (tmp_path / "second").exists() and len(worker_keys(folder).allowed()) == 1

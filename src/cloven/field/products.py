@@ -16,7 +16,7 @@ Back ends, equal bit for bit (and to Python integers, in the tests); a third is 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +38,7 @@ _FEW_ROWS = 16  # measured: up to here the product with W on the left is faster
 class PlacedMatrix:
     """An int8 matrix [rows, columns] as a back end wants it; `codes` may be padded with zeros."""
 
-    codes: Tensor
+    codes: Tensor = field(repr=False)
     rows: int
     columns: int
 

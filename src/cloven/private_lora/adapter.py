@@ -31,6 +31,7 @@ _INERT = {  # fields that say nothing about what the saved factors do
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
+    "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
     "inference_mode",

@@ -4,7 +4,7 @@ Whoever may use a linear map may learn it: Q answers of b bits reveal at most QÂ
 
     unit      one row of a query, per (adapter, group of linears); the group's matrices share the query
     charge    rows are reserved in blocks of 256 in one SQLite transaction (synchronous, before the answer is computed); a process hands
-              its reserved rows out from memory and gives back at its end what is left of them
+              its reserved rows out from memory, and gives back what is left of them at its end, or when other clients need it
     witness   a small file outside the ledger's folder with the ledger's number and generation, which grows with every charge: a ledger
               that is missing, older than the witness (restored from a backup), or another adapter's is refused
 
@@ -119,15 +119,14 @@ def require_ledger_place(path: Path, adapter: str) -> None:
         BadInput: the adapter has a ledger elsewhere, or its ledger has vanished.
     """
     known = read_witness(adapter)
-    if known is None or (Path(known.path) == path and path.exists()):
+    if known is None or path.exists():  # `Ledger` compares its number and generation with the witness's
         return
     if not Path(known.path).exists():
         raise BadInput(
             f"this adapter has a ledger, at {known.path}, which is missing: restore it, because what it counted was given away; "
             f"if it never answered a client, remove {_witness_path(adapter)}"
         )
-    if not path.exists() or path.resolve() != Path(known.path).resolve():
-        raise BadInput(f"this adapter has a ledger already: give --ledger {known.path}, so that nothing is forgotten")
+    raise BadInput(f"this adapter has a ledger already: give --ledger {known.path}, so that nothing is forgotten")
 
 
 def create_ledger(path: Path, adapter: str, budget: int, share: int) -> None:
@@ -150,7 +149,11 @@ def create_ledger(path: Path, adapter: str, budget: int, share: int) -> None:
             database.execute(statement)
         database.execute("INSERT INTO ledger VALUES (?, ?, ?, 1, ?, ?)", (FORMAT, adapter, number, budget, share))
         database.execute("COMMIT")
-    _write_witness(adapter, path, number, 1)
+    try:
+        _write_witness(adapter, path, number, 1)
+    except LedgerUnusable:
+        path.unlink()  # nobody has asked anything yet
+        raise
 
 
 @dataclass(frozen=True)
@@ -259,10 +262,15 @@ class Ledger:
         with self._lock:
             if self._closed:
                 raise LedgerUnusable(f"{self._path}: the ledger is closed")
-            have = self._reserved.get((group, client), 0)
-            if have < rows:
-                have += self._reserve(group, client, rows - have)
-            self._reserved[group, client] = have - rows
+            missing = rows - self._reserved.get((group, client), 0)
+            if missing > 0:
+                try:
+                    granted = self._reserve(group, client, missing)
+                except BudgetExhausted:  # other clients of this process may hold rows that they do not need
+                    self._give_back(group)
+                    granted, missing = self._reserve(group, client, rows), rows
+                self._reserved[group, client] = rows - missing + granted
+            self._reserved[group, client] -= rows
 
     def _reserve(self, group: str, client: str, missing: int) -> int:
         wanted = -(-missing // BLOCK) * BLOCK
@@ -312,15 +320,16 @@ class Ledger:
             if self._closed:
                 return
             self._closed = True
-            unused = {key: rows for key, rows in self._reserved.items() if rows}
-            self._reserved.clear()
             try:
-                if unused:
-                    self._change(
-                        lambda: self._database.executemany(
-                            "UPDATE charged SET rows = rows - ? WHERE grp = ? AND client = ?",
-                            [(rows, group, client) for (group, client), rows in unused.items()],
-                        )
-                    )
+                self._give_back()
             finally:
                 self._database.close()
+
+    def _give_back(self, group: str | None = None) -> None:
+        """Undo the charge of rows that are reserved and not answered: of one group, or of all."""
+        unused = {key: rows for key, rows in self._reserved.items() if rows and group in (None, key[0])}
+        for key in unused:
+            del self._reserved[key]  # before the transaction: what fails stays charged
+        if unused:
+            statement = "UPDATE charged SET rows = rows - ? WHERE grp = ? AND client = ?"
+            self._change(lambda: self._database.executemany(statement, [(rows, *key) for key, rows in unused.items()]))

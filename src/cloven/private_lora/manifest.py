@@ -106,6 +106,8 @@ class ClientManifest:
         _verify_signature(folder, record["signer"])
         require(isinstance(record["base_name"], str) and len(record["base_name"]) <= 256, path, "base_name")
         groups = tuple(_parse_group(group, path) for group in record["groups"])
+        names = [module.name for group in groups for module in group.modules]
+        require(len(set(names)) == len(names), path, "a module that is named twice")
         manifest = cls(
             record["bundle"],
             record["nonce"],

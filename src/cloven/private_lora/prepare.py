@@ -164,7 +164,7 @@ def _groups(config: PretrainedConfig, adapter: Adapter) -> list[list[LoraModule]
         if (module.b.shape[0], module.a.shape[1]) != (outputs, inputs):
             made_for = f"[{module.b.shape[0]}, {module.a.shape[1]}]"
             raise BadInput(f"the adapter is for another base: {module.name} is [{outputs}, {inputs}], the adapter's product is {made_for}")
-        if module.b.any() and module.a.any():
+        if (module.b @ module.a).any():
             adapted[module.name] = module
     if not adapted:
         raise BadInput("the adapter changes nothing: every product of its factors is zero")
@@ -189,13 +189,13 @@ def split_groups(
         matrix, hint = with_pad(quantised.codes, parameters, stream, transposed)
         matrices.append(matrix)
         public[hint_name(index)] = hint
-        described.append(_describe(group, quantised))
+        described.append(_describe(group, cores, quantised))
         public |= _client_tensors(index, cores, quantised)
     return tuple(described), matrices, public
 
 
-def _describe(group: list[LoraModule], quantised: Quantised) -> ClientGroup:
-    modules = tuple(ClientModule(module.name, module.b.shape[0], module.a.shape[0]) for module in group)
+def _describe(group: list[LoraModule], cores: list[Core], quantised: Quantised) -> ClientGroup:
+    modules = tuple(ClientModule(core.name, *core.basis.shape) for core in cores)
     return ClientGroup(group[0].a.shape[1], quantised.l2, modules)
 
 

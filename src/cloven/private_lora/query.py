@@ -9,7 +9,7 @@
 
 Guarantee: the server sees LWE samples, whatever x is and whatever W', H and its answers are. Not verified: the answer; a false one makes
 the output wrong. What depends on x and goes wrong (numbers that are not finite, a norm that overflows) ends the session with one generic
-error and without a word to the server: it can learn at most one bit, once.
+error and without a word to the server, which learns no more than where the session stopped, once.
 """
 
 from __future__ import annotations
@@ -112,13 +112,14 @@ class RemoteMatrix:
         if not x.shape[0]:
             meanwhile()
             return x.new_empty(0, self.rows)
-        pieces = x.split(rows_per_exchange(self.pad + self.columns, self.rows))
-        results = [self._exchange(piece, meanwhile if i == 0 else lambda: None) for i, piece in enumerate(pieces)]
+        x_int, alpha = checked_encoding(x, self.bounds, self.noise)  # 1, of all rows before the first one is sent
+        step = rows_per_exchange(self.pad + self.columns, self.rows)
+        pieces = zip(x_int.split(step), alpha.split(step), strict=True)
+        results = [self._exchange(*piece, meanwhile if i == 0 else lambda: None) for i, piece in enumerate(pieces)]
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _exchange(self, x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
-        rows = x.shape[0]
-        x_int, alpha = checked_encoding(x, self.bounds, self.noise)  # 1
+    def _exchange(self, x_int: Tensor, alpha: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        rows = x_int.shape[0]
         alpha[~x_int.any(1)] = torch.inf  # a row of zeros is asked like any other, and its answer is noise: zero
         pads = self.masks.take(rows)
         c = pads.mask(torch.nn.functional.pad(x_int, (self.pad, 0)))  # 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import struct
 from dataclasses import dataclass, field
@@ -154,6 +155,7 @@ def generate_client(folder: Path, server: Path) -> Path:
         _write(trusted / "worker.json", {"public": pinned.decode()}, 0o600)
         _write(admitted, {"public": pair.public.decode()}, 0o600)
     except OSError as error:
+        shutil.rmtree(trusted, ignore_errors=True)
         raise BadInput(f"{folder}: cannot write keys there: {error.strerror}") from error
     return admitted
 
