@@ -188,7 +188,7 @@ def charged(server: AdapterServer, group: int = 0) -> int:
     """Rows that a server's ledger counts for a group."""
     (adapter,) = server.adapters.values()
     accounts: list[Account] = adapter.ledger.accounts()
-    return sum(account.rows for account in accounts if account.group == adapter.manifest.groups[group].name)
+    return sum(account.rows for account in accounts if account.matrix == adapter.manifest.groups[group].name.split("+")[0])
 
 
 @contextlib.contextmanager

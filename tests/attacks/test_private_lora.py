@@ -10,7 +10,6 @@ import torch
 from cloven.audit.fhe import primes, residues, weights_of, with_residues
 from cloven.audit.linear_algebra import solve_left
 from cloven.field.gaussian import gaussians
-from cloven.field.prg import SecretStream
 from cloven.field.products import multiply
 from cloven.field.residues import subtract
 from cloven.field.selection import select_backend
@@ -73,7 +72,7 @@ def test_the_same_secret_with_fresh_errors_gives_it_up_to_the_errors(monkeypatch
 
 def hint_of(w: torch.Tensor) -> torch.Tensor:
     transposed = a_pub(WIDTH).t().contiguous()
-    return prepare.with_pad(w, PARAMETERS, SecretStream(bytes(32), "test"), transposed)[1]
+    return prepare.with_pad(w, PARAMETERS, transposed)[1]
 
 
 def recovered_from(difference: torch.Tensor) -> torch.Tensor:
@@ -97,7 +96,7 @@ def test_two_hints_with_the_same_pad_give_the_difference_of_two_versions(monkeyp
 def test_without_its_error_the_hint_is_still_masked_but_not_by_lwe() -> None:
     """What E_h is for: H − R A = W A is exact linear algebra for whoever learns R, and with it is not."""
     w = codes(4, COLUMNS)
-    matrix, hint = prepare.with_pad(w, PARAMETERS, SecretStream(bytes(32), "test"), a_pub(WIDTH).t().contiguous())
+    matrix, hint = prepare.with_pad(w, PARAMETERS, a_pub(WIDTH).t().contiguous())
     pad, rows = matrix[:, : PARAMETERS.pad_columns].contiguous(), a_pub(PARAMETERS.pad_columns)
     backend = select_backend("cpu")
     of_pad = multiply(backend, rows.t().contiguous(), backend.place(pad)).t().contiguous()
@@ -111,7 +110,7 @@ def test_the_pad_rows_come_first_so_that_the_client_cannot_choose_them() -> None
     w = codes(4, COLUMNS)
     chosen = a_pub(WIDTH).clone()
     chosen[: PARAMETERS.pad_columns] = 0
-    _, hint = prepare.with_pad(w, lwe_parameters("statistical"), SecretStream(bytes(32), "t"), _statistical(chosen))
+    _, hint = prepare.with_pad(w, lwe_parameters("statistical"), _statistical(chosen))
     assert torch.equal(recovered_from(hint), w.long())
 
 

@@ -30,8 +30,8 @@ def test_it_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert server.process.returncode == 0 and gone(server.pid) and not folder.exists()
     server.stop()  # twice is harmless
     ledger = Ledger(out / "server" / LEDGER_FILE, ServerManifest.read(out / "server").adapter)
-    # what it reserved is given back: the five rows of each of eight groups stay
-    assert [account.rows for account in ledger.accounts()] == [5] * 8
+    # what it reserved is given back: the five rows of each of fourteen matrices stay
+    assert [account.rows for account in ledger.accounts()] == [5] * 14
     ledger.close()
 
 

@@ -163,7 +163,7 @@ def test_audit_of_a_text_of_ones_own(permute: Path, tmp_path: Path, cloven_here:
 
 
 def test_audit_errors(permute: Path, tmp_path: Path, cloven_here: Command) -> None:
-    one_line(cloven_here("audit", str(tiny_bundle("llama").path)), 2, "only KV-Shield bundles can be audited today")
+    one_line(cloven_here("audit", str(tiny_bundle("llama").path)), 2, "SLIP bundles cannot be audited yet")
     for folder in (tmp_path, tmp_path / "nowhere", permute / "exposed"):
         one_line(cloven_here("audit", str(folder)), 2, "bundle")
     out = tmp_path / "mixed"

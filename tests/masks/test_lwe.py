@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import subprocess
 import sys
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from cloven.errors import PadMisuse
 from cloven.field.codec import encode
-from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.field.prg import KEY_BYTES
 from cloven.field.products import Float64
 from cloven.field.residues import H, P, is_residue
 from cloven.field.selection import select_backend
@@ -46,9 +45,8 @@ def masks_of(source: LweMasks, rows: int, columns: int = 24) -> list[tuple[int, 
 
 def prepared(codes: Tensor, parameters: LweParameters) -> tuple[Tensor, Tensor, LweMasks]:
     """W', H and masks for it, as `prepare` and the client make them."""
-    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "test")
     columns = parameters.pad_columns + codes.shape[1]
-    matrix, hint = with_pad(codes, parameters, stream, a_pub(columns).t().contiguous())
+    matrix, hint = with_pad(codes, parameters, a_pub(columns).t().contiguous())
     return matrix, hint, LweMasks(hint, columns, parameters, select_backend())
 
 

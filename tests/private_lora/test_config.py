@@ -55,8 +55,10 @@ def test_everything_else_is_allowed(bits: int, budget: int, data: st.DataObject)
 
 
 def test_the_revealed_share() -> None:
-    """About 8·d/b rows are all of a matrix."""
-    assert revealed_share(2048, 4096, 16) == 1.0
-    assert revealed_share(1024, 4096, 16) == 0.5
-    assert revealed_share(10**9, 4096, 16) == 1.0
-    assert revealed_share(1, 4096, 8) == 1 / 4096
+    """About h·d/b rows are all of a matrix whose weights have h bits each."""
+    assert revealed_share(2048, 4096, 16, 8.0) == 1.0
+    assert revealed_share(1024, 4096, 16, 8.0) == 0.5
+    assert revealed_share(512, 4096, 16, 4.0) == 0.5
+    assert revealed_share(10**9, 4096, 16, 8.0) == 1.0
+    assert revealed_share(1, 4096, 8, 8.0) == 1 / 4096
+    assert revealed_share(1, 4096, 8, 0.0) > 0

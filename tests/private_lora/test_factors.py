@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.field.prg import KEY_BYTES
 from cloven.private_lora.adapter import LoraModule
 from cloven.private_lora.config import TERMS
 from cloven.private_lora.factors import Core, factor, quantise
 
 
-def stream() -> SecretStream:
-    return SecretStream(secrets.token_bytes(KEY_BYTES), "test")
+def key() -> bytes:
+    return secrets.token_bytes(KEY_BYTES)
 
 
 def random_module(r: int = 4, outputs: int = 30, inputs: int = 20, scale: float = 0.7, seed: int = 0) -> LoraModule:
@@ -36,7 +36,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 @given(st.integers(1, 9), st.integers(9, 40), st.integers(1, 40), st.integers(0, 1000))
 def test_the_product_stays(r: int, outputs: int, inputs: int, seed: int) -> None:
     module = random_module(r, outputs, inputs, seed=seed)
-    core = factor(module, stream())
+    core = factor(module, key())
     assert core.basis.shape == (outputs, r) and core.rows.shape == (r, inputs) and core.basis.dtype == torch.float32
     assert relative(core.basis.double() @ core.rows, product(module)) < 1e-6
     assert float((core.basis.double().t() @ core.basis.double() - torch.eye(r)).abs().max()) < 1e-6
@@ -44,14 +44,23 @@ def test_the_product_stays(r: int, outputs: int, inputs: int, seed: int) -> None
 
 def test_the_basis_spans_the_columns_of_b_only() -> None:
     module = random_module()
-    v, b = factor(module, stream()).basis.double(), module.b.double()
+    v, b = factor(module, key()).basis.double(), module.b.double()
     assert relative(v @ (v.t() @ b), b) < 1e-6
 
 
-def test_the_rotation_is_fresh() -> None:
-    """Two preparations of one adapter share neither basis nor rows, and neither is what Gram–Schmidt makes of B."""
+def test_the_rotation_follows_from_the_key_alone() -> None:
+    """All bundles of an adapter have one rotation: the norms of C's rows under several known ones would give C Cᵀ."""
+    module, secret = random_module(), key()
+    one, two = factor(module, secret), factor(module, secret)
+    assert torch.equal(one.basis, two.basis) and torch.equal(one.rows, two.rows)
+    other = factor(LoraModule("other", module.a, module.b, module.scale), secret)
+    assert relative(one.basis.double(), other.basis.double()) > 0.1  # every module has its own
+
+
+def test_another_key_is_another_rotation() -> None:
+    """Neither basis nor rows are alike, and neither is what Gram–Schmidt makes of B."""
     module = random_module()
-    one, two = factor(module, stream()), factor(module, stream())
+    one, two = factor(module, key()), factor(module, key())
     q, t = torch.linalg.qr(module.b.double())
     for a, b in ((one.basis, two.basis), (one.rows, two.rows), (one.basis, q), (one.rows, module.scale * t @ module.a.double())):
         assert relative(a.double(), b.double()) > 0.1
@@ -63,8 +72,7 @@ def test_the_rotation_is_fresh() -> None:
 def test_the_rotation_is_haar() -> None:
     """For a B whose Gram–Schmidt basis is known, V is a random orthogonal matrix: entries of variance 1/r, either sign, any order."""
     module = LoraModule("m", torch.randn(3, 8), torch.cat([torch.eye(3), torch.zeros(5, 3)]), 1.0)
-    source = stream()
-    bases = torch.stack([factor(module, source).basis[:3] for _ in range(1500)]).double()
+    bases = torch.stack([factor(module, key()).basis[:3] for _ in range(1500)]).double()
     assert float(bases.mean(0).abs().max()) < 6 * (1 / 3 / 1500) ** 0.5
     assert float((bases.square().mean(0) - 1 / 3).abs().max()) < 6 * (0.09 / 1500) ** 0.5
     determinants = torch.linalg.det(bases)
@@ -74,14 +82,14 @@ def test_the_rotation_is_haar() -> None:
 def test_the_singular_values_do_not_show_in_the_order_of_the_rows() -> None:
     module = random_module(seed=3)
     strong = LoraModule("m", module.a * torch.tensor([[1000.0], [10.0], [0.1], [0.001]]), module.b, 1.0)
-    orders = {tuple(factor(strong, stream()).rows.norm(dim=1).argsort().tolist()) for _ in range(40)}
+    orders = {tuple(factor(strong, key()).rows.norm(dim=1).argsort().tolist()) for _ in range(40)}
     assert len(orders) > 4
 
 
 def test_a_rank_above_the_number_of_outputs() -> None:
     """B [3, 5] has three dimensions only: so have V and C, and whoever describes them must say so."""
     module = random_module(5, 3, 20)
-    core = factor(module, stream())
+    core = factor(module, key())
     assert core.basis.shape == (3, 3) and core.rows.shape == (3, 20)
     assert relative(core.basis.double() @ core.rows, product(module)) < 1e-6
 
@@ -147,8 +155,17 @@ def test_an_outlier() -> None:
     assert int(quantise(rows).codes.to(torch.int64).abs().max()) <= 127
 
 
-@pytest.mark.parametrize(
-    "show", [factor(random_module(), stream()), quantise(torch.ones(2, 3, dtype=torch.float64))], ids=["core", "codes"]
-)
+@pytest.mark.parametrize("show", [factor(random_module(), key()), quantise(torch.ones(2, 3, dtype=torch.float64))], ids=["core", "codes"])
 def test_no_values_in_a_repr(show: Core) -> None:
     assert "tensor" not in repr(show) and len(repr(show)) < 40
+
+
+def test_the_error_and_the_bits_of_the_codes() -> None:
+    rows = torch.randn(4, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    plain = quantise(rows)
+    codes = (plain.codes.double() * plain.scales[:, None]).view(2, 4, 256).sum(0)
+    assert plain.error == pytest.approx(relative(codes, rows), rel=1e-6)
+    assert 5 < plain.entropy < 8
+    rows[:, 0] *= 1000  # one column takes the range: the others are left with few values
+    peaked = quantise(rows)
+    assert peaked.error > 10 * plain.error and peaked.entropy < 3

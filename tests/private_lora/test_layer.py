@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cloven.errors import BadBundle, NotAttached, RunError
-from cloven.private_lora.layer import AdaptedGroup, deltas
+from cloven.private_lora.layer import AdaptedGroup, Runs, Watch, deltas
 from cloven.private_lora.manifest import ClientGroup, ClientModule
 
 K = 10
@@ -59,7 +59,7 @@ class Answers:
 
 def adapted(dtype: torch.dtype = torch.float32) -> tuple[Small, AdaptedGroup, Answers]:
     model, answers = Small(dtype), Answers()
-    group = AdaptedGroup(model, 0, GROUP, answers.scales, answers.bases)
+    group = AdaptedGroup(model, 0, GROUP, answers.scales, answers.bases, Runs())
     group.attach(answers.product)
     return model, group, answers
 
@@ -141,12 +141,28 @@ def test_the_bases_own_products_run_while_the_server_answers() -> None:
 def test_no_gradients() -> None:
     model, _, _ = adapted()
     x = torch.randn(2, K, requires_grad=True)
-    assert not model.q(x).requires_grad
+    y = model.q(x)
+    with pytest.raises(RunError, match="cannot be trained"):  # not a gradient that is silently wrong
+        y.sum().backward()
+    with torch.no_grad():
+        assert not model.q(torch.randn(2, K, requires_grad=True)).requires_grad
+
+
+def test_a_pass_in_which_a_group_did_not_run_is_an_error() -> None:
+    """Something took the adapter off: the text would be the base's."""
+    model, _, _ = adapted()
+    runs = model.q.forward._group._runs
+    Watch(model, ["q+k"], runs)
+    model(torch.randn(1, K))
+    model.q.forward = type(model.q).forward.__get__(model.q)
+    model.k.forward = type(model.k).forward.__get__(model.k)
+    with pytest.raises(RunError, match=r"q\+k: the adapter was not asked"):
+        model(torch.randn(1, K))
 
 
 def test_without_a_server() -> None:
     model, answers = Small(), Answers()
-    AdaptedGroup(model, 0, GROUP, answers.scales, answers.bases)
+    AdaptedGroup(model, 0, GROUP, answers.scales, answers.bases, Runs())
     with pytest.raises(NotAttached, match=r"q\+k: no adapter server is attached"):
         model(torch.randn(1, K))
 
@@ -204,20 +220,20 @@ def test_other_models(name: str, match: str) -> None:
     model.norm = nn.LayerNorm(K)
     group = ClientGroup(K, 300, (GROUP.modules[0], ClientModule(name, 6, 3)))
     with pytest.raises(BadBundle, match=match):
-        AdaptedGroup(model, 0, group, answers.scales, answers.bases)
+        AdaptedGroup(model, 0, group, answers.scales, answers.bases, Runs())
 
 
 def test_adapted_once() -> None:
     model, _, answers = adapted()
     with pytest.raises(BadBundle, match="is the model adapted"):
-        AdaptedGroup(model, 1, GROUP, answers.scales, answers.bases)
+        AdaptedGroup(model, 1, GROUP, answers.scales, answers.bases, Runs())
 
 
 def test_a_group_that_fails_leaves_the_model_alone() -> None:
     model, answers = Small(), Answers()
     group = ClientGroup(K, 300, (*GROUP.modules, ClientModule("nowhere", 6, 3)))
     with pytest.raises(BadBundle):
-        AdaptedGroup(model, 0, group, answers.scales, [*answers.bases, answers.bases[1]])
+        AdaptedGroup(model, 0, group, answers.scales, [*answers.bases, answers.bases[1]], Runs())
     x = torch.randn(3, K)
     with torch.no_grad():
         assert torch.equal(model(x), Small()(x))

@@ -44,7 +44,7 @@ SERVER = ServerManifest(
     "lwe",
     "d" * 64,
     "ledger.sqlite",
-    (ServerGroup("a.q+a.k", 14, 1328), ServerGroup("a.o", 8, 1360)),
+    (ServerGroup("a.q+a.k", 14, 1328, 6.5), ServerGroup("a.o", 8, 1360, 7.0)),
     {SERVER_FILE: "e" * 64},
 )
 
@@ -283,12 +283,12 @@ def test_clients_that_are_refused_although_signed(change: dict[str, Any], tmp_pa
         {"ledger": 3},
         {"ledger": "x" * 4096},
         {"files": {}},
-        {"groups": [{"name": "a", "rows": 0, "columns": 3}]},
-        {"groups": [{"name": "a", "rows": 2, "columns": 2**24}]},
-        {"groups": [{"name": "", "rows": 2, "columns": 3}]},
-        {"groups": [{"name": 5, "rows": 2, "columns": 3}]},
-        {"groups": [{"name": "a", "rows": 2, "columns": 3, "x": 1}]},
-        {"groups": [{"name": "a", "rows": 2, "columns": 3}] * 2},
+        {"groups": [{"name": "a", "rows": 0, "columns": 3, "entropy": 7.0}]},
+        {"groups": [{"name": "a", "rows": 2, "columns": 2**24, "entropy": 7.0}]},
+        {"groups": [{"name": "", "rows": 2, "columns": 3, "entropy": 7.0}]},
+        {"groups": [{"name": 5, "rows": 2, "columns": 3, "entropy": 7.0}]},
+        {"groups": [{"name": "a", "rows": 2, "columns": 3, "entropy": 7.0, "x": 1}]},
+        {"groups": [{"name": "a", "rows": 2, "columns": 3, "entropy": 7.0}] * 2},
     ],
     ids=lambda change: str(change)[:60],
 )
@@ -330,7 +330,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats() | st.text(max_size=6) | st.sampled_from(["a" * 64, "5" * 32, "lwe"]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["columns", "l2", "modules", "name", "outputs", "rank", "rows"]), inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["columns", "l2", "modules", "name", "outputs", "rank", "rows", "entropy"]), inner, max_size=4)
     ),
     max_leaves=8,
 )

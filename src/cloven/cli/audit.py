@@ -19,11 +19,15 @@ def audit(
 ) -> None:
     """Attack a bundle with experiments on the user's own model; every attack also runs where it must succeed."""
     from cloven.audit.registry import audit as run
+    from cloven.bundle.manifest import manifest_format
     from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
+    from cloven.private_lora.manifest import SERVER
 
     quiet_transformers()
     tokens = None
+    if text is not None and manifest_format(out / "server") == SERVER:
+        raise BadInput("a private-LoRA bundle is audited without --text: its attacks are on weights and queries")
     if text is not None:
         from transformers import AutoTokenizer
 

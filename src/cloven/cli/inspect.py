@@ -128,8 +128,8 @@ def _private_lora(out: Path, verify: bool, as_json: bool) -> None:
     table.add_row("scheme", "private-lora")
     table.add_row("bits of an answer, hint", f"{client.bits}, {client.hint}")
     table.add_row("adapted linears, queries per token", f"{description['modules']}, {len(client.groups)}")
-    table.add_row("base (sha256 over tensors)", client.base)
-    table.add_row("fingerprint to pin", description["fingerprint"])
     table.add_row("client's half", f"{description['client_bytes'] / 1e6:,.1f} MB")
     table.add_row("files", "all hashes match" if verify else "not hashed (--verify does)")
     Console().print(table)
+    typer.echo(f"fingerprint to pin          {description['fingerprint']}")  # whole, whatever the terminal's width
+    typer.echo(f"base (sha256 over tensors)  {client.base}")

@@ -30,9 +30,10 @@ def ledger(
     pad = manifest.parameters.pad_columns
     groups: list[dict[str, Any]] = []
     for group in manifest.groups:
-        clients = {account.client: account.rows for account in accounts if account.group == group.name}
-        used = sum(clients.values())
-        revealed = revealed_share(used, group.columns - pad, manifest.bits)
+        matrices = group.name.split("+")  # all of a group are charged alike; another bundle of the adapter may group them otherwise
+        used = max(sum(account.rows for account in accounts if account.matrix == matrix) for matrix in matrices)
+        clients = {account.client: account.rows for account in accounts if account.matrix == matrices[0]}
+        revealed = revealed_share(used, group.columns - pad, manifest.bits, group.entropy)
         groups.append({"group": group.name, "used": used, "left": max(0, budget - used), "revealed": revealed, "clients": clients})
     if as_json:
         typer.echo(json.dumps({"adapter": manifest.adapter, "budget": budget, "client_budget": share, "groups": groups}))

@@ -107,7 +107,11 @@ def private_lora(
     )
     if prepared.revealed == 1:
         narrow = min(group.columns for group in groups)
-        typer.echo(f"That is all of it: {8 * narrow // bits:,} tokens reconstruct a matrix with {narrow:,} columns exactly.")
+        typer.echo(f"That is all of it: at most {8 * narrow // bits:,} tokens reconstruct a matrix with {narrow:,} columns exactly.")
+    if prepared.quantisation_error > 0.01:
+        typer.echo(
+            f"WARNING: two int8 terms miss the adapter by {prepared.quantisation_error:.1%}: a few large columns leave the others few bits."
+        )
 
 
 def _print_summary(bundle: Bundle) -> None:

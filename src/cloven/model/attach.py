@@ -42,13 +42,14 @@ def attach(
     session). Not hidden: the number, size and times of products.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not isinstance(config, ClovenConfig):
+    scheme = config.description["scheme"] if isinstance(config, ClovenConfig) else getattr(model, "cloven_scheme", None)
+    if scheme is None:
         raise BadInput("this is no split model: load OUT/trusted of a bundle that `cloven prepare` made")
     settings = RuntimeOptions(address, Path(keys) if keys is not None else None, Path(exposed) if exposed is not None else None)
     try:
         settings = replace(settings, **options)
     except TypeError as error:
         raise BadInput(f"cloven.attach: unknown option among {', '.join(sorted(options))}") from error
-    session = scheme_named(config.description["scheme"]).attach(model, settings)
+    session = scheme_named(scheme).attach(model, settings)
     assert isinstance(session, Session)
     return session

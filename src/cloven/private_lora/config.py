@@ -50,9 +50,10 @@ class PrivateLoraConfig:
         return lwe_parameters(self.hint)
 
 
-def revealed_share(tokens: int, columns: int, bits: int) -> float:
-    """Upper bound on the share of a matrix with `columns` columns that `tokens` answers of `bits` bits give away: 1 means all of it.
+def revealed_share(tokens: int, columns: int, bits: int, entropy: float) -> float:
+    """How much of a matrix with `columns` columns `tokens` answers of `bits` bits give away at most: 1 means all of it.
 
-    Q answers reveal Q·b of the about 8·d bits of a row of int8 weights; the packing attack reaches that bound.
+    Q answers reveal Q·b bits of every row, which has about d·h of them: `entropy` is h, of the row that has fewest. An attacker who knows
+    more of the weights than how often each value occurs needs fewer answers.
     """
-    return min(1.0, tokens * bits / (8 * columns))
+    return min(1.0, tokens * bits / (max(entropy, 0.1) * columns))

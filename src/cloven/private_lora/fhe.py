@@ -42,6 +42,15 @@ def _seal() -> Any:
     return seal
 
 
+def require_seal() -> None:
+    """Fail now if SEAL is not installed.
+
+    Raises:
+        BadInput: it is not.
+    """
+    _seal()
+
+
 def context() -> Any:
     """The BFV context of the specification.
 
@@ -165,15 +174,22 @@ class FheMatrix:
         words[self._width - 1 : self._step * self._width : self._width] = 0
         return _plaintext(self._seal, words)
 
+    def require_size(self, query: memoryview) -> None:
+        """Refuse a query of the wrong size.
+
+        Raises:
+            MalformedMessage: it is.
+        """
+        if query.nbytes != KEY_BYTES + CIPHERTEXT_BYTES * len(self._polynomials[0]):
+            raise MalformedMessage("size", f"a query of {query.nbytes} bytes")
+
     def answer(self, query: memoryview) -> bytes:
         """The encrypted products of one row.
 
         Raises:
             MalformedMessage: the query is of the wrong size, or no key and ciphertexts.
         """
-        chunks = len(self._polynomials[0])
-        if query.nbytes != KEY_BYTES + CIPHERTEXT_BYTES * chunks:
-            raise MalformedMessage("size", f"a query of {query.nbytes} bytes")
+        self.require_size(query)
         try:
             key = self._context.from_public_str(bytes(query[:KEY_BYTES]))
         except (RuntimeError, ValueError, TypeError) as error:

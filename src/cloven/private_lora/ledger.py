@@ -2,9 +2,10 @@
 
 Whoever may use a linear map may learn it: Q answers of b bits reveal at most Q·b bits of every row. The ledger is what limits Q.
 
-    unit      one row of a query, per (adapter, group of linears); the group's matrices share the query
+    unit      one row of a query for one matrix; a query for a group of matrices is charged to all of them
     charge    rows are reserved in blocks of 256 in one SQLite transaction (synchronous, before the answer is computed); a process hands
               its reserved rows out from memory, and gives back what is left of them at its end, or when other clients need it
+    rotation  the secret key of the adapter's rotations, here because it must be the same for every bundle of the adapter
     witness   a small file outside the ledger's folder with the ledger's number and generation, which grows with every charge: a ledger
               that is missing, older than the witness (restored from a backup), or another adapter's is refused
 
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from cloven.errors import BadInput, BudgetExhausted, LedgerUnusable
+from cloven.field.prg import KEY_BYTES
+from cloven.telemetry import logger
 
 FORMAT = 1
 BLOCK = 256
@@ -35,8 +38,8 @@ _WAIT_SECONDS = 5.0
 _MAX_WITNESS_BYTES = 65_536
 _NUMBER = re.compile(r"[0-9a-f]{32}")
 _SCHEMA = """
-CREATE TABLE ledger (format INTEGER, adapter TEXT, number TEXT, generation INTEGER, budget INTEGER, share INTEGER);
-CREATE TABLE charged (grp TEXT, client TEXT, rows INTEGER NOT NULL CHECK (rows >= 0), PRIMARY KEY (grp, client)) WITHOUT ROWID;
+CREATE TABLE ledger (format INTEGER, adapter TEXT, number TEXT, generation INTEGER, budget INTEGER, share INTEGER, rotation BLOB);
+CREATE TABLE charged (matrix TEXT, client TEXT, rows INTEGER NOT NULL CHECK (rows >= 0), PRIMARY KEY (matrix, client)) WITHOUT ROWID;
 """
 
 
@@ -129,8 +132,19 @@ def require_ledger_place(path: Path, adapter: str) -> None:
     raise BadInput(f"this adapter has a ledger already: give --ledger {known.path}, so that nothing is forgotten")
 
 
-def create_ledger(path: Path, adapter: str, budget: int, share: int) -> None:
+def rotation_key(path: Path, adapter: str) -> bytes:
+    """The key of the adapter's ledger at `path`, or a fresh one where there is no ledger yet."""
+    if not path.exists():
+        return secrets.token_bytes(KEY_BYTES)
+    with contextlib.closing(Ledger(path, adapter)) as ledger:
+        return ledger.rotation_key()
+
+
+def create_ledger(path: Path, adapter: str, budget: int, share: int, rotation: bytes) -> None:
     """Create the ledger of an adapter, or go on with the one at `path`, whose budgets are then set anew and whose counts stay.
+
+    Args:
+        rotation: see `rotation_key`.
 
     Raises:
         BadInput: the adapter has a ledger elsewhere.  LedgerUnusable: see `Ledger`.
@@ -147,7 +161,7 @@ def create_ledger(path: Path, adapter: str, budget: int, share: int) -> None:
         database.execute("BEGIN IMMEDIATE")
         for statement in _SCHEMA.strip().split(";")[:-1]:
             database.execute(statement)
-        database.execute("INSERT INTO ledger VALUES (?, ?, ?, 1, ?, ?)", (FORMAT, adapter, number, budget, share))
+        database.execute("INSERT INTO ledger VALUES (?, ?, ?, 1, ?, ?, ?)", (FORMAT, adapter, number, budget, share, rotation))
         database.execute("COMMIT")
     try:
         _write_witness(adapter, path, number, 1)
@@ -158,9 +172,9 @@ def create_ledger(path: Path, adapter: str, budget: int, share: int) -> None:
 
 @dataclass(frozen=True)
 class Account:
-    """Rows charged to one client for one group."""
+    """Rows of one matrix charged to one client."""
 
-    group: str
+    matrix: str
     client: str
     rows: int
 
@@ -175,8 +189,8 @@ class Ledger:
     Raises:
         LedgerUnusable: missing, corrupt, locked, another adapter's, or older than its witness.
 
-    Guarantee: over all processes, clients and restarts, no more rows of a group are handed out by `charge` than the budget, nor to one
-    client more than its share.
+    Guarantee: over all processes, clients and restarts, no more rows of a matrix are handed out by `charge` than the budget, nor to one
+    client more than its share. A forked child is refused: it would hand out what its parent reserved.
     """
 
     def __init__(self, path: Path, adapter: str) -> None:
@@ -184,6 +198,7 @@ class Ledger:
         self._reserved: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._pid = os.getpid()
         if not path.is_file():
             raise LedgerUnusable(f"{path}: the ledger is missing: restore it; it is made only by `cloven prepare private-lora`")
         try:
@@ -242,8 +257,13 @@ class Ledger:
             )
         return number, generation
 
+    def rotation_key(self) -> bytes:
+        """32 secret bytes from which every bundle of the adapter draws its rotations; see `factors`."""
+        row: tuple[bytes] = self._database.execute("SELECT rotation FROM ledger").fetchone()
+        return row[0]
+
     def budget(self) -> tuple[int, int]:
-        """The rows that all clients, and one client, may have of a group."""
+        """The rows that all clients, and one client, may have of a matrix."""
         row: tuple[int, int] = self._database.execute("SELECT budget, share FROM ledger").fetchone()
         return row
 
@@ -255,19 +275,21 @@ class Ledger:
     def charge(self, group: str, client: str, rows: int) -> None:
         """Account for rows before they are answered.
 
+        Args:
+            group: names of the matrices that answer, joined by "+".
+
         Raises:
             BudgetExhausted: too few are left, for this client or for all; nothing was charged.
             LedgerUnusable: it may have been charged, but nothing may be answered.
         """
         with self._lock:
-            if self._closed:
-                raise LedgerUnusable(f"{self._path}: the ledger is closed")
+            self._require_mine()
             missing = rows - self._reserved.get((group, client), 0)
             if missing > 0:
                 try:
                     granted = self._reserve(group, client, missing)
                 except BudgetExhausted:  # other clients of this process may hold rows that they do not need
-                    self._give_back(group)
+                    self._give_back()
                     granted, missing = self._reserve(group, client, rows), rows
                 self._reserved[group, client] = rows - missing + granted
             self._reserved[group, client] -= rows
@@ -278,28 +300,34 @@ class Ledger:
 
         def reserve() -> None:
             nonlocal granted
-            budget, share = self.budget()
-            accounts = self._database.execute("SELECT client, rows FROM charged WHERE grp = ?", (group,)).fetchall()
-            left_for_all = budget - sum(rows for _, rows in accounts)
-            left_for_one = share - dict(accounts).get(client, 0)
-            granted = min(wanted, left_for_all, left_for_one)
-            if granted < missing:
-                whose = "this client's share" if left_for_one < left_for_all else "the budget"
-                left = max(0, min(left_for_all, left_for_one))
-                raise BudgetExhausted(f"{whose} of answers is used up: {left} rows are left, {missing} were asked for")
+            granted = wanted
+            for matrix in group.split("+"):
+                for_all, for_one = self._left(matrix, client)
+                granted = min(granted, for_all, for_one)
+                if granted < missing:  # how much the others have used is not this client's business
+                    logger.info("%s: refused %d rows; left are %d, for this client %d", matrix, missing, for_all, for_one)
+                    whose = "this client's share" if for_one < for_all else "the budget"
+                    raise BudgetExhausted(f"{whose} of answers is used up, or too small for {missing} rows")
             self._add(group, client, granted)
 
         self._change(reserve)
         return granted
 
+    def _left(self, matrix: str, client: str) -> tuple[int, int]:
+        """Rows of a matrix that are left for all clients, and for this one."""
+        budget, share = self.budget()
+        accounts = self._database.execute("SELECT client, rows FROM charged WHERE matrix = ?", (matrix,)).fetchall()
+        return budget - sum(rows for _, rows in accounts), share - dict(accounts).get(client, 0)
+
     def _add(self, group: str, client: str, rows: int) -> None:
-        self._database.execute(
-            "INSERT INTO charged VALUES (?, ?, ?) ON CONFLICT (grp, client) DO UPDATE SET rows = rows + excluded.rows",
-            (group, client, rows),
+        self._database.executemany(
+            "INSERT INTO charged VALUES (?, ?, ?) ON CONFLICT (matrix, client) DO UPDATE SET rows = rows + excluded.rows",
+            [(matrix, client, rows) for matrix in group.split("+")],
         )
 
     def _change(self, operation: Any) -> None:
         """One transaction and one more generation; the witness follows before anything is answered."""
+        self._require_mine()
         try:
             with self._transaction():
                 _, generation = self._identity()
@@ -311,25 +339,30 @@ class Ledger:
 
     def accounts(self) -> list[Account]:
         """What is charged, reserved rows of running servers included."""
-        rows = self._database.execute("SELECT grp, client, rows FROM charged ORDER BY grp, client").fetchall()
+        rows = self._database.execute("SELECT matrix, client, rows FROM charged ORDER BY matrix, client").fetchall()
         return [Account(*row) for row in rows]
 
     def close(self) -> None:
         """Give back what was reserved and not answered, and close."""
         with self._lock:
-            if self._closed:
+            if self._closed or os.getpid() != self._pid:
                 return
-            self._closed = True
             try:
                 self._give_back()
             finally:
+                self._closed = True
                 self._database.close()
 
-    def _give_back(self, group: str | None = None) -> None:
-        """Undo the charge of rows that are reserved and not answered: of one group, or of all."""
-        unused = {key: rows for key, rows in self._reserved.items() if rows and group in (None, key[0])}
-        for key in unused:
-            del self._reserved[key]  # before the transaction: what fails stays charged
+    def _require_mine(self) -> None:
+        if self._closed:
+            raise LedgerUnusable(f"{self._path}: the ledger is closed")
+        if os.getpid() != self._pid:
+            raise LedgerUnusable(f"{self._path}: this process was forked from the one that opened the ledger: open it anew")
+
+    def _give_back(self) -> None:
+        """Undo the charge of rows that are reserved and not answered."""
+        unused = [(rows, matrix, client) for (group, client), rows in self._reserved.items() if rows for matrix in group.split("+")]
+        self._reserved.clear()  # before the transaction: what fails stays charged
         if unused:
-            statement = "UPDATE charged SET rows = rows - ? WHERE grp = ? AND client = ?"
-            self._change(lambda: self._database.executemany(statement, [(rows, *key) for key, rows in unused.items()]))
+            statement = "UPDATE charged SET rows = rows - ? WHERE matrix = ? AND client = ?"
+            self._change(lambda: self._database.executemany(statement, unused))

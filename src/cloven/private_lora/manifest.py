@@ -4,9 +4,10 @@ OUT/client/manifest.json   {format, version, scheme, bundle, nonce, specificatio
 OUT/client/manifest.sig    Ed25519 over the bytes of manifest.json, hexadecimal
 OUT/server/manifest.json   {format, version, scheme, bundle, specification, bits, hint, adapter, ledger, groups, files}
 
-A client group is {columns, l2, modules: [{name, outputs, rank}]}, a server group {name, rows, columns}. The bundle id is the first 16
-bytes of the SHA-256 of the canonical JSON of what the client gets and a nonce. The client pins the SHA-256 of its manifest, which holds the
-hashes of the hints: one public value for all users, so that the server cannot tag them.
+A client group is {columns, l2, modules: [{name, outputs, rank}]}, a server group {name, rows, columns, entropy}. The bundle id is the
+first 16 bytes of the SHA-256 of the canonical JSON of what the client gets and a nonce. The client pins the SHA-256 of its manifest, which
+holds the hashes of the hints: one public value for all users, so that the server cannot tag them. Without a pin the signature tells only
+that the bundle is whole: the signer's key stands in it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from cloven.bundle.manifest import FORMAT_VERSION, MANIFEST, load_manifest, parse_files, require
+from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle, BadInput, ForeignBundle, TamperedBundle
 from cloven.masks.lwe_parameters import SPECIFICATION, LweParameters, lwe_parameters
 from cloven.private_lora.config import FEWEST_BITS, MOST_BITS, TERMS
@@ -126,11 +128,12 @@ class ClientManifest:
 
 @dataclass(frozen=True)
 class ServerGroup:
-    """The integer matrix W' [rows, columns] of a group, pad columns included."""
+    """The integer matrix W' [rows, columns] of a group, pad columns included; `entropy`: see `Quantised`."""
 
     name: str
     rows: int
     columns: int
+    entropy: float
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,10 @@ class ServerManifest:
         require(isinstance(record["adapter"], str) and _HEX32.fullmatch(record["adapter"]) is not None, path, "adapter")
         require(isinstance(record["ledger"], str) and 0 < len(record["ledger"]) < 4096, path, "ledger")
         for group in record["groups"]:
-            require(isinstance(group, dict) and set(group) == {"name", "rows", "columns"}, path, "a group")
+            require(isinstance(group, dict) and set(group) == {"name", "rows", "columns", "entropy"}, path, "a group")
             require(isinstance(group["name"], str) and 0 < len(group["name"]) < 65_536, path, "a group's name")
             require(all(_is_side(group[name]) for name in ("rows", "columns")), path, "a group's shape")
+            require(type(group["entropy"]) is float and 0 <= group["entropy"] <= 8, path, "a group's entropy")
         groups = tuple(ServerGroup(**group) for group in record["groups"])
         files = parse_files(record["files"], path)
         require(SERVER_FILE in files and len({group.name for group in groups}) == len(groups), path, "files")
@@ -206,6 +210,19 @@ def read_client(folder: Path, pin: str | None = None) -> ClientManifest:
         if found != pin.lower():
             raise ForeignBundle(f"{folder}: the bundle's fingerprint is {found}, pinned is {pin.lower()}: do not use it")
     return manifest
+
+
+def verify_client(folder: Path, manifest: ClientManifest) -> None:
+    """Hash every file of the client's half; what could steer a model or its tokenizer and is not listed is refused.
+
+    Raises:
+        BadBundle, TamperedBundle: names the file.
+    """
+    verify_files(folder, manifest.files)
+    for path in sorted(folder.iterdir()):
+        steers = path.suffix in (".json", ".jinja", ".txt", ".model", ".py", ".safetensors") and path.name != MANIFEST
+        if steers and path.name not in manifest.files:
+            raise TamperedBundle(f"{path}: is not a file of this bundle: remove it")
 
 
 def fingerprint(folder: Path) -> str:

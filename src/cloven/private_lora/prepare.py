@@ -1,7 +1,7 @@
 """`prepare private-lora`: from a public base and a PEFT adapter to OUT/server, which is secret, and OUT/client, for every client.
 
     1. read the adapter; hash the base; find which adapted linears share an input
-    2. per module:  s·B A = V C, V orthonormal with a fresh rotation        (`factors`)
+    2. per module:  s·B A = V C, V orthonormal with a secret rotation       (`factors`)
     3. per group:   C of all its modules -> two int8 terms W;  W' = [R | W];  H = W' A_pub + E_h, R and E_h fresh
     4. write W' for the server; V, scales and H for the client; sign what the client gets; one rename makes OUT appear
     5. create the ledger, or go on with the adapter's
@@ -32,7 +32,7 @@ from cloven.bundle.partial_folder import partial_folder, require_new
 from cloven.bundle.verification import sha256_file
 from cloven.errors import BadInput
 from cloven.field.gaussian import gaussians
-from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.field.prg import KEY_BYTES
 from cloven.field.products import multiply
 from cloven.field.residues import add
 from cloven.field.selection import select_backend
@@ -45,7 +45,7 @@ from cloven.private_lora.adapter import Adapter, LoraModule, read_adapter
 from cloven.private_lora.base import base_sha256, weight_files
 from cloven.private_lora.config import PrivateLoraConfig, revealed_share
 from cloven.private_lora.factors import Core, Quantised, factor, quantise
-from cloven.private_lora.ledger import create_ledger, require_ledger_place
+from cloven.private_lora.ledger import create_ledger, require_ledger_place, rotation_key
 from cloven.private_lora.manifest import (
     SCHEME,
     SERVER_FILE,
@@ -67,11 +67,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation made: the client's manifest, its fingerprint, and the largest share of a matrix that the budget reveals."""
+    """What a preparation made.
+
+    Args:
+        manifest, fingerprint: the client's manifest, and what clients pin.
+        revealed: the largest share of a matrix that the budget gives away.
+        quantisation_error: the largest relative error of a group's C in two int8 terms.
+    """
 
     manifest: ClientManifest
     fingerprint: str
     revealed: float
+    quantisation_error: float
 
 
 def prepare_private_lora(
@@ -111,6 +118,7 @@ def prepare_private_lora(
     groups = _groups(source.config, lora)
     place = Path(ledger).expanduser().absolute() if ledger is not None else out / "server" / LEDGER_FILE
     require_ledger_place(place, lora.sha256)
+    rotation = rotation_key(place, lora.sha256)
     key = _signing_key(Path(signing_key).expanduser()) if signing_key is not None else Ed25519PrivateKey.generate()
     with partial_folder(out) as partial, torch.no_grad():
         client, server = partial / "client", partial / "server"
@@ -118,8 +126,9 @@ def prepare_private_lora(
         server.mkdir(mode=0o700)
         progress("hash base", 0, 1)
         base_hash = base_sha256(source.folder)
-        described, matrices, public = split_groups(groups, config.parameters, progress)
-        _write_key(server / SIGNING_KEY, key)
+        described, matrices, public, quantised = split_groups(groups, config.parameters, rotation, progress)
+        if signing_key is None:
+            _write_key(server / SIGNING_KEY, key)
         public[_tripwire(source.config)] = torch.empty(0)
         save_file(public, client / CLIENT_FILE)
         manifest = ClientManifest(
@@ -139,13 +148,15 @@ def prepare_private_lora(
         mark = manifest.write(client, key)
         for path in client.iterdir():
             path.chmod(0o644)
-        write_server(server, manifest, matrices, lora.sha256, LEDGER_FILE if ledger is None else str(place))
+        write_server(server, manifest, matrices, quantised, lora.sha256, LEDGER_FILE if ledger is None else str(place))
     try:
-        create_ledger(place, lora.sha256, config.budget_tokens, config.client_share)
+        create_ledger(place, lora.sha256, config.budget_tokens, config.client_share, rotation)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # nothing can be served without a ledger
         raise
-    return Prepared(manifest, mark, max(revealed_share(config.budget_tokens, group.columns, config.bits) for group in described))
+    pairs = zip(described, quantised, strict=True)
+    shares = [revealed_share(config.budget_tokens, group.columns, config.bits, one.entropy) for group, one in pairs]
+    return Prepared(manifest, mark, max(shares), max(one.error for one in quantised))
 
 
 def _groups(config: PretrainedConfig, adapter: Adapter) -> list[list[LoraModule]]:
@@ -173,25 +184,26 @@ def _groups(config: PretrainedConfig, adapter: Adapter) -> list[list[LoraModule]
 
 
 def split_groups(
-    groups: list[list[LoraModule]], parameters: LweParameters, progress: Progress
-) -> tuple[tuple[ClientGroup, ...], list[Tensor], dict[str, Tensor]]:
-    """Steps 2 and 3: what the client is told of every group, W' of every group, and the client's tensors."""
-    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "private-lora")
+    groups: list[list[LoraModule]], parameters: LweParameters, rotation: bytes, progress: Progress
+) -> tuple[tuple[ClientGroup, ...], list[Tensor], dict[str, Tensor], list[Quantised]]:
+    """Steps 2 and 3: what the client is told of every group, W' of every group, the client's tensors, and how C was quantised."""
     described: list[ClientGroup] = []
     matrices: list[Tensor] = []
     public: dict[str, Tensor] = {}
+    all_quantised: list[Quantised] = []
     largest = parameters.pad_columns + max(group[0].a.shape[1] for group in groups)
     transposed = a_pub(largest).t().contiguous()  # [n, D]
     for index, group in enumerate(groups):
         progress("split", index, len(groups))
-        cores = [factor(module, stream) for module in group]
+        cores = [factor(module, rotation) for module in group]
         quantised = quantise(torch.cat([core.rows for core in cores]))
-        matrix, hint = with_pad(quantised.codes, parameters, stream, transposed)
+        matrix, hint = with_pad(quantised.codes, parameters, transposed)
         matrices.append(matrix)
+        all_quantised.append(quantised)
         public[hint_name(index)] = hint
         described.append(_describe(group, cores, quantised))
         public |= _client_tensors(index, cores, quantised)
-    return tuple(described), matrices, public
+    return tuple(described), matrices, public, all_quantised
 
 
 def _describe(group: list[LoraModule], cores: list[Core], quantised: Quantised) -> ClientGroup:
@@ -206,7 +218,7 @@ def _client_tensors(index: int, cores: list[Core], quantised: Quantised) -> dict
     return tensors
 
 
-def with_pad(codes: Tensor, parameters: LweParameters, stream: SecretStream, transposed: Tensor) -> tuple[Tensor, Tensor]:
+def with_pad(codes: Tensor, parameters: LweParameters, transposed: Tensor) -> tuple[Tensor, Tensor]:
     """W' = [R | W] and H = W' A_pub + E_h for int8 codes W [N, K], with fresh R and E_h.
 
     Args:
@@ -236,7 +248,9 @@ def _draw_pad(rows: int, parameters: LweParameters) -> Tensor:
     return torch.from_numpy((words % np.uint64(2 * _LIMITS + 1)).astype(np.int16) - _LIMITS).to(torch.int8).view(rows, -1)
 
 
-def write_server(server: Path, client: ClientManifest, matrices: list[Tensor], adapter: str, ledger: str) -> None:
+def write_server(
+    server: Path, client: ClientManifest, matrices: list[Tensor], quantised: list[Quantised], adapter: str, ledger: str
+) -> None:
     """Write the server's half of a bundle: W' of every group, and the manifest; mode 0600."""
     (server / SERVER_FILE).touch(mode=0o600)
     save_file({str(index): matrix for index, matrix in enumerate(matrices)}, server / SERVER_FILE)
@@ -246,7 +260,10 @@ def write_server(server: Path, client: ClientManifest, matrices: list[Tensor], a
         hint=client.hint,
         adapter=adapter,
         ledger=ledger,
-        groups=tuple(ServerGroup(group.name, *matrix.shape) for group, matrix in zip(client.groups, matrices, strict=True)),
+        groups=tuple(
+            ServerGroup(group.name, matrix.shape[0], matrix.shape[1], round(one.entropy, 3))
+            for group, matrix, one in zip(client.groups, matrices, quantised, strict=True)
+        ),
         files={SERVER_FILE: sha256_file(server / SERVER_FILE)},
     ).write(server)
 

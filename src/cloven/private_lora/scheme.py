@@ -11,7 +11,7 @@ from cloven.errors import BadBundle
 from cloven.model.registration import ClovenConfig, register_scheme
 from cloven.model.runtime import RuntimeOptions
 from cloven.private_lora.base import require_base, weight_files
-from cloven.private_lora.manifest import ClientManifest, read_client
+from cloven.private_lora.manifest import ClientManifest, read_client, verify_client
 from cloven.private_lora.session import LoraSession, base_folder, install, open_session
 
 
@@ -28,6 +28,7 @@ class PrivateLora:
     def weights(self, folder: Path, config: ClovenConfig) -> list[Path]:
         """See `Scheme.weights`: the base's files, which must be those that the adapter was made for."""
         manifest = read_client(folder, config.given("pin"))
+        verify_client(folder, manifest)
         base = base_folder(config.given("base") or manifest.base_name)
         require_base(base, manifest.base)
         return weight_files(base)

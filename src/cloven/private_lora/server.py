@@ -26,7 +26,7 @@ from cloven.bundle.verification import verify_bytes
 from cloven.errors import BadBundle, BadInput, BudgetExhausted, LedgerUnusable
 from cloven.field.products import multiply
 from cloven.field.selection import select_backend
-from cloven.private_lora.fhe import BANNER, FheMatrix
+from cloven.private_lora.fhe import BANNER, FheMatrix, require_seal
 from cloven.private_lora.ledger import Ledger
 from cloven.private_lora.manifest import SERVER_FILE, ServerManifest
 from cloven.private_lora.messages import ADAPTER, Answer, Encrypted, EncryptedAnswer, Query, rounded
@@ -82,8 +82,10 @@ class ServedAdapter:
         if group not in self._encrypted:
             w = self.matrices[group]
             self._encrypted[group] = FheMatrix(w.codes[: w.rows, self.manifest.parameters.pad_columns : w.columns])
+        encrypted = self._encrypted[group]
+        encrypted.require_size(query)
         self.ledger.charge(self.manifest.groups[group].name, client, 1)
-        return self._encrypted[group].answer(query)
+        return encrypted.answer(query)
 
 
 def server_matrices(folder: Path, manifest: ServerManifest) -> list[Tensor]:
@@ -134,6 +136,7 @@ class AdapterServer(Server):
         self._ledgers: dict[Path, Ledger] = {}
         self._fhe = insecure_fhe_semi_honest
         if self._fhe:
+            require_seal()
             logger.warning(BANNER)
         try:
             for folder in folders:
@@ -173,6 +176,7 @@ class AdapterServer(Server):
         try:
             return self._metered(adapter, message, payload, peer)
         except BudgetExhausted as error:
+            logger.warning("refused a query of %s for %s: %s", peer or "a client", adapter.manifest.groups[message.group].name, error)
             raise MalformedMessage("budget", str(error), message.id) from error
         except LedgerUnusable as error:
             logger.error("%s", error)

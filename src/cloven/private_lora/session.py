@@ -22,8 +22,8 @@ from cloven.masks.lwe_parameters import LweParameters
 from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session
 from cloven.private_lora.base import require_base
 from cloven.private_lora.fhe import BANNER, FheClient
-from cloven.private_lora.layer import AdaptedGroup, Product
-from cloven.private_lora.manifest import ClientGroup, ClientManifest, read_client
+from cloven.private_lora.layer import AdaptedGroup, Product, Runs, Watch
+from cloven.private_lora.manifest import ClientGroup, ClientManifest, read_client, verify_client
 from cloven.private_lora.messages import ADAPTER
 from cloven.private_lora.names import CLIENT_FILE, basis_name, hint_name, scales_name
 from cloven.private_lora.query import CheckFailed, EncryptedMatrix, RemoteMatrix
@@ -32,6 +32,7 @@ from cloven.wire.channel import Channel
 from cloven.wire.keys import trusted_keys
 
 _T = TypeVar("_T")
+_LARGEST_SCALE, _NOT_ORTHONORMAL = 2.0**40, 1e-3
 
 
 class LoraSession(Session):
@@ -93,7 +94,19 @@ def client_tensors(folder: Path, manifest: ClientManifest) -> dict[str, Tensor]:
                 raise BadBundle(f"{path}: {name} is missing, or of another shape than the manifest says")
             if not tensor.isfinite().all() or (dtype == torch.int32 and not is_residue(tensor)):
                 raise BadBundle(f"{path}: {name} holds values out of range")
+        _require_plausible(tensors, index, group, path)
     return tensors
+
+
+def _require_plausible(tensors: dict[str, Tensor], index: int, group: ClientGroup, path: Path) -> None:
+    """Orthonormal bases and small scales: nothing overflows for some inputs only, which would tell the server about them."""
+    scales = tensors[scales_name(index)]
+    if float(scales.min()) <= 0 or float(scales.max()) * group.l2 > _LARGEST_SCALE:
+        raise BadBundle(f"{path}: {scales_name(index)} holds values out of range")
+    for position, module in enumerate(group.modules):
+        v = tensors[basis_name(index, position)].double()
+        if float((v.t() @ v - torch.eye(module.rank, dtype=torch.float64)).abs().max()) > _NOT_ORTHONORMAL:
+            raise BadBundle(f"{path}: {basis_name(index, position)} is no orthonormal basis")
 
 
 def adapt(
@@ -108,7 +121,8 @@ def adapt(
     """Adapt a loaded base model: `AutoModelForCausalLM.from_pretrained(BASE)` plus this call.
 
     Args:
-        model: the public base, loaded from its directory or the Hub, in any dtype.
+        model: the public base, loaded from its directory or the Hub, in any dtype. The directory is hashed; that the model in memory is
+            what is in there is taken for granted.
         client: OUT/client.
         address: the adapter server's; None: attach later with `cloven.attach`.
         keys: the client's folder of keys, made by `cloven keygen`; needed for tcp.
@@ -124,15 +138,14 @@ def adapt(
     """
     folder = Path(client).expanduser()
     manifest = read_client(folder, options.get("pin"))
+    verify_client(folder, manifest)
     require_base(base_folder(base or getattr(model, "name_or_path", "") or manifest.base_name), manifest.base)
-    install(model, folder, manifest)
-    if address is None:
-        return None
     try:
-        settings = RuntimeOptions(address, Path(keys) if keys is not None else None, **options)
+        settings = RuntimeOptions(address or "", Path(keys) if keys is not None else None, **options)
     except TypeError as error:
         raise BadInput(f"cloven.adapt: unknown option among {', '.join(sorted(options))}") from error
-    return open_session(model, settings)
+    install(model, folder, manifest)
+    return open_session(model, settings) if address is not None else None
 
 
 def base_folder(base: str | Path) -> Path:
@@ -153,18 +166,19 @@ def base_folder(base: str | Path) -> Path:
 def install(model: Any, folder: Path, manifest: ClientManifest) -> None:
     """Put the adapted groups into a model; they need a session before they run."""
     if getattr(model, "cloven_lora", None) is not None:
-        raise BadInput("this model is adapted already: load the base again")
-    tensors = client_tensors(folder, manifest)
+        raise BadInput("this model is adapted already: connect it with cloven.attach, or load the base again for another adapter")
+    tensors, runs = client_tensors(folder, manifest), Runs()
     groups: list[AdaptedGroup] = []
     try:
         for index, group in enumerate(manifest.groups):
             bases = [tensors[basis_name(index, position)] for position in range(len(group.modules))]
-            groups.append(AdaptedGroup(model, index, group, tensors[scales_name(index)], bases))
+            groups.append(AdaptedGroup(model, index, group, tensors[scales_name(index)], bases, runs))
     except BaseException:
         for done in groups:
             done.remove()
         raise
-    model.cloven_folder, model.cloven_lora = folder, groups
+    Watch(model, [group.name for group in groups], runs)
+    model.cloven_scheme, model.cloven_folder, model.cloven_lora = "private-lora", folder, groups
     model.cloven_hints = [tensors[hint_name(index)] for index in range(len(groups))]
 
 
@@ -199,22 +213,23 @@ def open_session(model: Any, options: RuntimeOptions) -> LoraSession:
     try:
         if channel.hello() != len(groups):
             raise BadBundle("the adapter server has another number of groups for this bundle")
+        keys = FheClient() if options.backend == "fhe" else None
         telemetry.reset()
         session = LoraSession(model, channel, telemetry)
     except BaseException:
         channel.close()
         raise
-    if options.backend == "fhe":
+    if keys is not None:
         logger.warning(BANNER)
-        _connect_encrypted(session, groups)
+        _connect_encrypted(session, groups, keys)
     else:
         _connect_groups(session, model, groups, manifest, options)
     return session
 
 
-def _connect_encrypted(session: LoraSession, groups: list[AdaptedGroup]) -> None:
+def _connect_encrypted(session: LoraSession, groups: list[AdaptedGroup], keys: FheClient) -> None:
     """The fhe backend: no masks, one fresh key pair for the session."""
-    session.masks, session.remote, keys = [], [], FheClient()
+    session.masks, session.remote = [], []
     for adapted in groups:
         group = adapted.group
         remote = EncryptedMatrix(group.name, adapted.index, group.rows, group.columns, remote_bounds(group), keys, session.channel)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cloven.errors import BadInput
+from cloven.field.prg import KEY_BYTES
 from cloven.private_lora.adapter import LoraModule
 from cloven.private_lora.config import PrivateLoraConfig
 from cloven.private_lora.ledger import create_ledger
@@ -43,11 +44,13 @@ def write_random_adapter(folder: Path, shape: str, budget: int, layers: int | No
     """Write FOLDER/server for `AdapterServer`; the weights are random, and no secret.
 
     Raises:
-        BadInput: unknown shape.
+        BadInput: unknown shape, or layers that it does not have.
     """
     if shape not in ADAPTER_SHAPES:
         raise BadInput(f"shape {shape!r}: choose one of {', '.join(ADAPTER_SHAPES)}")
     whole, inputs, outputs = ADAPTER_SHAPES[shape]
+    if layers is not None and not 1 <= layers <= whole:
+        raise BadInput(f"{layers} layers: {shape} has {whole}")
     generator = torch.Generator().manual_seed(0)
 
     def module(layer: int, name: str, width: int) -> LoraModule:
@@ -56,12 +59,13 @@ def write_random_adapter(folder: Path, shape: str, budget: int, layers: int | No
 
     groups = [[module(layer, name, width) for name, width in outputs.items()] for layer in range(layers or whole)]
     config = PrivateLoraConfig(budget)
-    described, matrices, public = split_groups(groups, config.parameters, lambda stage, done, total: None)
+    rotation = secrets.token_bytes(KEY_BYTES)
+    described, matrices, public, quantised = split_groups(groups, config.parameters, rotation, lambda stage, done, total: None)
     bundle, adapter = secrets.token_hex(16), secrets.token_hex(32)
     manifest = ClientManifest(bundle, secrets.token_hex(16), config.bits, config.hint, "0" * 64, "", described, "0" * 64, {})
     (folder / "server").mkdir(parents=True)
-    write_server(folder / "server", manifest, matrices, adapter, LEDGER_FILE)
-    create_ledger(folder / "server" / LEDGER_FILE, adapter, budget, budget)
+    write_server(folder / "server", manifest, matrices, quantised, adapter, LEDGER_FILE)
+    create_ledger(folder / "server" / LEDGER_FILE, adapter, budget, budget, rotation)
     count = range(len(groups))
     return RandomAdapter(
         bytes.fromhex(bundle),
