@@ -123,7 +123,7 @@ def test_the_whole_way(tmp_path: Path, address: str) -> None:
     first, server, client, share, *_ = result.stdout.splitlines()
     assert re.fullmatch(r"Bundle [0-9a-f]{32}: 35 adapted linears, 20 queries per token", first)
     assert str(out / "server") in server and "secret" in server and str(out / "client") in client
-    assert share.startswith("100 tokens of 16 bits give away up to 78.1% of the adapter's narrowest matrix") and "metered" in share
+    assert share.startswith("100 tokens of 16 bits give away up to 100.0% of the adapter's narrowest matrix") and "metered" in share
     pin = client.rpartition(" ")[2]
     assert re.fullmatch(r"[0-9a-f]{64}", pin)
     command = [sys.executable, "-m", "cloven", "adapter-server", str(out / "server"), "--listen", address]
@@ -147,7 +147,7 @@ def test_the_whole_way(tmp_path: Path, address: str) -> None:
     for group in record["groups"]:
         assert group["used"] == rows and group["left"] == 100 - rows and group["clients"] == {"local": rows}
         width = 672 if "down_proj" in group["group"] else 256
-        assert group["revealed"] == pytest.approx(16 * rows / (8 * width))
+        assert 16 * rows / (8 * width) < group["revealed"] < 16 * rows / (5 * width)  # weights of 5 to 8 bits
 
 
 # --- one server, looked at from all sides

@@ -464,7 +464,7 @@ def test_nothing_secret_in_a_repr(llama: Adapted) -> None:
 # --- what an adapted model does not do silently
 
 
-def test_attached_later(tmp_path: Path, socket_folder: Path) -> None:
+def test_a_model_whose_server_was_absent_is_attached_later(tmp_path: Path, socket_folder: Path) -> None:
     """`adapt` without an address, or with one where nobody answers, leaves a model that `attach` connects."""
     out, address = copied(lora_bundle(), tmp_path / "out"), f"ipc://{socket_folder}/s"
     model = base_model()
