@@ -16,6 +16,7 @@ SECURITY_RELEVANT = ("Bundle", "Session", "Worker", "attach", "generate_keys", "
 
 def test_the_public_names() -> None:
     assert set(cloven.__all__) == {
+        "AdapterServerProcess",
         "Bundle",
         "ClovenConfig",
         "ClovenError",
@@ -28,6 +29,10 @@ def test_the_public_names() -> None:
         "generate_keys",
         "EnclaveProcess",
         "KvShieldConfig",
+        "PrivateLoraConfig",
+        "adapt",
+        "demo_adapter_path",
+        "prepare_private_lora",
         "open_bundle",
         "prepare_kv_shield",
         "prepare_slip",

@@ -48,9 +48,9 @@ def product(request: int, z: Tensor = Z) -> list[bytes]:
 class Session:
     """A channel to a fake worker on a shared context."""
 
-    def __init__(self, context: Context, timeout: float = 5) -> None:
+    def __init__(self, context: Context, timeout: float = 5, spin: float = 0.0) -> None:
         self.context = context
-        self.channel = Channel(ADDRESS, BUNDLE, timeout=timeout, context=context)
+        self.channel = Channel(ADDRESS, BUNDLE, timeout=timeout, context=context, spin=spin)
 
     def multiply(self, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
         return self.channel.multiply("layer-7", 2, C, W.shape[0], meanwhile)
@@ -60,17 +60,20 @@ def fake(context: Context, answer: Answer) -> FakeWorker:
     return FakeWorker(context, ADDRESS, lambda frames: answer(unpack(list(frames))[0]))
 
 
-@pytest.fixture
-def session(context: Context) -> Iterator[Session]:
-    session = Session(context)
+SPINS = {"asleep": 0.0, "awake": 0.1}  # how the answer is waited for, which must change nothing
+
+
+@pytest.fixture(params=SPINS.values(), ids=SPINS)
+def session(context: Context, request: pytest.FixtureRequest) -> Iterator[Session]:
+    session = Session(context, spin=request.param)
     yield session
     session.channel.close()
 
 
-@pytest.fixture
-def hasty(context: Context) -> Iterator[Session]:
+@pytest.fixture(params=SPINS.values(), ids=SPINS)
+def hasty(context: Context, request: pytest.FixtureRequest) -> Iterator[Session]:
     """A session that waits 0.45 s at most."""
-    session = Session(context, timeout=0.45)
+    session = Session(context, timeout=0.45, spin=request.param)
     yield session
     session.channel.close()
 

@@ -29,7 +29,7 @@ from cloven.field.selection import select_backend
 from cloven.masks.lwe import LweMasks
 from cloven.private_lora.layer import deltas
 from cloven.private_lora.messages import ADAPTER, rounded
-from cloven.private_lora.session import remote_matrix
+from cloven.private_lora.session import SPIN_SECONDS, remote_matrix
 from cloven.telemetry import Telemetry
 from cloven.wire.channel import Channel
 from cloven.zoo.random_adapter import RandomAdapter, write_random_adapter
@@ -81,7 +81,8 @@ class _Client:
 
     def __init__(self, adapter: RandomAdapter, address: str) -> None:
         self.telemetry = Telemetry()
-        self.channel = Channel(address, adapter.bundle, telemetry=self.telemetry, schema=ADAPTER, peer="adapter-server", timeout=120.0)
+        options: dict[str, Any] = {"schema": ADAPTER, "peer": "adapter-server", "spin": SPIN_SECONDS, "timeout": 120.0}
+        self.channel = Channel(address, adapter.bundle, telemetry=self.telemetry, **options)
         self.channel.hello()
         parameters, backend = adapter.config.parameters, select_backend("cpu")
         self.masks, self.remote, self.adapter = [], [], adapter

@@ -32,6 +32,7 @@ from cloven.wire.channel import Channel
 from cloven.wire.keys import trusted_keys
 
 _T = TypeVar("_T")
+SPIN_SECONDS = 0.001  # an answer takes less, and waking up from sleep as much again (measured: 19 ms per token without, 12 with)
 _LARGEST_SCALE, _NOT_ORTHONORMAL = 2.0**40, 1e-3
 
 
@@ -209,6 +210,7 @@ def open_session(model: Any, options: RuntimeOptions) -> LoraSession:
         telemetry=telemetry,
         schema=ADAPTER,
         peer="adapter-server",
+        spin=SPIN_SECONDS,
     )
     try:
         if channel.hello() != len(groups):
