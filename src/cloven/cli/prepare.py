@@ -105,6 +105,8 @@ def private_lora(
         f"{budget_tokens:,} tokens of {bits} bits give away up to {prepared.revealed:.1%} of the adapter's narrowest matrix, "
         "whoever asks them: what answers reveal is metered, not hidden."
     )
+    if prepared.earlier_budget is not None:
+        typer.echo(f"The budget was {prepared.earlier_budget:,}; it is {budget_tokens:,} now, for every bundle of this adapter.")
     if prepared.revealed == 1:
         narrow = min(group.columns for group in groups)
         typer.echo(f"That is all of it: at most {8 * narrow // bits:,} tokens reconstruct a matrix with {narrow:,} columns exactly.")

@@ -140,6 +140,14 @@ def rotation_key(path: Path, adapter: str) -> bytes:
         return ledger.rotation_key()
 
 
+def earlier_budget(path: Path, adapter: str) -> int | None:
+    """The budget in the adapter's ledger at `path`, or None where there is no ledger yet."""
+    if not path.exists():
+        return None
+    with contextlib.closing(Ledger(path, adapter)) as ledger:
+        return ledger.budget()[0]
+
+
 def create_ledger(path: Path, adapter: str, budget: int, share: int, rotation: bytes) -> None:
     """Create the ledger of an adapter, or go on with the one at `path`, whose budgets are then set anew and whose counts stay.
 

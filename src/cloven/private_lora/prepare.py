@@ -45,7 +45,7 @@ from cloven.private_lora.adapter import Adapter, LoraModule, read_adapter
 from cloven.private_lora.base import base_sha256, weight_files
 from cloven.private_lora.config import PrivateLoraConfig, revealed_share
 from cloven.private_lora.factors import Core, Quantised, factor, quantise
-from cloven.private_lora.ledger import create_ledger, require_ledger_place, rotation_key
+from cloven.private_lora.ledger import create_ledger, earlier_budget, require_ledger_place, rotation_key
 from cloven.private_lora.manifest import (
     SCHEME,
     SERVER_FILE,
@@ -73,12 +73,14 @@ class Prepared:
         manifest, fingerprint: the client's manifest, and what clients pin.
         revealed: the largest share of a matrix that the budget gives away.
         quantisation_error: the largest relative error of a group's C in two int8 terms.
+        earlier_budget: what the adapter's ledger allowed until now, for every bundle of the adapter; None where it is new.
     """
 
     manifest: ClientManifest
     fingerprint: str
     revealed: float
     quantisation_error: float
+    earlier_budget: int | None
 
 
 def prepare_private_lora(
@@ -118,7 +120,7 @@ def prepare_private_lora(
     groups = _groups(source.config, lora)
     place = Path(ledger).expanduser().absolute() if ledger is not None else out / "server" / LEDGER_FILE
     require_ledger_place(place, lora.sha256)
-    rotation = rotation_key(place, lora.sha256)
+    rotation, earlier = rotation_key(place, lora.sha256), earlier_budget(place, lora.sha256)
     key = _signing_key(Path(signing_key).expanduser()) if signing_key is not None else Ed25519PrivateKey.generate()
     with partial_folder(out) as partial, torch.no_grad():
         client, server = partial / "client", partial / "server"
@@ -156,7 +158,7 @@ def prepare_private_lora(
         raise
     pairs = zip(described, quantised, strict=True)
     shares = [revealed_share(config.budget_tokens, group.columns, config.bits, one.entropy) for group, one in pairs]
-    return Prepared(manifest, mark, max(shares), max(one.error for one in quantised))
+    return Prepared(manifest, mark, max(shares), max(one.error for one in quantised), earlier)
 
 
 def _groups(config: PretrainedConfig, adapter: Adapter) -> list[list[LoraModule]]:
