@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cloven
 from cloven.private_lora.config import PrivateLoraConfig
-from cloven.private_lora.ledger import Account, read_witness
+from cloven.private_lora.ledger import Account
 from cloven.private_lora.manifest import ClientManifest, ServerManifest
 from cloven.private_lora.prepare import LEDGER_FILE, prepare_private_lora
 from cloven.private_lora.server import AdapterServer
 from cloven.private_lora.session import LoraSession
+from cloven.private_lora.witness import read_witness
 from cloven.wire import server as server_module
 from cloven.zoo.tiny import tiny_model
 from tests.split_models import scratch, tiny, tiny_folder

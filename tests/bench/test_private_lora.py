@@ -15,7 +15,7 @@ from cloven.bench.ledgers import ledgers_in
 from cloven.bench.private_lora import BackendFigures, LoraBench, bench_private_lora
 from cloven.bench.references import Fhe
 from cloven.errors import BadInput
-from cloven.private_lora.ledger import state_folder
+from cloven.private_lora.witness import state_folder
 from cloven.zoo.random_adapter import write_random_adapter
 
 FIGURES = {  # of the issue: at the top for lwe, and for every backend

@@ -19,7 +19,7 @@ import cloven
 from cloven.audit.fhe import residues, with_residues
 from cloven.errors import BadInput, WorkerRefused
 from cloven.field.residues import H, P
-from cloven.private_lora import session as session_module
+from cloven.model import runtime
 from cloven.private_lora.fhe import (
     CIPHERTEXT_BYTES,
     DEGREE,
@@ -460,7 +460,7 @@ def test_a_client_without_seal_is_told_so_and_leaves_no_connection(
             channels.append(self)
 
     monkeypatch.setitem(sys.modules, "seal", None)
-    monkeypatch.setattr(session_module, "Channel", Kept)
+    monkeypatch.setattr(runtime, "Channel", Kept)
     out = copied(lora_bundle(), tmp_path / "out")
     with adapter_server(out / "server", f"ipc://{socket_folder}/s") as server, pytest.raises(BadInput, match="needs SEAL"):
         connect(out, server._address, **FHE)

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from cloven.errors import BadInput, BudgetExhausted, LedgerUnusable
 from cloven.private_lora import ledger as module
-from cloven.private_lora.ledger import BLOCK, Account, Ledger, create_ledger, read_witness, require_ledger_place, state_folder
+from cloven.private_lora.ledger import BLOCK, Account, Ledger, before, create_ledger, require_ledger_place
+from cloven.private_lora.witness import read_witness, state_folder, write_witness
 
 ADAPTER, OTHER = "a" * 64, "b" * 64
 BUDGET, SHARE = 1000, 600
@@ -413,8 +414,8 @@ def test_any_witness_is_read_or_refused(content: bytes) -> None:
 
 def test_a_witness_only_goes_forwards(path: Path) -> None:
     number = read_witness(ADAPTER).number  # type: ignore[union-attr]
-    module._write_witness(ADAPTER, path, number, 9)
-    module._write_witness(ADAPTER, path, number, 4)
+    write_witness(ADAPTER, path, number, 9)
+    write_witness(ADAPTER, path, number, 4)
     assert read_witness(ADAPTER).generation == 9  # type: ignore[union-attr]
 
 
@@ -437,7 +438,7 @@ def test_no_answer_without_the_witness(path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_crash_between_ledger_and_witness(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(path, ADAPTER)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_witness", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "write_witness", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ledger.charge("g", "c", 1)
     ledger._database.close()
@@ -617,6 +618,6 @@ def test_what_others_used_is_not_told(path: Path) -> None:
 
 
 def test_the_rotation_key_is_kept(path: Path) -> None:
-    assert module.rotation_key(path, ADAPTER) == ROTATION
+    assert before(path, ADAPTER) == (ROTATION, BUDGET)
     absent = path.with_name("absent.sqlite")
-    assert module.rotation_key(absent, ADAPTER) != module.rotation_key(absent, ADAPTER)
+    assert before(absent, ADAPTER)[0] != before(absent, ADAPTER)[0] and before(absent, ADAPTER)[1] is None

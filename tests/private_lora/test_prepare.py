@@ -24,10 +24,11 @@ from cloven.private_lora import prepare as module
 from cloven.private_lora.adapter import WEIGHTS, LoraModule, read_adapter
 from cloven.private_lora.base import base_sha256
 from cloven.private_lora.config import PrivateLoraConfig
-from cloven.private_lora.ledger import Ledger, read_witness
+from cloven.private_lora.ledger import Ledger
 from cloven.private_lora.manifest import SERVER_FILE, ClientManifest, ServerManifest, fingerprint
 from cloven.private_lora.names import CLIENT_FILE, basis_name, hint_name, scales_name
 from cloven.private_lora.prepare import LEDGER_FILE, SIGNING_KEY, prepare_private_lora
+from cloven.private_lora.witness import read_witness
 from cloven.zoo.tiny import tiny_config
 from tests.lora_bundles import FAMILIES, adapter_folder, base_model, client_manifest, lora_bundle, own_bundle, peft_adapter, plain, tensors
 from tests.split_models import tiny, tiny_folder

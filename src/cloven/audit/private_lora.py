@@ -7,7 +7,7 @@ attacks ask a copy of the server's arithmetic, as often as the budget allows or,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,11 +19,12 @@ from cloven.audit.linear_algebra import solve_left
 from cloven.errors import ForeignBundle
 from cloven.field.codec import encode
 from cloven.field.products import multiply
-from cloven.field.residues import H, P, centre, subtract
+from cloven.field.residues import H, P, add, centre, subtract
 from cloven.field.selection import select_backend
 from cloven.masks.lwe import LweMasks
 from cloven.masks.lwe_parameters import LweParameters
 from cloven.masks.public_matrix import a_pub
+from cloven.private_lora.config import revealed_share
 from cloven.private_lora.ledger import Ledger
 from cloven.private_lora.manifest import ClientGroup, ServerManifest, read_client
 from cloven.private_lora.messages import rounded, unrounded
@@ -44,8 +45,8 @@ _SHOWN_COLUMNS = 1024  # of wider matrices the attacks show this many: the other
 class Target:
     """One group under attack: W' int8 [N, D] as the server holds it, and what a client holds."""
 
-    matrix: Tensor
-    hint: Tensor
+    matrix: Tensor = field(repr=False)
+    hint: Tensor = field(repr=False)
     group: ClientGroup
     parameters: LweParameters
     bits: int
@@ -198,7 +199,7 @@ def _fraction(target: Target, name: str, what: str, exact: float, shown: int, an
     """`exact`: share of the `shown` columns that `answers` answers gave exactly; the rest of the budget goes on like that."""
     columns = target.codes.shape[1]
     value = exact * min(1.0, target.budget * (shown / answers) / columns)
-    bound = min(1.0, target.budget * target.bits / (8 * columns))
+    bound = revealed_share(target.budget, columns, target.bits, 8.0)
     metric = f"fraction of the weights exact, within the budget of {target.budget:,} answers ({what}); chance: the information bound"
     return Attack(name, SCHEME, _CLIENT, metric, value, bound, exact, shown, "broken" if value >= 0.5 else "measured")
 
@@ -250,10 +251,8 @@ def distinguish(target: Target, generator: torch.Generator) -> Attack:
         return float((guesses == coins).double().mean())
 
     value = guessed(masks.take(_TRIES).mask(rows[coins]))
-    again, seen = masks.take(_TRIES), rows[coins]
-    mask, _ = again._mask, again.mask(seen)
-    assert mask is not None
-    weakened = guessed(subtract(centre(mask.long() + seen.long()), mask))
+    earlier = masks.take(_TRIES).mask(torch.zeros_like(rows[coins]))  # a query for zeros: the bare mask
+    weakened = guessed(subtract(add(rows[coins], earlier), earlier))
     metric = "fraction of queries told apart, of two inputs that the server knows"
     return Attack("distinguish", SCHEME, _SERVER, metric, value, 0.5, weakened, _TRIES, _coin_verdict(value, _TRIES))
 

@@ -48,7 +48,9 @@ def _check_shape(backend: Backend, generator: torch.Generator, m: int, n: int, k
             expected = centre((high @ exact.t() % P) * 65536 + low @ exact.t())
             if not torch.equal(multiply(backend, c, placed).cpu(), expected):
                 return False
-    return True
+    lowest = backend.place(torch.full((n, k), -128, dtype=torch.int8))  # a digit of A_pub, on the side of the weights
+    least = torch.full((m, k), -127, dtype=torch.int8)
+    return torch.equal(backend.small(least, lowest).cpu(), torch.full((m, n), 127 * 128 * k, dtype=torch.int32))
 
 
 _selected: dict[str, Backend] = {}

@@ -44,10 +44,9 @@ from cloven.kv_shield.messages import (
 )
 from cloven.kv_shield.sealed_cache import SealedCache, resume, seal
 from cloven.model.attention import rotary_module
-from cloven.model.runtime import CLOSED, RuntimeOptions, Session
+from cloven.model.runtime import CLOSED, RuntimeOptions, Session, open_channel
 from cloven.telemetry import Telemetry
 from cloven.wire.channel import Channel
-from cloven.wire.keys import trusted_keys
 from cloven.wire.limits import MAX_PAYLOAD_BYTES
 
 _MOVES_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
@@ -327,16 +326,7 @@ def open_session(model: Any, options: RuntimeOptions) -> KvSession:
         raise BadBundle("this model was not loaded from OUT/exposed of a KV-Shield bundle")
     manifest = KvManifest.read(folder, EXPOSED)
     telemetry = Telemetry()
-    channel = Channel(
-        options.address,
-        bytes.fromhex(manifest.bundle),
-        keys=trusted_keys(options.keys) if options.keys is not None else None,
-        timeout=options.timeout,
-        insecure_plain_tcp=options.insecure_plain_tcp,
-        telemetry=telemetry,
-        schema=ENCLAVE,
-        peer="enclave",
-    )
+    channel = open_channel(options, manifest.bundle, telemetry, schema=ENCLAVE, peer="enclave")
     try:
         channel.hello()
         telemetry.reset()

@@ -8,13 +8,14 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from cloven.errors import BadInput, SecurityError, SessionClosed
 from cloven.telemetry import LayerStatistics, Telemetry
 from cloven.wire.channel import Channel
+from cloven.wire.keys import trusted_keys
 from cloven.wire.limits import DEFAULT_TIMEOUT
 
 _T = TypeVar("_T")
@@ -62,6 +63,24 @@ class RuntimeOptions:
     def with_timeout(self, timeout: float) -> RuntimeOptions:
         """The same with another timeout."""
         return replace(self, timeout=timeout)
+
+
+def open_channel(options: RuntimeOptions, bundle: str, telemetry: Telemetry, **more: Any) -> Channel:
+    """A connection as the options say.
+
+    Args:
+        bundle: the bundle's id, hexadecimal.
+        more: `schema`, `peer` and `spin` of `Channel`.
+    """
+    return Channel(
+        options.address,
+        bytes.fromhex(bundle),
+        keys=trusted_keys(options.keys) if options.keys is not None else None,
+        timeout=options.timeout,
+        insecure_plain_tcp=options.insecure_plain_tcp,
+        telemetry=telemetry,
+        **more,
+    )
 
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()

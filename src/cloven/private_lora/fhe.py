@@ -42,15 +42,6 @@ def _seal() -> Any:
     return seal
 
 
-def require_seal() -> None:
-    """Fail now if SEAL is not installed.
-
-    Raises:
-        BadInput: it is not.
-    """
-    _seal()
-
-
 def context() -> Any:
     """The BFV context of the specification.
 

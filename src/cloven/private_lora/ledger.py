@@ -16,10 +16,7 @@ share a ledger. Not detected: a machine that is set back as a whole, ledger and 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-import re
 import secrets
 import sqlite3
 import threading
@@ -30,89 +27,16 @@ from typing import Any
 
 from cloven.errors import BadInput, BudgetExhausted, LedgerUnusable
 from cloven.field.prg import KEY_BYTES
+from cloven.private_lora.witness import read_witness, witness_path, write_witness
 from cloven.telemetry import logger
 
 FORMAT = 1
 BLOCK = 256
 _WAIT_SECONDS = 5.0
-_MAX_WITNESS_BYTES = 65_536
-_NUMBER = re.compile(r"[0-9a-f]{32}")
 _SCHEMA = """
 CREATE TABLE ledger (format INTEGER, adapter TEXT, number TEXT, generation INTEGER, budget INTEGER, share INTEGER, rotation BLOB);
 CREATE TABLE charged (matrix TEXT, client TEXT, rows INTEGER NOT NULL CHECK (rows >= 0), PRIMARY KEY (matrix, client)) WITHOUT ROWID;
 """
-
-
-def state_folder() -> Path:
-    """Where witnesses are: $CLOVEN_STATE, or cloven/ in the user's state folder."""
-    given = os.environ.get("CLOVEN_STATE")
-    return Path(given) if given else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cloven"
-
-
-@dataclass(frozen=True)
-class Witness:
-    """What is known of an adapter's ledger outside of it."""
-
-    path: str
-    number: str
-    generation: int
-
-
-def _witness_path(adapter: str) -> Path:
-    return state_folder() / "ledgers" / f"{adapter}.json"
-
-
-def read_witness(adapter: str) -> Witness | None:
-    """The witness of an adapter's ledger, if there is one.
-
-    Raises:
-        LedgerUnusable: it cannot be read.
-    """
-    path = _witness_path(adapter)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MAX_WITNESS_BYTES else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LedgerUnusable(f"{path}: the ledger's witness cannot be read; restore it, or ask whoever owns the adapter") from error
-    if (
-        not isinstance(record, dict)
-        or set(record) != {"path", "number", "generation"}
-        or not isinstance(record["path"], str)
-        or not _NUMBER.fullmatch(str(record["number"]))
-        or type(record["generation"]) is not int
-    ):
-        raise LedgerUnusable(f"{path}: the ledger's witness is malformed; restore it, or ask whoever owns the adapter")
-    return Witness(**record)
-
-
-def _write_witness(adapter: str, path: Path, number: str, generation: int) -> None:
-    """Only ever forwards: another process may have written a later one."""
-    place = _witness_path(adapter)
-    try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (place.parent / f"{adapter}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            known = read_witness(adapter)
-            if known is not None and known.number == number and known.generation >= generation:
-                return
-            partial = place.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump({"path": str(path), "number": number, "generation": generation}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(place)
-            _sync_folder(place.parent)
-    except OSError as error:
-        raise LedgerUnusable(f"{place}: the ledger's witness cannot be written ({error.strerror}); nothing is served without it") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_ledger_place(path: Path, adapter: str) -> None:
@@ -127,32 +51,24 @@ def require_ledger_place(path: Path, adapter: str) -> None:
     if not Path(known.path).exists():
         raise BadInput(
             f"this adapter has a ledger, at {known.path}, which is missing: restore it, because what it counted was given away; "
-            f"if it never answered a client, remove {_witness_path(adapter)}"
+            f"if it never answered a client, remove {witness_path(adapter)}"
         )
     raise BadInput(f"this adapter has a ledger already: give --ledger {known.path}, so that nothing is forgotten")
 
 
-def rotation_key(path: Path, adapter: str) -> bytes:
-    """The key of the adapter's ledger at `path`, or a fresh one where there is no ledger yet."""
+def before(path: Path, adapter: str) -> tuple[bytes, int | None]:
+    """What a preparation goes on with: rotation key and budget of the adapter's ledger at `path`, or a fresh key and None."""
     if not path.exists():
-        return secrets.token_bytes(KEY_BYTES)
+        return secrets.token_bytes(KEY_BYTES), None
     with contextlib.closing(Ledger(path, adapter)) as ledger:
-        return ledger.rotation_key()
-
-
-def earlier_budget(path: Path, adapter: str) -> int | None:
-    """The budget in the adapter's ledger at `path`, or None where there is no ledger yet."""
-    if not path.exists():
-        return None
-    with contextlib.closing(Ledger(path, adapter)) as ledger:
-        return ledger.budget()[0]
+        return ledger.rotation_key(), ledger.budget()[0]
 
 
 def create_ledger(path: Path, adapter: str, budget: int, share: int, rotation: bytes) -> None:
     """Create the ledger of an adapter, or go on with the one at `path`, whose budgets are then set anew and whose counts stay.
 
     Args:
-        rotation: see `rotation_key`.
+        rotation: see `before`.
 
     Raises:
         BadInput: the adapter has a ledger elsewhere.  LedgerUnusable: see `Ledger`.
@@ -172,7 +88,7 @@ def create_ledger(path: Path, adapter: str, budget: int, share: int, rotation: b
         database.execute("INSERT INTO ledger VALUES (?, ?, ?, 1, ?, ?, ?)", (FORMAT, adapter, number, budget, share, rotation))
         database.execute("COMMIT")
     try:
-        _write_witness(adapter, path, number, 1)
+        write_witness(adapter, path, number, 1)
     except LedgerUnusable:
         path.unlink()  # nobody has asked anything yet
         raise
@@ -253,7 +169,7 @@ class Ledger:
         witness = read_witness(adapter)
         if witness is None:
             raise LedgerUnusable(
-                f"{self._path}: the ledger's witness {_witness_path(adapter)} is missing: move it along when the server moves "
+                f"{self._path}: the ledger's witness {witness_path(adapter)} is missing: move it along when the server moves "
                 "(or set CLOVEN_STATE)"
             )
         if witness.number != number:
@@ -343,7 +259,7 @@ class Ledger:
                 self._database.execute("UPDATE ledger SET generation = ?", (generation + 1,))
         except sqlite3.Error as error:
             raise self._unusable(error) from error
-        _write_witness(self.adapter, self._path, self._number, generation + 1)
+        write_witness(self.adapter, self._path, self._number, generation + 1)
 
     def accounts(self) -> list[Account]:
         """What is charged, reserved rows of running servers included."""

@@ -62,7 +62,7 @@ class ClientGroup:
 
     @property
     def name(self) -> str:
-        """For statistics, errors and the ledger: the same for every bundle of an adapter."""
+        """For statistics and errors; the ledger charges each of the modules that it names."""
         return "+".join(module.name for module in self.modules)
 
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cloven.bundle.partial_folder import partial_folder, require_new
 from cloven.bundle.verification import sha256_file
@@ -45,7 +45,7 @@ from cloven.private_lora.adapter import Adapter, LoraModule, read_adapter
 from cloven.private_lora.base import base_sha256, weight_files
 from cloven.private_lora.config import PrivateLoraConfig, revealed_share
 from cloven.private_lora.factors import Core, Quantised, factor, quantise
-from cloven.private_lora.ledger import create_ledger, earlier_budget, require_ledger_place, rotation_key
+from cloven.private_lora.ledger import before, create_ledger, require_ledger_place
 from cloven.private_lora.manifest import (
     SCHEME,
     SERVER_FILE,
@@ -117,10 +117,12 @@ def prepare_private_lora(
         raise BadInput("the base must be a model directory or a Hub id: clients compare its files' hash")
     weight_files(source.folder)
     lora = read_adapter(Path(adapter).expanduser())
-    groups = _groups(source.config, lora)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+    groups = _groups(skeleton, lora)
     place = Path(ledger).expanduser().absolute() if ledger is not None else out / "server" / LEDGER_FILE
     require_ledger_place(place, lora.sha256)
-    rotation, earlier = rotation_key(place, lora.sha256), earlier_budget(place, lora.sha256)
+    rotation, earlier = before(place, lora.sha256)
     key = _signing_key(Path(signing_key).expanduser()) if signing_key is not None else Ed25519PrivateKey.generate()
     with partial_folder(out) as partial, torch.no_grad():
         client, server = partial / "client", partial / "server"
@@ -131,7 +133,8 @@ def prepare_private_lora(
         described, matrices, public, quantised = split_groups(groups, config.parameters, rotation, progress)
         if signing_key is None:
             _write_key(server / SIGNING_KEY, key)
-        public[_tripwire(source.config)] = torch.empty(0)
+        # A name that the base has: OUT/client then fails to load without `import cloven`, instead of running on random weights.
+        public[next(iter(skeleton.state_dict()))] = torch.empty(0)
         save_file(public, client / CLIENT_FILE)
         manifest = ClientManifest(
             bundle="",
@@ -145,7 +148,7 @@ def prepare_private_lora(
             files={CLIENT_FILE: sha256_file(client / CLIENT_FILE)},
         )
         manifest = replace(manifest, bundle=client_bundle_id(manifest))
-        _write_configuration(source, client, manifest)
+        _write_configuration(source, skeleton, client, manifest)
         manifest = replace(manifest, files={path.name: sha256_file(path) for path in sorted(client.iterdir())})
         mark = manifest.write(client, key)
         for path in client.iterdir():
@@ -161,14 +164,13 @@ def prepare_private_lora(
     return Prepared(manifest, mark, max(shares), max(one.error for one in quantised), earlier)
 
 
-def _groups(config: PretrainedConfig, adapter: Adapter) -> list[list[LoraModule]]:
+def _groups(skeleton: PreTrainedModel, adapter: Adapter) -> list[list[LoraModule]]:
     """The adapted modules by shared input; checked against the base's shapes. Modules whose product B A is zero are left out.
 
     Raises:
         BadInput: a module that the base lacks, or of another shape; nothing that has an effect.
     """
-    with torch.device("meta"):
-        linears = linears_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    config, linears = skeleton.config, linears_of(skeleton)
     adapted: dict[str, LoraModule] = {}
     for module in adapter.modules:
         if module.name not in linears:
@@ -287,17 +289,9 @@ def _signing_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def _tripwire(config: PretrainedConfig) -> str:
-    """A name that the base has: empty in OUT/client, so that loading it without `import cloven` fails, instead of random weights."""
-    with torch.device("meta"):
-        return str(next(iter(AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict())))
-
-
-def _write_configuration(source: Source, client: Path, manifest: ClientManifest) -> None:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+def _write_configuration(source: Source, skeleton: PreTrainedModel, client: Path, manifest: ClientManifest) -> None:
     description: dict[str, Any] = {"scheme": SCHEME, "version": VERSION, "bundle": manifest.bundle, "model": {}}
-    write_configuration(model, client, description, dtype=str(source.config.dtype or torch.float32).removeprefix("torch."))
+    write_configuration(skeleton, client, description, dtype=str(source.config.dtype or torch.float32).removeprefix("torch."))
     assert source.folder is not None
     generation = source.folder / "generation_config.json"
     if generation.is_file():

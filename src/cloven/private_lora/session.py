@@ -19,7 +19,7 @@ from cloven.field.selection import select_backend
 from cloven.masks.look_ahead import LookAhead
 from cloven.masks.lwe import LweMasks
 from cloven.masks.lwe_parameters import LweParameters
-from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session
+from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session, open_channel
 from cloven.private_lora.base import require_base
 from cloven.private_lora.fhe import BANNER, FheClient
 from cloven.private_lora.layer import AdaptedGroup, Product, Runs, Watch
@@ -29,7 +29,6 @@ from cloven.private_lora.names import CLIENT_FILE, basis_name, hint_name, scales
 from cloven.private_lora.query import CheckFailed, EncryptedMatrix, RemoteMatrix
 from cloven.telemetry import Telemetry, logger
 from cloven.wire.channel import Channel
-from cloven.wire.keys import trusted_keys
 
 _T = TypeVar("_T")
 SPIN_SECONDS = 0.001  # an answer takes less, and waking up from sleep as much again (measured: 19 ms per token without, 12 with)
@@ -155,7 +154,7 @@ def base_folder(base: str | Path) -> Path:
     Raises:
         BadInput: not known, or not there.
     """
-    from cloven.model.source import open_source
+    from cloven.model.source import open_source  # imports transformers, which imports this module when cloven registers with it
 
     if not str(base):
         raise BadInput("the base model is needed: give its directory as `base`, --base or CLOVEN_BASE")
@@ -201,17 +200,7 @@ def open_session(model: Any, options: RuntimeOptions) -> LoraSession:
         raise BadBundle("this model is not adapted: load OUT/client with from_pretrained, or call cloven.adapt")
     manifest = read_client(folder, options.pin)
     telemetry = Telemetry()
-    channel = Channel(
-        options.address,
-        bytes.fromhex(manifest.bundle),
-        keys=trusted_keys(options.keys) if options.keys is not None else None,
-        timeout=options.timeout,
-        insecure_plain_tcp=options.insecure_plain_tcp,
-        telemetry=telemetry,
-        schema=ADAPTER,
-        peer="adapter-server",
-        spin=SPIN_SECONDS,
-    )
+    channel = open_channel(options, manifest.bundle, telemetry, schema=ADAPTER, peer="adapter-server", spin=SPIN_SECONDS)
     try:
         if channel.hello() != len(groups):
             raise BadBundle("the adapter server has another number of groups for this bundle")
@@ -221,11 +210,15 @@ def open_session(model: Any, options: RuntimeOptions) -> LoraSession:
     except BaseException:
         channel.close()
         raise
-    if keys is not None:
-        logger.warning(BANNER)
-        _connect_encrypted(session, groups, keys)
-    else:
-        _connect_groups(session, model, groups, manifest, options)
+    try:
+        if keys is not None:
+            logger.warning(BANNER)
+            _connect_encrypted(session, groups, keys)
+        else:
+            _connect_groups(session, model, groups, manifest, options)
+    except BaseException:
+        session.close("it could not be opened")
+        raise
     return session
 
 

@@ -25,13 +25,11 @@ from cloven.field.products import PlacedMatrix
 from cloven.field.selection import select_backend
 from cloven.masks.look_ahead import LookAhead
 from cloven.masks.one_time import OneTimePads, PadKey
-from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session
+from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session, open_channel
 from cloven.offload import OffloadedMatrix
 from cloven.slip.layer import Product, SplitGroup
 from cloven.slip.split_model import groups_of
 from cloven.telemetry import Telemetry
-from cloven.wire.channel import Channel
-from cloven.wire.keys import trusted_keys
 
 
 class SlipSession(Session):
@@ -67,14 +65,7 @@ def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
         raise BadBundle(f"{trusted}: config.json and manifest.json list different numbers of groups")
     copy = ExposedCopy(options.exposed or trusted.parent / "exposed", manifest)
     telemetry = Telemetry()
-    channel = Channel(
-        options.address,
-        bytes.fromhex(manifest.bundle),
-        keys=trusted_keys(options.keys) if options.keys is not None else None,
-        timeout=options.timeout,
-        insecure_plain_tcp=options.insecure_plain_tcp,
-        telemetry=telemetry,
-    )
+    channel = open_channel(options, manifest.bundle, telemetry)
     try:
         channel.hello()
         telemetry.reset()
