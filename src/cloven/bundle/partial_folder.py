@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cloven.errors import BadInput, RunError
@@ -25,8 +25,13 @@ def require_new(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes OUT if all goes well and vanishes otherwise; what an earlier run left behind is removed."""
+def partial_folder(out: Path, resumes: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """A folder that becomes OUT if all goes well and vanishes otherwise; what an earlier run left behind is removed.
+
+    Args:
+        resumes: for work that can go on later: whether what an earlier run left in the folder is to be kept (or it raises `BadInput`). The
+            folder then stays, unless the input was bad.
+    """
     partial = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +50,10 @@ def partial_folder(out: Path) -> Iterator[Path]:
             raise BadInput(f"{partial}: is in the way, and no earlier `cloven prepare` of yours left it there; remove it first")
         os.fchmod(lock, 0o700)
         (partial / _MARKER).touch(mode=0o600)
+        keep = resumes is not None and resumes(partial)
         try:
-            _empty(partial)
+            if not keep:
+                _empty(partial)
             yield partial
             (partial / _MARKER).unlink()
             partial.chmod(0o755)
@@ -54,10 +61,13 @@ def partial_folder(out: Path) -> Iterator[Path]:
                 out.rmdir()
             partial.rename(out)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            stays = resumes is not None and not isinstance(error, BadInput)
+            if not stays:
+                shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError | RunError):
                 reason = (error.strerror if isinstance(error, OSError) else None) or error
-                raise RunError(f"{out}: {reason}; nothing was left behind") from error
+                rest = f"run the same command again to go on, or remove {partial}" if stays else "nothing was left behind"
+                raise RunError(f"{out}: {reason}; {rest}") from error
             raise
     finally:
         os.close(lock)

@@ -52,39 +52,61 @@ class ShardWriter:
 
     def write_index(self) -> None:
         """Write the index that transformers reads: `{stem}.safetensors.index.json`."""
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.file_of}
         name = f"{self._stem}.safetensors.index.json"
-        (self._folder / name).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        write_index(self._folder / name, self.file_of, self.total_bytes)
         self.files[name] = sha256_file(self._folder / name)
 
     def _flush(self) -> None:
         name = f"{self._stem}-{self._written + 1:05d}.safetensors"
-        path = self._folder / name
-        mode = 0o600 if self._secret else 0o644
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
-        try:
-            save_file(
-                _separate(self._pending),
-                path,
-                metadata={"format": "pt"},
-            )
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"writing {name} failed: {error}") from error
-        path.chmod(mode)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        self.files[name] = sha256_file(path)
+        if (self._folder / name).exists():
+            raise FileExistsError(f"{name} is there already")
+        self.files[name] = write_shard(self._folder / name, self._pending, secret=self._secret)
         self.total_bytes += self._pending_bytes
         self._written += 1
         self._pending.clear()
         self._pending_bytes = 0
 
 
+def write_index(path: Path, file_of: dict[str, str], total_bytes: int) -> None:
+    """Write the index of a sharded checkpoint: the file of every tensor, by name."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
+    path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], *, secret: bool, metadata: dict[str, str] | None = None) -> str:
+    """Write one file, durably, that is there complete or not at all; what an earlier attempt left is replaced.
+
+    Args:
+        secret: mode 0600 from the first byte on; 0644 otherwise.
+
+    Returns:
+        Its SHA-256.
+
+    Raises:
+        RunError: the disk is full, say.
+    """
+    mode = 0o600 if secret else 0o644
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    try:
+        save_file(_separate(tensors), partial, metadata={"format": "pt", **(metadata or {})})
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"writing {path.name} failed: {error}") from error
+    partial.chmod(mode)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    digest = sha256_file(partial)
+    partial.replace(path)
+    return digest
+
+
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, none sharing memory with another or with something larger: safetensors refuses those."""
     seen: set[int] = set()
     result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, given in tensors.items():
+        tensor = given.detach().contiguous()
         storage = tensor.untyped_storage()
         result[name] = tensor.clone() if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen else tensor
         seen.add(storage.data_ptr())

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cloven.errors import BadBundle, TamperedBundle
@@ -27,8 +28,8 @@ def sha256_file(path: Path) -> str:
 
 def sha256_matrix(matrix: Tensor) -> str:
     """SHA-256 of a contiguous CPU tensor's bytes, hexadecimal."""
-    buffer: Any = matrix.contiguous().numpy()
-    return hashlib.sha256(memoryview(buffer).cast("B")).hexdigest()
+    buffer: Any = matrix.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(buffer)).hexdigest()
 
 
 def verify_bytes(data: bytes, expected: str, path: Path) -> None:

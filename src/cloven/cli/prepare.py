@@ -22,23 +22,54 @@ def _schemes() -> None:
 def slip(
     model: Annotated[str, typer.Argument(help="A model directory, or a model on the Hugging Face Hub.")],
     out: Annotated[Path, typer.Argument(help="A new folder; gets OUT/trusted and OUT/exposed.")],
-    secret_fraction: Annotated[float, typer.Option(help="Share of the parameters to keep secret.")] = 0.03,
+    no_public_relative: Annotated[
+        bool, typer.Option("--no-public-relative", help="Where the model comes from: no similar model is public.")
+    ] = False,
+    public_base: Annotated[
+        str | None, typer.Option(help="Where the model comes from: it is a fine-tune of this public model. Secret: the top of the difference.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Where it comes from: MODEL is public, the secret is this PEFT directory, a LoRA for it.")
+    ] = None,
+    secret_fraction: Annotated[float | None, typer.Option(help="Share of the parameters to keep secret; default: 0.03.")] = None,
     rank: Annotated[int | None, typer.Option(help="Keep this many singular values of every matrix instead.")] = None,
     precision: Annotated[str, typer.Option(help="int8, or int8x2: near-lossless, twice the worker's work.")] = "int8",
-    scramble: Annotated[bool, typer.Option("--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices.")] = True,
+    scramble: Annotated[
+        bool | None,
+        typer.Option("--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices; default: if there is no public relative."),
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="OUT/trusted/split.key of an earlier bundle: make the same bundle again.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, inline, pool (of processes), or ray.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda: where the factorisations are computed.")] = "cpu",
 ) -> None:
-    """Split a model by SLIP: the secret low-rank part for the trusted process, the rest for an untrusted worker."""
+    """Split a model by SLIP: the secret low-rank part for the trusted process, the rest for an untrusted worker.
+
+    Interrupted, the same command goes on where it stopped.
+    """
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.cli.progress import progress_bars
+    from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
     from cloven.slip.config import SlipConfig
     from cloven.slip.prepare import prepare_slip
 
     forbid_core_dumps()
     quiet_transformers()
-    config = SlipConfig(secret_fraction, rank, precision, scramble)
+    if adapter is not None and secret_fraction is not None:
+        raise BadInput("--secret-fraction: with --adapter the secret part is exactly the adapter")
+    if [no_public_relative, public_base is not None, adapter is not None].count(True) != 1 and secret_fraction != 0:
+        raise BadInput(
+            "where does the model come from? Give one of: --adapter PEFT_DIR (MODEL is public, the LoRA is secret), --public-base BASE "
+            "(MODEL is a fine-tune of a public model), --no-public-relative (nothing like it is public). A split that hides its weights by "
+            "a scramble is undone by a public relative"
+        )
+    origin = "adapter" if adapter is not None else "public-base" if public_base is not None else "private"
+    scrambled = scramble if scramble is not None else origin == "private"
+    config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scrambled, origin)
     with progress_bars() as progress:
-        bundle = prepare_slip(model, out, config, progress)
+        bundle = prepare_slip(
+            model, out, config, progress, adapter=adapter, public_base=public_base, key=key, engine=engine, device=device
+        )
     _print_summary(bundle)
 
 
@@ -138,10 +169,17 @@ def _print_summary(bundle: Bundle) -> None:
     console = Console()
     console.print(table)
     console.print(f"Quantisation error of the exposed part: {summary['quantisation_error']:.2e} (relative, Frobenius).")
-    console.print(
-        "'exposed whole': matrices that got nothing of the budget; the worker holds them quantised and scrambled, but complete. "
-        "Keep this bundle: another one of the same model, in the same hands, would give away what is secret here."
-    )
+    if parameters["origin"] == "adapter":
+        console.print("The secret part is exactly the adapter; the exposed half is a function of the public base alone.")
+    elif parameters["origin"] == "public-base":
+        exposed = 1 - summary["secret_energy"]
+        console.print(f"{exposed:.1%} of the fine-tune (the energy of its difference from the public base) is exposed; keep more to hide more.")
+    else:
+        console.print(
+            "'exposed whole': matrices that got nothing of the budget; the worker holds them quantised and scrambled, but complete. "
+            "Keep this bundle: another one of the same model, in the same hands, would give away what is secret here "
+            "(--key OUT/trusted/split.key makes the same one again)."
+        )
     console.print(f"Bundle {bundle.id}", highlight=False)
     console.print(f"  keep   {bundle.trusted}   secret", highlight=False, soft_wrap=True, markup=False)
     console.print(

@@ -14,7 +14,7 @@ from torch import nn
 
 from cloven.errors import BadInput, SecurityError, SessionClosed
 from cloven.telemetry import LayerStatistics, Telemetry
-from cloven.wire.channel import Channel
+from cloven.wire.channel import Channel, checked_rtt
 from cloven.wire.keys import trusted_keys
 from cloven.wire.limits import DEFAULT_TIMEOUT
 
@@ -39,6 +39,7 @@ class RuntimeOptions:
         pin: the fingerprint that the bundle must have (private LoRA).
         backend: "lwe", or "fhe": standard homomorphic encryption, for comparison (private LoRA).
         insecure_fhe_semi_honest: allow the fhe backend.
+        simulated_rtt: for measurements: seconds by which every exchange takes longer; `session.channel.simulated_rtt` changes it later.
     """
 
     address: str
@@ -51,6 +52,7 @@ class RuntimeOptions:
     pin: str | None = None
     backend: str = "lwe"
     insecure_fhe_semi_honest: bool = False
+    simulated_rtt: float = 0.0
 
     def __post_init__(self) -> None:
         if self.backend not in ("lwe", "fhe"):
@@ -59,6 +61,7 @@ class RuntimeOptions:
             raise BadInput("the fhe backend gives the adapter to a client that cheats: it needs insecure_fhe_semi_honest on both sides")
         if (self.look_ahead is not None and self.look_ahead < 0) or self.pad_bytes < 0:
             raise BadInput("look_ahead and pad_bytes: give 0 or more")
+        checked_rtt(self.simulated_rtt)
 
     def with_timeout(self, timeout: float) -> RuntimeOptions:
         """The same with another timeout."""
@@ -79,6 +82,7 @@ def open_channel(options: RuntimeOptions, bundle: str, telemetry: Telemetry, **m
         timeout=options.timeout,
         insecure_plain_tcp=options.insecure_plain_tcp,
         telemetry=telemetry,
+        simulated_rtt=options.simulated_rtt,
         **more,
     )
 

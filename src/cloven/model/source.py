@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -14,8 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from cloven.errors import BadInput, UnsupportedModel
 
@@ -54,6 +54,18 @@ class Source:
             raise BadInput(f"{self.folder}: the weights cannot be loaded: {_first_line(error)}") from error
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise BadInput(f"{self.folder}: the checkpoint lacks the weight {min(report['missing_keys'])}")
+        return model
+
+    def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model without weights, on the meta device."""
+        with torch.device("meta"):
+            config = copy.deepcopy(self.config)  # from_config notes the dtype in it
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if self.folder is not None and (self.folder / "generation_config.json").is_file():
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(self.folder)
+            except (OSError, ValueError, TypeError) as error:
+                raise BadInput(f"{self.folder}: generation_config.json cannot be used: {_first_line(error)}") from error
         return model
 
     def files(self, licences: bool = False) -> Iterator[Path]:
@@ -150,11 +162,3 @@ def write_configuration(model: PreTrainedModel, folder: Path, description: dict[
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-
-
-def other_tensors(model: PreTrainedModel, split: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the state dict that do not belong to a split module: embeddings, norms."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.rpartition(".")[0] not in split:
-                yield name, tensor

@@ -7,6 +7,7 @@ from typing import Any
 
 from cloven.errors import BadInput
 
+ORIGINS = ("private", "public-base", "adapter")
 PRECISIONS = {"int8": 1, "int8x2": 2}  # number of int8 terms of the exposed matrices
 
 
@@ -20,14 +21,26 @@ class SlipConfig:
         rank: keep this many singular values of every matrix instead.
         precision: "int8", or "int8x2" with a second int8 term for the remainder (near-lossless, twice the worker's work).
         scramble: permute and sign-flip the rows and columns of every group's exposed matrix with secret keys.
+        origin: where the model comes from, and so what is secret in it:
+            "private"      no public relative is known: the top singular part of every matrix is secret, with a decoy in its place;
+            "public-base"  a fine-tune of a public model: the top singular part of the difference is secret, the rest of it is exposed;
+            "adapter"      a LoRA on a public model: exactly the adapter is secret, and the exposed half is a function of the base alone.
+            The last two leave out scramble and decoy, which a public relative would undo, and take all scales from the base.
     """
 
     secret_fraction: float = 0.03
     rank: int | None = None
     precision: str = "int8"
     scramble: bool = True
+    origin: str = "private"
 
     def __post_init__(self) -> None:
+        if self.origin not in ORIGINS:
+            raise BadInput(f"origin {self.origin!r}: choose one of {', '.join(ORIGINS)}")
+        if self.origin != "private" and self.scramble:
+            raise BadInput("scramble: a public relative undoes it, and the exposed half would depend on secret keys: leave it out")
+        if self.origin == "adapter" and self.rank is not None:
+            raise BadInput("rank: the secret part is exactly the adapter; it has the adapter's rank")
         if not 0 <= self.secret_fraction <= 0.5:
             raise BadInput(f"secret fraction {self.secret_fraction}: give a share from 0 to 0.5; 0.03 is 3 % of the parameters")
         if self.rank is not None and self.rank < 0:

@@ -26,7 +26,7 @@ from cloven.field.prg import SecretStream
 
 _EXACT_SVD = 768  # smaller side up to which the SVD is exact; above, randomised subspace iteration
 _FLOAT64_SPECTRUM = 1024
-_FLOAT64_SPLIT = 2**24  # entries up to which E is computed in float64; float32 above, to spare memory: its rounding is far below int8x2's
+_FLOAT64_SPLIT = 2**22  # entries up to which E is computed in float64; float32 above, to spare memory: its rounding is far below int8x2's
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _COUPLING = 1 / 3
@@ -49,7 +49,7 @@ def spectrum(w: Tensor) -> Tensor:
     w = w.to(torch.float64 if min(w.shape) <= _FLOAT64_SPECTRUM else torch.float32)
     gram = w @ w.t() if w.shape[0] <= w.shape[1] else w.t() @ w
     squares: Tensor = torch.linalg.eigvalsh(gram)
-    return squares.flip(0).clamp_min(0).sqrt().to(torch.float64)
+    return squares.flip(0).clamp_min(0).sqrt().to("cpu", torch.float64)
 
 
 def allocate_ranks(spectra: list[Tensor], shapes: list[tuple[int, int]], fraction: float) -> list[int]:
@@ -72,23 +72,23 @@ def allocate_ranks(spectra: list[Tensor], shapes: list[tuple[int, int]], fractio
     return torch.bincount(owners[order][affordable], minlength=len(shapes)).tolist()
 
 
-def truncated_svd(w: Tensor, k: int, stream: SecretStream) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(w: Tensor, k: int, stream: SecretStream, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """The top k singular triples of W: U_k [N, k], σ [k], V_kᵀ [k, K], float64.
 
     Exact for small matrices; else a randomised range finder with subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4),
-    in float32 with a float64 finish.
+    in float32 with a float64 finish. Computed on `device`; the bits depend on it.
     """
     if min(w.shape) <= _EXACT_SVD:
-        u, s, vt = torch.linalg.svd(w.to(torch.float64), full_matrices=False)
-        return u[:, :k], s[:k], vt[:k]
-    narrow = w.to(torch.float32)
-    q = narrow @ stream.normal(w.shape[1], min(k + k // 2 + _OVERSAMPLING, *w.shape)).to(torch.float32)
+        u, s, vt = torch.linalg.svd(w.to(device, torch.float64), full_matrices=False)
+        return u[:, :k].cpu(), s[:k].cpu(), vt[:k].cpu()
+    narrow = w.to(device, torch.float32)
+    q = narrow @ stream.normal(w.shape[1], min(k + k // 2 + _OVERSAMPLING, *w.shape)).to(device, torch.float32)
     for _ in range(_ITERATIONS):
         q = torch.linalg.qr(q).Q
         q = narrow @ torch.linalg.qr(narrow.t() @ q).Q
     basis = torch.linalg.qr(q.to(torch.float64)).Q  # [N, k + oversampling]
     u, s, vt = torch.linalg.svd((basis.to(torch.float32).t() @ narrow).to(torch.float64), full_matrices=False)
-    return (basis @ u)[:, :k], s[:k], vt[:k]
+    return (basis @ u)[:, :k].cpu(), s[:k].cpu(), vt[:k].cpu()
 
 
 def _draw_between(values: Tensor, n: int, stream: SecretStream) -> Tensor:
@@ -99,21 +99,42 @@ def _draw_between(values: Tensor, n: int, stream: SecretStream) -> Tensor:
     return torch.lerp(values[below], values[above], position - below)
 
 
-def split(w: Tensor, rank: int, values: Tensor, stream: SecretStream) -> Split:
+def precise(entries: int) -> torch.dtype:
+    """In which dtype a matrix is split: float64, or float32 if it is large."""
+    return torch.float64 if entries <= _FLOAT64_SPLIT else torch.float32
+
+
+def split(w: Tensor, rank: int, values: Tensor, stream: SecretStream, out: Tensor | None = None, device: str = "cpu") -> Split:
     """Split W [N, K] at a rank, with the decoy.
 
     Args:
         values: all singular values of W, descending; what lies beyond the rank fills the hole.
         stream: secret randomness for O, D and the sketch.
+        out: where to put E, in the dtype of `precise`; may be W itself, to spare memory.
+        device: where the factorisation is computed.
     """
-    w = w.to(torch.float64 if w.numel() <= _FLOAT64_SPLIT else torch.float32)
+    w = w.to(precise(w.numel()) if out is None else out.dtype)
     if rank == 0:
-        return Split(w, w.new_zeros(0, w.shape[1]), w.new_zeros(w.shape[0], 0))
-    u, s, vt = truncated_svd(w, rank, stream)
+        return _without(w, w.new_zeros(w.shape[0], 0), w.new_zeros(0, w.shape[1]), out)
+    u, s, vt = truncated_svd(w, rank, stream, device)
     sizes = _draw_between(values[rank:], rank, stream)  # D
-    removed = w - (u * s).to(w.dtype) @ vt.to(w.dtype)  # R
-    coupling = (removed @ stream.normal(w.shape[1], rank).to(w.dtype)).to(torch.float64)  # R G
+    probe = stream.normal(w.shape[1], rank).to(w.dtype)  # G
+    # R G, without a copy of R = W − U_k Σ_k V_kᵀ
+    coupling = (w @ probe - (u * s).to(w.dtype) @ (vt.to(w.dtype) @ probe)).to(torch.float64)
     lengths = torch.linalg.vector_norm(coupling, dim=0).clamp_min(1e-300)
     coupling *= _COUPLING * sizes.square().mean().sqrt() / lengths  # Y
     secret_b = u @ (torch.diag(s) - sizes[:, None] * stream.orthogonal(rank)) - coupling
-    return Split(w - secret_b.to(w.dtype) @ vt.to(w.dtype), vt, secret_b)
+    return _without(w, secret_b, vt, out)
+
+
+def truncate(w: Tensor, difference: Tensor, rank: int, stream: SecretStream, out: Tensor | None = None, device: str = "cpu") -> Split:
+    """W without the top singular part of its difference from a public base, W − W_base [N, K]; no decoy. Arguments as of `split`."""
+    w = w.to(precise(w.numel()) if out is None else out.dtype)
+    u, s, vt = truncated_svd(difference, rank, stream, device)
+    return _without(w, u * s, vt, out)
+
+
+def _without(w: Tensor, secret_b: Tensor, secret_a: Tensor, out: Tensor | None) -> Split:
+    exposed = torch.empty_like(w) if out is None else out
+    torch.addmm(w, secret_b.to(w.dtype), secret_a.to(w.dtype), alpha=-1, out=exposed)
+    return Split(exposed, secret_a, secret_b)

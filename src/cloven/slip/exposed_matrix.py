@@ -24,6 +24,7 @@ from torch import Tensor
 from cloven.field.prg import SecretStream
 
 _SECOND_TERM = 254  # |remainder| ≤ ½, times 254 ≤ 127
+_ENTRIES_AT_A_TIME = 2**21
 
 
 @dataclass(frozen=True)
@@ -55,44 +56,69 @@ class ExposedMatrix:
         return unscrambled
 
 
-def _quantise(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor]:
-    """Ê [N, K] -> codes int8 [T·N, K], scales float64 [T, N]."""
-    scale = matrix.abs().amax(1) / 127
-    scale = torch.where(scale == 0, 1.0, scale).to(torch.float32).to(matrix.dtype)  # as it will be stored
-    exact = matrix / scale[:, None]
-    first = exact.round().clamp_(-127, 127)
-    codes, scales = [first.to(torch.int8)], [scale.to(torch.float64)]
-    if terms == 2:
-        codes.append(exact.sub_(first).mul_(_SECOND_TERM).round_().clamp_(-127, 127).to(torch.int8))
-        scales.append(scale.to(torch.float64) / _SECOND_TERM)
-    return torch.cat(codes), torch.stack(scales)
-
-
-def expose(matrix: Tensor, terms: int, stream: SecretStream | None) -> ExposedMatrix:
-    """Equalise, quantise and scramble a stacked matrix.
+def expose(matrix: Tensor, terms: int, stream: SecretStream | None, reference: Tensor | None = None) -> ExposedMatrix:
+    """Equalise, quantise and scramble a stacked matrix, some rows at a time: memory is that of the codes.
 
     Args:
         matrix: E, float64 or float32 [N, K].
         terms: number of int8 terms, 1 or 2.
         stream: secret randomness for the scramble; None leaves rows and columns in place.
+        reference: take the scales from this matrix instead; what of E exceeds them is clipped. For a public base: the scales then say
+            nothing of the secret.
     """
     n, k = matrix.shape
-    column = torch.linalg.vector_norm(matrix, dim=0)
-    column = torch.where(column == 0, 1.0, column / column.mean().clamp_min(1e-30)).to(torch.float32).to(matrix.dtype)
-    codes, scales = _quantise(matrix / column, terms)  # [T·N, K], [T, N]
+    column, scale = _scales(matrix if reference is None else reference)
     if stream is None:
-        gather, rows = torch.arange(k), torch.arange(terms * n).view(terms, n)
+        rho, row_sign = torch.arange(terms * n), torch.ones(terms * n, dtype=torch.float64)
+        gather, column_sign = torch.arange(k), torch.ones(k, dtype=torch.float64)
     else:
         rho, row_sign = stream.permutation(terms * n), stream.signs(terms * n)
         gather, column_sign = stream.permutation(k), stream.signs(k)
-        codes = codes[rho][:, gather] * row_sign.to(torch.int8)[:, None] * column_sign.to(torch.int8)
-        rows = torch.argsort(rho).view(terms, n)  # ρ^-1
-        scales = scales * row_sign[rows]
-        column = column[gather].to(torch.float64) * column_sign
+    rows = torch.argsort(rho).view(terms, n)  # ρ^-1
+    codes = torch.empty(terms * n, k, dtype=torch.int8)
+    flips = column_sign.to(torch.int8)
+    step = rows_at_a_time(k)
+    for first in range(0, n, step):
+        part = slice(first, first + step)
+        for places, term in zip(rows[:, part], _quantised(matrix[part], column, scale[part], terms), strict=True):
+            codes[places] = term[:, gather].mul_(row_sign[places].to(torch.int8)[:, None]).mul_(flips)
+    units = torch.tensor([1.0, 1 / _SECOND_TERM], dtype=torch.float64)[:terms, None]
     return ExposedMatrix(
-        codes.contiguous(),
+        codes,
         gather.to(torch.int32),
-        column.to(torch.float32),
+        (column[gather] * column_sign).to(torch.float32),
         rows.to(torch.int32).contiguous(),
-        scales.to(torch.float32).contiguous(),
+        (scale * units * row_sign[rows]).to(torch.float32).contiguous(),
     )
+
+
+def rows_at_a_time(columns: int) -> int:
+    """Rows whose float64 intermediates stay small, whatever the matrix's size."""
+    return max(1, _ENTRIES_AT_A_TIME // columns)
+
+
+def _scales(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """c [K] and r [N], float64 with values that float32 holds: what is stored is what the codes were made with."""
+    parts = matrix.split(rows_at_a_time(matrix.shape[1]))
+    largest = torch.stack([part.abs().max() for part in parts]).max().to(torch.float64).clamp_min(1e-300)  # its square may overflow
+    squares = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for part in parts:
+        squares += (part.to(torch.float64) / largest).square_().sum(0)
+    column = squares.sqrt_()
+    column = _stored(torch.where(column == 0, 1.0, column / column.mean().clamp_min(1e-30)))
+    row = torch.cat([(part.to(torch.float64) / column).abs_().amax(1) for part in parts]) / 127
+    return column, _stored(torch.where(row == 0, 1.0, row))
+
+
+def _stored(scale: Tensor) -> Tensor:
+    return scale.to(torch.float32).to(torch.float64)
+
+
+def _quantised(rows: Tensor, column: Tensor, scale: Tensor, terms: int) -> list[Tensor]:
+    """Codes of some rows of Ê, one int8 [rows, K] per term."""
+    exact = rows.to(torch.float64).div(column).div_(scale[:, None])
+    first = exact.round().clamp_(-127, 127)
+    codes = [first.to(torch.int8)]
+    if terms == 2:
+        codes.append(exact.sub_(first).mul_(_SECOND_TERM).round_().clamp_(-127, 127).to(torch.int8))
+    return codes

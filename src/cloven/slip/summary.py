@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor
 
 
 @dataclass
@@ -29,20 +27,21 @@ class Summary:
     _error: float = 0.0
     _exposed_energy: float = 0.0
 
-    def add(self, name: str, rows: int, columns: int, rank: int, spectrum: Tensor) -> None:
-        """Count one matrix [rows, columns] whose top `rank` singular values stay secret."""
+    def add(self, name: str, rows: int, columns: int, rank: int, secret_energy: float, energy: float) -> None:
+        """Count one matrix [rows, columns] whose secret part has `rank` and carries `secret_energy` of `energy`, squared Frobenius norms:
+        of the matrix, or of its difference from the public base."""
         kind = self.kinds.setdefault(name.rpartition(".")[2], Kind())
         kind.layers += 1
         kind.parameters += rows * columns
         kind.without_secret += rank == 0
         kind.secret_parameters += rank * (rows + columns)
-        kind.secret_energy += float(spectrum[:rank].square().sum())
-        kind.energy += float(spectrum.square().sum())
+        kind.secret_energy += secret_energy
+        kind.energy += energy
 
-    def add_quantisation(self, exact: Tensor, quantised: Tensor) -> None:
-        """Count the squared error of a group's exposed matrix."""
-        self._error += float((exact - quantised).square().sum())
-        self._exposed_energy += float(exact.square().sum())
+    def add_quantisation(self, error: float, energy: float) -> None:
+        """Count the squared error and the squared norm of a group's exposed matrix."""
+        self._error += error
+        self._exposed_energy += energy
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -51,7 +50,7 @@ class Summary:
             "secret_fraction": sum(kind.secret_parameters for kind in self.kinds.values()) / parameters,
             "secret_energy": sum(kind.secret_energy for kind in self.kinds.values())
             / max(sum(k.energy for k in self.kinds.values()), 1e-300),
-            "quantisation_error": float(torch.tensor(self._error / max(self._exposed_energy, 1e-300)).sqrt()),
+            "quantisation_error": math.sqrt(self._error / max(self._exposed_energy, 1e-300)),
             "kinds": {
                 name: {
                     "layers": kind.layers,

@@ -1,0 +1,86 @@
+"""A Ray cluster inside one zone of trust: `pip install 'cloven[ray]'`.
+
+Ray's ports mean code execution and its object store is plaintext, so Ray never crosses the trust boundary, a cluster that is started
+here listens on localhost only, and tasks are given paths and numbers, never arrays or keys. RAY_ADDRESS names a cluster of your own: all
+its machines must belong to the zone and see the same files at the same paths.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from cloven.errors import BadInput, ClovenError, RunError
+
+J = TypeVar("J")
+
+
+def start_ray() -> Any:
+    """The `ray` module, connected: to RAY_ADDRESS, or to a cluster of its own on localhost.
+
+    Raises:
+        BadInput: Ray is not installed.  RunError: it cannot be reached or started.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError as error:
+        raise BadInput("the ray engine needs Ray: pip install 'cloven[ray]'") from error
+    if ray.is_initialized():
+        return ray
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises many kinds
+        where = f"the Ray cluster at RAY_ADDRESS={address} cannot be reached" if address else "a local Ray cluster cannot be started"
+        raise RunError(f"{where} ({type(error).__name__}): start it with `ray start --head`, or take --engine pool") from error
+    return ray
+
+
+class RayEngine:
+    """Jobs as Ray tasks of one core each.
+
+    Args:
+        bytes_per_job: memory that a job may need; Ray places the tasks by it.
+    """
+
+    def __init__(self, bytes_per_job: int) -> None:
+        self._ray = start_ray()
+        self._bytes = bytes_per_job
+
+    def run(self, task: Callable[[J], None], jobs: Sequence[J]) -> Iterator[J]:
+        """See `Engine`."""
+        ray = self._ray
+        total = float(ray.cluster_resources().get("memory", self._bytes))
+        remote = ray.remote(num_cpus=1, memory=int(min(self._bytes, total)), max_retries=2)(_alone)
+        running = {remote.remote(task, job): job for job in jobs}
+        try:
+            while running:
+                done, _ = ray.wait(list(running), num_returns=1)
+                for reference in done:
+                    job = running.pop(reference)
+                    ray.get(reference)
+                    yield job
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, ClovenError):
+                raise cause from error
+            raise RunError(f"a job failed on Ray: {type(cause).__name__}") from error
+        except ray.exceptions.RayError as error:
+            raise RunError(f"Ray lost a job ({type(error).__name__}): run the same command again to go on") from error
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+
+def _alone(task: Callable[[J], None], job: J) -> None:
+    from cloven.engine.engine import one_thread
+
+    with one_thread():
+        task(job)

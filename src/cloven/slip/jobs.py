@@ -1,0 +1,192 @@
+"""The two passes of a preparation, one job per group: idempotent, single-threaded, bounded in memory.
+
+    1. spectra     the singular values of every matrix, and its hash
+    2. split       split (with decoy), stack, equalise, quantise, scramble; codes to exposed/, the rest to trusted/
+
+A job reads the plan and the key from the folder that it is given, and writes files that appear complete or not at all. Memory: below five
+times the group in float32, plus 1 GB.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cloven.bundle.manifest import ExposedGroup
+from cloven.bundle.shards import write_shard
+from cloven.bundle.verification import sha256_matrix
+from cloven.errors import BadInput
+from cloven.field.codec import row_bounds
+from cloven.field.prg import SecretStream
+from cloven.model.adapter import LoraModule, read_adapter
+from cloven.model.checkpoint import Checkpoint
+from cloven.slip.decomposition import Split, precise, spectrum, split, truncate
+from cloven.slip.exposed_matrix import ExposedMatrix, expose, rows_at_a_time
+from cloven.slip.plan import RANKS, WORK, Plan, PlannedLinear, write_json
+from cloven.slip.split_key import SPLIT_KEY, read_split_key
+from cloven.slip.split_model import LinearShape
+
+
+@dataclass(frozen=True)
+class GroupJob:
+    """One group of the preparation in a folder."""
+
+    folder: str
+    group: int
+
+
+def spectra_path(folder: Path, group: int) -> Path:
+    """What pass 1 writes."""
+    return folder / WORK / f"spectra-{group:05d}.safetensors"
+
+
+def record_path(folder: Path, group: int) -> Path:
+    """What pass 2 writes last."""
+    return folder / WORK / f"split-{group:05d}.json"
+
+
+@torch.no_grad()
+def find_spectra(job: GroupJob) -> None:
+    """Pass 1 for one group: of W, or of W − W_base where there is a public base."""
+    folder = Path(job.folder)
+    plan = Plan.read(folder / WORK)
+    source, base = plan.source.open(), plan.base.open() if plan.base else None
+    spectra, hashes = {}, []
+    for position, linear in enumerate(plan.groups[job.group]):
+        matrix = plan.matrix(source, linear)
+        if not bool(torch.isfinite(matrix).all()):
+            raise BadInput(f"{linear.name}: the weight holds NaN or infinity")
+        hashes.append(sha256_matrix(matrix))
+        if base is not None:
+            matrix = _difference(plan, matrix, base, linear)
+        spectra[str(position)] = spectrum(matrix.to(plan.device))
+    write_shard(spectra_path(folder, job.group), spectra, secret=True, metadata={"sha256": json.dumps(hashes)})
+
+
+def read_spectra(folder: Path, group: int) -> tuple[list[Tensor], list[str]]:
+    """What pass 1 found: singular values and hashes of the group's matrices."""
+    with safe_open(spectra_path(folder, group), framework="pt") as file:
+        hashes = json.loads(file.metadata()["sha256"])
+        return [file.get_tensor(str(position)) for position in range(len(hashes))], hashes
+
+
+@torch.no_grad()
+def split_group(job: GroupJob) -> None:
+    """Pass 2 for one group."""
+    folder, index = Path(job.folder), job.group
+    plan = Plan.read(folder / WORK)
+    group = plan.groups[index]
+    stream = read_split_key(folder / "trusted" / SPLIT_KEY).stream(index)
+    stacked, parts, energies, reference = _split_matrices(folder, plan, index, stream)
+    matrix = expose(stacked, plan.config.terms, stream if plan.config.scramble else None, reference)
+    del reference
+    tensor, number = f"group-{index:05d}", f"{index + 1:05d}.safetensors"
+    sha256 = write_shard(folder / "exposed" / f"exposed-{number}", {tensor: matrix.codes}, secret=False)
+    height, width = matrix.codes.shape
+    error, energy = _quantisation_error(stacked, matrix)
+    kept = _trusted_tensors(plan, group, parts, matrix)
+    write_shard(folder / "trusted" / f"model-{number}", kept, secret=True)
+    record = {
+        "exposed": asdict(ExposedGroup(height, width, f"exposed-{number}", tensor, sha256_matrix(matrix.codes))),
+        "bounds": asdict(row_bounds(matrix.codes)),
+        "shapes": [
+            asdict(LinearShape(linear.name, linear.rows, linear.columns, int(part.secret_a.shape[0]), linear.bias is not None))
+            for linear, part in zip(group, parts, strict=True)
+        ],
+        "exposed_sha256": sha256,
+        "kept": {"file": f"model-{number}", "tensors": list(kept), "bytes": sum(tensor.nbytes for tensor in kept.values())},
+        "energies": energies,
+        "quantisation": [error, energy],
+    }
+    write_json(record_path(folder, index), record)
+
+
+def _split_matrices(
+    folder: Path, plan: Plan, index: int, stream: SecretStream
+) -> tuple[Tensor, list[Split], list[tuple[float, float]], Tensor | None]:
+    """E of all members, stacked [N, K]; the secret parts; secret and whole energy of each; the base's matrix where scales are its."""
+    group = plan.groups[index]
+    source, base = plan.source.open(), plan.base.open() if plan.base else None
+    ranks = json.loads((folder / WORK / RANKS).read_text(encoding="utf-8"))[index]
+    adapter = {module.name: module for module in read_adapter(Path(plan.adapter)).modules} if plan.adapter else {}
+    spectra, hashes = read_spectra(folder, index) if plan.adapter is None else ([], [])
+    stacked = torch.empty(sum(linear.rows for linear in group), group[0].columns, dtype=precise(plan.weight_of(index)))
+    reference = torch.empty_like(stacked) if base is not None else None
+    parts, energies, start = [], [], 0
+    for position, linear in enumerate(group):
+        rows = slice(start, start + linear.rows)
+        start += linear.rows
+        w = stacked[rows]
+        matrix = plan.matrix(source, linear)
+        if hashes and sha256_matrix(matrix) != hashes[position]:
+            raise BadInput(f"{linear.name}: the weight has changed since the first pass")
+        w.copy_(matrix)
+        if plan.adapter is not None:
+            part = _adapted(w, linear, adapter.get(linear.name))
+            energy = float(((part.secret_b.t() @ part.secret_b) * (part.secret_a @ part.secret_a.t())).sum())  # ‖B A‖²
+            energies.append((energy, energy))
+        else:
+            values = spectra[position]
+            if base is not None and reference is not None:
+                reference[rows].copy_(plan.matrix(base, linear))
+                part = truncate(w, _difference(plan, matrix, base, linear), ranks[position], stream, out=w, device=plan.device)
+            else:
+                part = split(w, ranks[position], values, stream, out=w, device=plan.device)
+            energies.append((float(values[: ranks[position]].square().sum()), float(values.square().sum())))
+        parts.append(part)
+    return stacked, parts, energies, reference
+
+
+def _difference(plan: Plan, matrix: Tensor, base: Checkpoint, linear: PlannedLinear) -> Tensor:
+    """W − W_base."""
+    theirs = plan.matrix(base, linear)
+    if not bool(torch.isfinite(theirs).all()):
+        raise BadInput(f"{linear.name}: the base's weight holds NaN or infinity")
+    dtype = precise(matrix.numel())
+    return matrix.to(dtype).sub_(theirs.to(dtype)) if matrix.dtype != dtype else matrix - theirs.to(dtype)
+
+
+def _adapted(w: Tensor, linear: PlannedLinear, module: LoraModule | None) -> Split:
+    """The base's own matrix, and the adapter as the secret part: exactly s·B and A."""
+    if module is None:
+        return Split(w, torch.empty(0, linear.columns, dtype=torch.float64), torch.empty(linear.rows, 0, dtype=torch.float64))
+    if not bool(torch.isfinite(w).all()):
+        raise BadInput(f"{linear.name}: the weight holds NaN or infinity")
+    return Split(w, module.a.double(), module.b.double() * module.scale)
+
+
+def _trusted_tensors(plan: Plan, group: tuple[PlannedLinear, ...], parts: list[Split], matrix: ExposedMatrix) -> dict[str, Tensor]:
+    source = plan.source.open()
+    tensors: dict[str, Tensor] = {}
+    start = 0
+    for linear, part in zip(group, parts, strict=True):
+        rows = slice(start, start + linear.rows)
+        tensors[f"{linear.name}.weight"] = torch.empty(0)
+        tensors[f"{linear.name}.secret_a"] = part.secret_a.float()
+        tensors[f"{linear.name}.secret_b"] = part.secret_b.float()
+        tensors[f"{linear.name}.row_gather"] = matrix.row_gather[:, rows]
+        tensors[f"{linear.name}.row_scale"] = matrix.row_scale[:, rows]
+        if linear.bias is not None:
+            tensors[f"{linear.name}.bias"] = source.tensor(linear.bias).to(getattr(torch, plan.dtype))
+        if start == 0:
+            tensors[f"{linear.name}.column_gather"] = matrix.column_gather
+            tensors[f"{linear.name}.column_scale"] = matrix.column_scale
+        start += linear.rows
+    return tensors
+
+
+def _quantisation_error(exact: Tensor, matrix: ExposedMatrix) -> tuple[float, float]:
+    """Squared error and squared norm."""
+    error = energy = 0.0
+    step = rows_at_a_time(exact.shape[1])
+    for first in range(0, exact.shape[0], step):
+        rows = slice(first, first + step)
+        some = exact[rows].to(torch.float64)
+        error += float((some - matrix.dequantised(rows)).square().sum())
+        energy += float(some.square().sum())
+    return error, energy
