@@ -26,7 +26,7 @@ from cloven.field.products import Backend, Float64, Int8Digits, PlacedMatrix
 from cloven.field.residues import H, P
 from cloven.field.selection import select_backend, self_check
 from cloven.masks.one_time import MaskSource, OneTimePads, PadKey
-from cloven.offload import OffloadedMatrix
+from cloven.offload import OffloadedMatrix, OneWorker, Share
 from cloven.wire.channel import Exchanger
 from cloven.worker.service import Worker
 
@@ -86,7 +86,7 @@ def offloaded(
     """The trusted side of one matrix, behind a channel."""
     n, k = codes.shape
     masks = masks or pads_of(codes, group)
-    return OffloadedMatrix("layer", group, n, k, row_bounds(codes), masks, freivalds or verifier(codes), channel)
+    return OffloadedMatrix("layer", group, n, k, row_bounds(codes), masks, (Share(n, OneWorker(channel, freivalds or verifier(codes))),))
 
 
 class HonestExchanger:

@@ -11,6 +11,8 @@
     │   ├── WorkerRefused         the worker answered with an error message
     │   │   └── BudgetExhausted   the adapter server's budget for these answers is used up
     │   ├── LedgerUnusable        the ledger of an adapter is missing, locked, corrupt, or not the one it was
+    │   ├── StoreUnusable         a pad store is missing, corrupt, a copy, restored, or of another machine or bundle
+    │   ├── StoreEmpty            a pad store has run dry
     │   └── SessionClosed         the session has ended, and why
     └── SecurityError             somebody may be cheating                          exit 3
         ├── VerificationFailed    an answer or a pad failed its Freivalds check
@@ -71,6 +73,14 @@ class BudgetExhausted(WorkerRefused):
 
 class LedgerUnusable(RunError):
     """The ledger of an adapter cannot be trusted or reached, so nothing is served; the message says what to do."""
+
+
+class StoreUnusable(RunError):
+    """A pad store cannot be trusted or reached, so no pad of it is used; the message says what to do."""
+
+
+class StoreEmpty(RunError):
+    """A pad store has run dry; nothing was sent, and no pad was used twice."""
 
 
 class SessionClosed(RunError):

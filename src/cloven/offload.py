@@ -11,20 +11,24 @@ The holder of a secret vector x wants W x for an integer matrix W [N, K] that a 
   6  y     = decode(W x_int)
 
 One row of x is one pad; padding rows are masked like any other. A pad whose answer is lost or wrong is burnt: nothing is ever encoded
-again under it.
+again under it. The rows of W may be spread over several workers: they get the same c, and each answer is checked with a secret S of its
+own. When a worker is gone and another one holds the same rows, steps 2 to 5 are done again with fresh pads.
 
-Guarantee: the worker sees uniform residues, whatever x is (AES-256), and a wrong answer is used with probability ≤ p^-2 per session.
-Not hidden: the number of rows, and when they are sent. Source: design of the project, section 2; the pads are SLIP's (arXiv 2407.10886).
+Guarantee: the workers see uniform residues, whatever x is (AES-256), and a wrong answer is used with probability ≤ p^-2 per session and
+worker. Not hidden: the number of rows, and when they are sent. Source: design of the project, section 2; the pads are SLIP's (arXiv
+2407.10886).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from cloven.errors import ClovenError, WorkerTimeout, WorkerUnreachable
 from cloven.field.codec import RowBounds, decode, encode
 from cloven.field.freivalds import Freivalds
 from cloven.masks.one_time import MaskSource
@@ -32,9 +36,59 @@ from cloven.wire.channel import Exchanger
 from cloven.wire.limits import rows_per_exchange
 
 
+class Holder(Protocol):
+    """Who holds some rows of W now: a worker, or the one of several replicas that is in use."""
+
+    def channel(self) -> Exchanger:
+        """The connection to it."""
+
+    def freivalds(self, group: int) -> Freivalds:
+        """The check of its answers, with a secret S that no other worker's answers meet."""
+
+    def move(self, error: ClovenError) -> None:
+        """It is gone: go on with another one, or raise the error."""
+
+
+@dataclass(frozen=True)
+class OneWorker:
+    """A holder without a replica."""
+
+    exchanger: Exchanger
+    check: Freivalds
+
+    def channel(self) -> Exchanger:
+        """See `Holder`."""
+        return self.exchanger
+
+    def freivalds(self, group: int) -> Freivalds:
+        """See `Holder`."""
+        del group
+        return self.check
+
+    def move(self, error: ClovenError) -> NoReturn:
+        """See `Holder`."""
+        raise error
+
+
+@dataclass(frozen=True)
+class Share:
+    """The next `rows` rows of W, and who holds them."""
+
+    rows: int
+    holder: Holder
+
+
+class _Gone(Exception):
+    """A holder did not answer; not an error yet."""
+
+    def __init__(self, holder: Holder, error: ClovenError) -> None:
+        super().__init__()
+        self.holder, self.error = holder, error
+
+
 @dataclass(frozen=True)
 class OffloadedMatrix:
-    """One group's integer matrix W [rows, columns] at a worker, as the holder of x sees it."""
+    """One group's integer matrix W [rows, columns] at its workers, as the holder of x sees it; `shares` in the order of the rows."""
 
     name: str
     group: int
@@ -42,22 +96,21 @@ class OffloadedMatrix:
     columns: int
     bounds: RowBounds
     masks: MaskSource
-    freivalds: Freivalds
-    channel: Exchanger
+    shares: tuple[Share, ...]
 
     def product(self, x: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
         """y = W x for every row of x.
 
         Args:
             x: float64 [M, K].
-            meanwhile: trusted work to do while the worker computes; called once.
+            meanwhile: trusted work to do while the workers compute; called once.
 
         Returns:
             float64 [M, N]: W x up to the rounding of x to fixed point, |error| ≤ ½‖W_j‖₁/α.
 
         Raises:
-            RunError: x is not finite (before a pad is taken), or the worker is absent, silent or refuses.
-            VerificationFailed: the answer is wrong; nothing of it was used.
+            RunError: x is not finite (before a pad is taken), or a worker is absent, silent or refuses.
+            VerificationFailed: an answer is wrong; nothing of it was used.
         """
         if not x.shape[0]:
             meanwhile()
@@ -72,8 +125,36 @@ class OffloadedMatrix:
 
     def integer_product(self, x_int: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
         """Steps 2 to 5: W x_int mod p, exactly, for residues int32 [M, K] -> int32 [M, N]."""
-        pads = self.masks.take(x_int.shape[0])
-        c = pads.mask(x_int)  # 2
-        z = self.channel.multiply(self.name, self.group, c, self.rows, meanwhile)  # 3
-        self.freivalds.check(c, z, f"{self.name}: the worker's answer")  # 4
-        return pads.unmask(z)  # 5
+        work = [meanwhile]
+
+        def once() -> None:
+            if work:
+                work.pop()()
+
+        while True:
+            pads = self.masks.take(x_int.shape[0])
+            c = pads.mask(x_int)  # 2
+            try:
+                z = self._answers(c, self.shares, once)  # 3, 4
+            except _Gone as gone:
+                gone.holder.move(gone.error)
+                continue
+            return pads.unmask(z)  # 5
+
+    def _answers(self, c: Tensor, shares: Sequence[Share], meanwhile: Callable[[], None]) -> Tensor:
+        """z [M, N], verified: c goes to all holders before the first answer is waited for."""
+        share, rest = shares[0], shares[1:]
+        others: list[Tensor] = []
+
+        def then() -> None:
+            if rest:
+                others.append(self._answers(c, rest, meanwhile))
+            else:
+                meanwhile()
+
+        try:
+            z = share.holder.channel().multiply(self.name, self.group, c, share.rows, then)
+        except (WorkerUnreachable, WorkerTimeout) as error:
+            raise _Gone(share.holder, error) from error
+        share.holder.freivalds(self.group).check(c, z, f"{self.name}: the worker's answer")
+        return torch.cat([z, *others], dim=1) if others else z

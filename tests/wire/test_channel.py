@@ -28,7 +28,7 @@ from cloven.errors import (
     WorkerUnreachable,
 )
 from cloven.field.residues import H
-from cloven.wire.channel import PLAIN_TCP_BANNER, Channel
+from cloven.wire.channel import PLAIN_TCP_BANNER, Channel, _delay
 from cloven.wire.messages import Message, Multiply, Product, pack, residue_frame, unpack
 from cloven.wire.schema import ErrorAnswer, Hello, Welcome
 from tests.helpers import Behaviour, Context, FakeWorker, free_port, python_product, random_codes, random_residues, serving, write_exposed
@@ -95,6 +95,41 @@ def test_statistics_count_every_byte(session: Session) -> None:
     assert record.bytes_up == sum(len(frame) for frames in worker.received for frame in frames)
     assert record.bytes_down == sum(len(frame) for request in (1, 2) for frame in product(request))
     assert 0 < record.seconds_waiting < 5
+
+
+def test_a_simulated_round_trip(context: Context) -> None:
+    """It lengthens every exchange, is counted as waiting, may change between exchanges, and is not taken from the timeout."""
+    rtt, count = 0.08, 5
+    channel = Channel(ADDRESS, BUNDLE, timeout=rtt / 2, context=context, simulated_rtt=rtt)
+    spent = []
+    with fake(context, lambda request: [product(request.id)]):
+        for channel.simulated_rtt in (rtt, 0.0):
+            channel.telemetry.reset()
+            started = time.monotonic()
+            for _ in range(count):
+                assert torch.equal(channel.multiply("layer-7", 2, C, W.shape[0], lambda: None), Z)
+            total = channel.telemetry.total()
+            spent.append((time.monotonic() - started, total.seconds_waiting, total.seconds_round_trip))
+    channel.close()
+    for with_it, without in zip(*spent, strict=True):
+        assert with_it - without == pytest.approx(count * rtt, rel=0.1)
+
+
+@pytest.mark.parametrize("seconds", [1e-4, 2e-3])
+def test_short_delays_are_exact(seconds: float) -> None:
+    """A sleep alone ends a tenth of a millisecond late. The best of some tries: the machine may be busy."""
+    taken = []
+    for _ in range(20):
+        started = time.monotonic()
+        _delay(seconds)
+        taken.append(time.monotonic() - started)
+    assert seconds <= min(taken) < 1.1 * seconds
+
+
+@pytest.mark.parametrize("seconds", [-0.001, float("nan"), float("inf"), 60.0])
+def test_impossible_round_trips(context: Context, seconds: float) -> None:
+    with pytest.raises(BadInput, match="simulated round trip"):
+        Channel(ADDRESS, BUNDLE, context=context, simulated_rtt=seconds)
 
 
 def test_hello(session: Session) -> None:
@@ -235,7 +270,7 @@ def test_a_stream_of_other_answers_does_not_stretch_the_time(hasty: Session) -> 
         lambda id: [pack(Product(id, 4)), bytes(residue_frame(Z)), b"more"],
         lambda id: product(id, torch.full_like(Z, H + 1)),
         lambda id: product(id, torch.full_like(Z, -(2**31))),
-        lambda id: [msgpack.packb({"v": 2, "type": "product", "id": id, "rows": 4}), bytes(residue_frame(Z))],
+        lambda id: [msgpack.packb({"v": 1, "type": "product", "id": id, "rows": 4}), bytes(residue_frame(Z))],
         lambda _: [b"garbage"],
         lambda _: [b""],
         lambda _: [b"\xc1" * 2000],

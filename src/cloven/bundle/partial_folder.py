@@ -30,7 +30,7 @@ def partial_folder(out: Path, resumes: Callable[[Path], bool] | None = None) -> 
 
     Args:
         resumes: for work that can go on later: whether what an earlier run left in the folder is to be kept (or it raises `BadInput`). The
-            folder then stays, unless the input was bad.
+            folder then stays; only if it was new and the input was bad it vanishes.
     """
     partial = out.parent / f".{out.name}.partial"
     try:
@@ -61,7 +61,7 @@ def partial_folder(out: Path, resumes: Callable[[Path], bool] | None = None) -> 
                 out.rmdir()
             partial.rename(out)
         except BaseException as error:
-            stays = resumes is not None and not isinstance(error, BadInput)
+            stays = keep or (resumes is not None and not isinstance(error, BadInput))
             if not stays:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError | RunError):

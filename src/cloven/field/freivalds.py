@@ -48,8 +48,16 @@ class Freivalds:
     def __init__(self, s: Tensor, backend: Backend, w: PlacedMatrix) -> None:
         if s.shape != (CHECKS, w.rows) or w.rows + w.columns > _MAX_WIDTH:
             raise ValueError(f"S of shape {tuple(s.shape)} does not fit a matrix [{w.rows}, {w.columns}]")
-        transposed = backend.place(w.codes[: w.rows, : w.columns].t())
-        sw = multiply(backend, s, transposed).cpu()  # S W: [2, N] @ [N, K] -> [2, K]
+        self._prepare(s, image_of(s, backend, w))
+
+    @classmethod
+    def stored(cls, s: Tensor, sw: Tensor) -> Freivalds:
+        """From S and S·W, residues int32 [2, K], that were computed earlier from the verified W."""
+        check = cls.__new__(cls)
+        check._prepare(s, sw)
+        return check
+
+    def _prepare(self, s: Tensor, sw: Tensor) -> None:
         test = _halves(torch.cat([s, -sw], dim=1))
         self._test = test.transpose(0, 2, 1).reshape(2 * CHECKS, -1).copy()  # [4, N + K], low and high half of each row of S ‖ −S W
 
@@ -74,6 +82,11 @@ class Freivalds:
         """How many rows of z ‖ c [M, N + K] do not satisfy S z − (S W) c = 0."""
         sums: Any = (self._test @ _halves(both)).astype(np.int64)  # [4, N + K] @ [M, N + K, 2] -> [M, 4, 2], exact below 2^53
         return sum(any(_residual(rows) for rows in zip(row[::2], row[1::2], strict=True)) for row in sums.tolist())
+
+
+def image_of(s: Tensor, backend: Backend, w: PlacedMatrix) -> Tensor:
+    """S W, residues int32 [2, K]: [2, N] @ [N, K]."""
+    return multiply(backend, s, backend.place(w.codes[: w.rows, : w.columns].t())).cpu()
 
 
 def _residual(rows: tuple[list[int], list[int]]) -> int:

@@ -90,6 +90,8 @@ class KvSession(Session):
     Guarantee: what the cache holds is keyed. Not hidden from this process: hidden states, and q, k, v until they are keyed.
     """
 
+    channel: Channel
+
     def __init__(self, model: Any, channel: Channel, telemetry: Telemetry, manifest: KvManifest) -> None:
         super().__init__(model, channel, telemetry)
         self._layers = manifest.layers

@@ -128,6 +128,11 @@ class WaitingPads(ABC):
                 self._count += missing
             return missing
 
+    def fresh(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Masks [rows, K] and images [rows, N] made now, past the queue, for another source to hand out."""
+        _, mask, image = self._batch(rows)
+        return mask, image
+
     def forget(self) -> None:
         """Drop every pad that is ready; after a fork, and when the session ends."""
         self._ready.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cloven.model.runtime import RuntimeOptions, Session
 
 def attach(
     model: PreTrainedModel,
-    address: str,
+    address: str | Sequence[str],
     keys: str | Path | None = None,
     *,
     exposed: str | Path | None = None,
@@ -26,10 +27,11 @@ def attach(
     Args:
         model: what `AutoModelForCausalLM.from_pretrained` returned for OUT/trusted (SLIP), OUT/exposed (KV-Shield) or OUT/client (private
             LoRA; for a base that was loaded from its own directory, see `cloven.adapt`).
-        address: ipc://PATH on one host, tcp://HOST:PORT between hosts.
+        address: ipc://PATH on one host, tcp://HOST:PORT between hosts; for SLIP several, as a list (see `placement`).
         keys: the trusted side's folder of keys, made by `cloven keygen`; needed for tcp.
         exposed: the trusted side's own copy of OUT/exposed; the sibling of OUT/trusted if not given.
-        options: `timeout` (seconds), `look_ahead` (rows of pads), `pad_bytes`, `pin`, `backend`, `insecure_…`; see `RuntimeOptions`.
+        options: `timeout` (seconds), `look_ahead` (rows of pads), `pad_bytes`, `pads` (a pad store), `on_empty`, `placement`, `pin`,
+            `backend`, `insecure_…`; see `RuntimeOptions`.
 
     Returns:
         The session, a context manager with `statistics()` and `close()`. A session that the model had before is closed.
@@ -45,6 +47,10 @@ def attach(
     scheme = config.description["scheme"] if isinstance(config, ClovenConfig) else getattr(model, "cloven_scheme", None)
     if scheme is None:
         raise BadInput("this is no split model: load OUT/trusted of a bundle that `cloven prepare` made")
+    if not isinstance(address, str):
+        address = " ".join(address)
+    if options.get("pads") is not None:
+        options["pads"] = Path(options["pads"])
     settings = RuntimeOptions(address, Path(keys) if keys is not None else None, Path(exposed) if exposed is not None else None)
     try:
         settings = replace(settings, **options)

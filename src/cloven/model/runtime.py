@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,7 @@ _T = TypeVar("_T")
 DEFAULT_PAD_BYTES = 256 * 2**20
 MOST_PADS_AHEAD = 256
 CLOSED = "it was closed"
+ON_EMPTY = ("fail", "wait", "compute")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class RuntimeOptions:
     """How to reach the worker, or the enclave.
 
     Args:
-        address: ipc://PATH or tcp://HOST:PORT.
+        address: ipc://PATH or tcp://HOST:PORT; for SLIP several, see `placement`.
+        placement: how several workers share a SLIP bundle: "replicas" (all hold everything; the first that answers is used, the others
+            take over when it is gone), "layers" or "rows" (each holds a part, `cloven worker --part`; commas separate a part's replicas).
+        pads: a pad store, from `cloven pads fill`; None: pads are made in memory.
+        on_empty: when the store has run dry: "fail", "wait", or "compute" pads in memory.
         keys: the trusted side's folder of keys, for tcp.
         exposed: the trusted side's own copy of exposed/; the sibling of trusted/ if not given.
         timeout: seconds that an answer may take.
@@ -51,10 +56,15 @@ class RuntimeOptions:
     insecure_plain_tcp: bool = False
     pin: str | None = None
     backend: str = "lwe"
+    placement: str = "replicas"
+    pads: Path | None = None
+    on_empty: str = "fail"
     insecure_fhe_semi_honest: bool = False
     simulated_rtt: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.on_empty not in ON_EMPTY:
+            raise BadInput(f"on_empty {self.on_empty!r}: choose one of {', '.join(ON_EMPTY)}")
         if self.backend not in ("lwe", "fhe"):
             raise BadInput(f"backend {self.backend!r}: choose lwe or fhe")
         if self.backend == "fhe" and not self.insecure_fhe_semi_honest:
@@ -68,15 +78,16 @@ class RuntimeOptions:
         return replace(self, timeout=timeout)
 
 
-def open_channel(options: RuntimeOptions, bundle: str, telemetry: Telemetry, **more: Any) -> Channel:
+def open_channel(options: RuntimeOptions, bundle: str, telemetry: Telemetry, address: str | None = None, **more: Any) -> Channel:
     """A connection as the options say.
 
     Args:
         bundle: the bundle's id, hexadecimal.
+        address: one of several; None: the only one.
         more: `schema`, `peer` and `spin` of `Channel`.
     """
     return Channel(
-        options.address,
+        address or options.address,
         bytes.fromhex(bundle),
         keys=trusted_keys(options.keys) if options.keys is not None else None,
         timeout=options.timeout,
@@ -90,6 +101,17 @@ def open_channel(options: RuntimeOptions, bundle: str, telemetry: Telemetry, **m
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
+class Connection(Protocol):
+    """What a session needs of a channel, or of several."""
+
+    @property
+    def address(self) -> object:
+        """Where the other side is."""
+
+    def close(self) -> None:
+        """End it."""
+
+
 class Session:
     """A model's connection to its worker: a context manager with statistics.
 
@@ -97,8 +119,8 @@ class Session:
     and only a new `attach`, the operator's decision, reconnects. Not hidden from the worker: rows, sizes and times of exchanges.
     """
 
-    def __init__(self, model: nn.Module, channel: Channel, telemetry: Telemetry) -> None:
-        self.channel = channel
+    def __init__(self, model: nn.Module, channel: Connection, telemetry: Telemetry) -> None:
+        self.channel: Any = channel
         self.telemetry = telemetry
         self._on_close: list[Callable[[], None]] = []
         self._reason: str | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cloven.field.prg import SecretStream
-from cloven.private_lora.adapter import LoraModule
+from cloven.model.adapter import LoraModule
 from cloven.private_lora.config import TERMS
 
 _LARGEST = 127.0

@@ -38,10 +38,10 @@ from cloven.field.residues import add
 from cloven.field.selection import select_backend
 from cloven.masks.lwe_parameters import LweParameters
 from cloven.masks.public_matrix import a_pub
+from cloven.model.adapter import Adapter, LoraModule, read_adapter
 from cloven.model.groups import trace_groups
 from cloven.model.linears import linears_of, matrix_of
 from cloven.model.source import Source, open_source, write_configuration
-from cloven.private_lora.adapter import Adapter, LoraModule, read_adapter
 from cloven.private_lora.base import base_sha256, weight_files
 from cloven.private_lora.config import PrivateLoraConfig, revealed_share
 from cloven.private_lora.factors import Core, Quantised, factor, quantise

@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloven.bundle.durable import state_folder, write_durably
 from cloven.errors import LedgerUnusable
 
 _MAX_WITNESS_BYTES = 65_536
 _NUMBER = re.compile(r"[0-9a-f]{32}")
-
-
-def state_folder() -> Path:
-    """Where witnesses are: $CLOVEN_STATE, or cloven/ in the user's state folder."""
-    given = os.environ.get("CLOVEN_STATE")
-    return Path(given) if given else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cloven"
 
 
 @dataclass(frozen=True)
@@ -76,20 +70,6 @@ def write_witness(adapter: str, path: Path, number: str, generation: int) -> Non
             known = read_witness(adapter)
             if known is not None and known.number == number and known.generation >= generation:
                 return
-            partial = place.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump({"path": str(path), "number": number, "generation": generation}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(place)
-            _sync_folder(place.parent)
+            write_durably(place, json.dumps({"path": str(path), "number": number, "generation": generation}).encode())
     except OSError as error:
         raise LedgerUnusable(f"{place}: the ledger's witness cannot be written ({error.strerror}); nothing is served without it") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

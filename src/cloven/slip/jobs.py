@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cloven.bundle.manifest import ExposedGroup
@@ -23,13 +24,14 @@ from cloven.bundle.verification import sha256_matrix
 from cloven.errors import BadInput
 from cloven.field.codec import row_bounds
 from cloven.field.prg import SecretStream
-from cloven.model.adapter import LoraModule, read_adapter
-from cloven.model.checkpoint import Checkpoint
+from cloven.model.adapter import LoraModule
 from cloven.slip.decomposition import Split, precise, spectrum, split, truncate
 from cloven.slip.exposed_matrix import ExposedMatrix, expose, rows_at_a_time
 from cloven.slip.plan import RANKS, WORK, Plan, PlannedLinear, write_json
 from cloven.slip.split_key import SPLIT_KEY, read_split_key
 from cloven.slip.split_model import LinearShape
+
+_RECORD = {"exposed", "bounds", "shapes", "exposed_sha256", "kept", "energies", "quantisation"}
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,35 @@ def find_spectra(job: GroupJob) -> None:
         matrix = plan.matrix(source, linear)
         if not bool(torch.isfinite(matrix).all()):
             raise BadInput(f"{linear.name}: the weight holds NaN or infinity")
-        hashes.append(sha256_matrix(matrix))
-        if base is not None:
-            matrix = _difference(plan, matrix, base, linear)
+        theirs = plan.matrix(base, linear) if base is not None else None
+        hashes.append(_digest(matrix, theirs))
+        if theirs is not None:
+            matrix = _difference(matrix, theirs, linear)
         spectra[str(position)] = spectrum(matrix.to(plan.device))
     write_shard(spectra_path(folder, job.group), spectra, secret=True, metadata={"sha256": json.dumps(hashes)})
 
 
 def read_spectra(folder: Path, group: int) -> tuple[list[Tensor], list[str]]:
     """What pass 1 found: singular values and hashes of the group's matrices."""
-    with safe_open(spectra_path(folder, group), framework="pt") as file:
-        hashes = json.loads(file.metadata()["sha256"])
-        return [file.get_tensor(str(position)) for position in range(len(hashes))], hashes
+    path = spectra_path(folder, group)
+    try:
+        with safe_open(path, framework="pt") as file:
+            hashes = json.loads(file.metadata()["sha256"])
+            return [file.get_tensor(str(position)) for position in range(len(hashes))], hashes
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: damaged; remove it, and the same command makes it again") from error
+
+
+def read_record(folder: Path, group: int) -> dict[str, Any]:
+    """What pass 2 said about a group."""
+    path = record_path(folder, group)
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if set(record) != _RECORD:
+            raise ValueError("not the fields of a record")
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: damaged; remove it, and the same command makes it again") from error
+    return record
 
 
 @torch.no_grad()
@@ -113,7 +132,7 @@ def _split_matrices(
     group = plan.groups[index]
     source, base = plan.source.open(), plan.base.open() if plan.base else None
     ranks = json.loads((folder / WORK / RANKS).read_text(encoding="utf-8"))[index]
-    adapter = {module.name: module for module in read_adapter(Path(plan.adapter)).modules} if plan.adapter else {}
+    adapter = plan.adapter.modules() if plan.adapter else {}
     spectra, hashes = read_spectra(folder, index) if plan.adapter is None else ([], [])
     stacked = torch.empty(sum(linear.rows for linear in group), group[0].columns, dtype=precise(plan.weight_of(index)))
     reference = torch.empty_like(stacked) if base is not None else None
@@ -123,7 +142,8 @@ def _split_matrices(
         start += linear.rows
         w = stacked[rows]
         matrix = plan.matrix(source, linear)
-        if hashes and sha256_matrix(matrix) != hashes[position]:
+        theirs = plan.matrix(base, linear) if base is not None else None
+        if hashes and _digest(matrix, theirs) != hashes[position]:
             raise BadInput(f"{linear.name}: the weight has changed since the first pass")
         w.copy_(matrix)
         if plan.adapter is not None:
@@ -132,9 +152,9 @@ def _split_matrices(
             energies.append((energy, energy))
         else:
             values = spectra[position]
-            if base is not None and reference is not None:
-                reference[rows].copy_(plan.matrix(base, linear))
-                part = truncate(w, _difference(plan, matrix, base, linear), ranks[position], stream, out=w, device=plan.device)
+            if theirs is not None and reference is not None:
+                reference[rows].copy_(theirs)
+                part = truncate(w, _difference(matrix, theirs, linear), ranks[position], stream, out=w, device=plan.device)
             else:
                 part = split(w, ranks[position], values, stream, out=w, device=plan.device)
             energies.append((float(values[: ranks[position]].square().sum()), float(values.square().sum())))
@@ -142,9 +162,13 @@ def _split_matrices(
     return stacked, parts, energies, reference
 
 
-def _difference(plan: Plan, matrix: Tensor, base: Checkpoint, linear: PlannedLinear) -> Tensor:
+def _digest(matrix: Tensor, theirs: Tensor | None) -> str:
+    """What the split is made from: the matrix, and the base's where there is one."""
+    return sha256_matrix(matrix) if theirs is None else f"{sha256_matrix(matrix)}+{sha256_matrix(theirs)}"
+
+
+def _difference(matrix: Tensor, theirs: Tensor, linear: PlannedLinear) -> Tensor:
     """W − W_base."""
-    theirs = plan.matrix(base, linear)
     if not bool(torch.isfinite(theirs).all()):
         raise BadInput(f"{linear.name}: the base's weight holds NaN or infinity")
     dtype = precise(matrix.numel())

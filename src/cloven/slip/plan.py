@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cloven.errors import BadInput
+from cloven.model.adapter import LoraModule, read_adapter
 from cloven.model.checkpoint import Checkpoint
 from cloven.slip.config import SlipConfig
 
@@ -61,11 +62,30 @@ class Tensors:
 
 
 @dataclass(frozen=True)
+class PlannedAdapter:
+    """A PEFT directory, and the hash of its weights when the plan was made."""
+
+    folder: str
+    sha256: str
+
+    def modules(self) -> dict[str, LoraModule]:
+        """The adapted modules by name, if they are still what they were.
+
+        Raises:
+            BadInput: they have changed.
+        """
+        adapter = read_adapter(Path(self.folder))
+        if adapter.sha256 != self.sha256:
+            raise BadInput(f"{self.folder}: the adapter has changed since the preparation began")
+        return {module.name: module for module in adapter.modules}
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that a job needs besides its group's number and the key.
 
     Args:
-        source: the model's checkpoint; base: that of the public base, if there is one; adapter: the PEFT directory, if there is one.
+        source: the model's checkpoint; base: that of the public base, if there is one; adapter: the LoRA, if there is one.
         groups: the linears, in the order of the bundle.
         others: where the other tensors of the state dict are in the checkpoint.
         dtype: of the model.
@@ -75,7 +95,7 @@ class Plan:
 
     source: Tensors
     base: Tensors | None
-    adapter: str | None
+    adapter: PlannedAdapter | None
     groups: tuple[tuple[PlannedLinear, ...], ...]
     others: dict[str, str]
     dtype: str
@@ -113,6 +133,7 @@ class Plan:
             record: dict[str, Any] = json.loads((work / PLAN).read_text(encoding="utf-8"))
             record["source"] = Tensors(**record["source"])
             record["base"] = Tensors(**record["base"]) if record["base"] else None
+            record["adapter"] = PlannedAdapter(**record["adapter"]) if record["adapter"] else None
             record["groups"] = tuple(tuple(PlannedLinear(**linear) for linear in group) for group in record["groups"])
             record["config"] = SlipConfig(**record["config"])
             return cls(**record)

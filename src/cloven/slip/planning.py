@@ -19,7 +19,7 @@ from cloven.model.groups import trace_groups
 from cloven.model.linears import bias_of, linears_of, matrix_of
 from cloven.model.source import Source, open_source
 from cloven.slip.config import SlipConfig
-from cloven.slip.plan import Plan, PlannedLinear, Tensors
+from cloven.slip.plan import Plan, PlannedAdapter, PlannedLinear, Tensors
 
 
 def make_plan(source: Source, config: SlipConfig, adapter: str | Path | None, public_base: str | Path | None, device: str) -> Plan | None:
@@ -50,8 +50,8 @@ def make_plan(source: Source, config: SlipConfig, adapter: str | Path | None, pu
         linears.append(tuple(members))
     split = {name for group in groups for name in group}
     others = {name: place for name, place in places.items() if name.rpartition(".")[0] not in split}
-    base, adapter_folder = _planned_relatives(source, [linear for group in linears for linear in group], adapter, public_base)
-    return Plan(Tensors.of(checkpoint), base, adapter_folder, tuple(linears), others, str(dtype).removeprefix("torch."), config, device)
+    base, lora = _planned_relatives(source, [linear for group in linears for linear in group], adapter, public_base)
+    return Plan(Tensors.of(checkpoint), base, lora, tuple(linears), others, str(dtype).removeprefix("torch."), config, device)
 
 
 def stored_copy(source: Source, folder: Path) -> Source:
@@ -92,18 +92,19 @@ def _dtype(source: Source, checkpoint: Checkpoint) -> torch.dtype:
 
 def _planned_relatives(
     source: Source, linears: list[PlannedLinear], adapter: str | Path | None, public_base: str | Path | None
-) -> tuple[Tensors | None, str | None]:
-    """The public base's checkpoint and the adapter's folder, checked against the model's linears."""
+) -> tuple[Tensors | None, PlannedAdapter | None]:
+    """The public base's checkpoint and the adapter, checked against the model's linears."""
     if adapter is not None:
         folder = Path(adapter).expanduser().absolute()
         of_name = {linear.name: linear for linear in linears}
-        for module in read_adapter(folder).modules:
+        read = read_adapter(folder)
+        for module in read.modules:
             linear = of_name.get(module.name)
             if linears and linear is None:
                 raise BadInput(f"{folder}: adapts {module.name}, which is no linear layer of {source.name}")
             if linear is not None and (linear.rows, linear.columns) != (module.b.shape[0], module.a.shape[1]):
                 raise BadInput(f"{folder}: the factors of {module.name} do not fit its matrix {linear.rows} x {linear.columns}")
-        return None, str(folder)
+        return None, PlannedAdapter(str(folder), read.sha256)
     if public_base is None:
         return None, None
     base = open_source(public_base)

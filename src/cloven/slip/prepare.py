@@ -13,7 +13,6 @@ command goes on where it stopped: jobs (see `jobs`) whose results are there are 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +34,7 @@ from cloven.model.source import Source, open_source, write_configuration
 from cloven.slip.cards import exposed_card, trusted_card
 from cloven.slip.config import SlipConfig
 from cloven.slip.decomposition import allocate_ranks
-from cloven.slip.jobs import GroupJob, find_spectra, read_spectra, record_path, spectra_path, split_group
+from cloven.slip.jobs import GroupJob, find_spectra, read_record, read_spectra, record_path, spectra_path, split_group
 from cloven.slip.plan import PLAN, RANKS, WORK, Plan, write_json
 from cloven.slip.planning import fingerprint, make_plan, stored_copy
 from cloven.slip.split_key import SPLIT_KEY, SplitKey, read_split_key
@@ -90,14 +89,14 @@ def prepare_slip(
     require_new(out)
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise BadInput(f"device {device!r}: choose cpu, or cuda on a machine that has it")
-    given = read_split_key(Path(key)).used_for(config.to_dict()) if key is not None else None
+    given = read_split_key(Path(key)).used_for(_parameters(config, device)) if key is not None else None
     plan = make_plan(source, config, adapter, public_base, device)
     with partial_folder(out, _resumes(plan) if plan is not None else None) as partial:
+        for folder, mode in ((partial / WORK, 0o700), (partial / "trusted", 0o700), (partial / "exposed", 0o755)):
+            folder.mkdir(mode=mode, exist_ok=True)
         if plan is None:
             plan = make_plan(stored_copy(source, partial / WORK / "source"), config, adapter, public_base, device)
             assert plan is not None
-        for folder, mode in ((partial / WORK, 0o700), (partial / "trusted", 0o700), (partial / "exposed", 0o755)):
-            folder.mkdir(mode=mode, exist_ok=True)
         largest = max(plan.weight_of(index) for index in range(len(plan.groups)))
         parameters = sum(linear.rows * linear.columns for linear in plan.linears)
         _write(source, plan, given, partial, progress, select_engine(engine, parameters, 5 * 4 * largest + _JOB_BYTES))
@@ -115,6 +114,11 @@ def _with_origin(config: SlipConfig | None, adapter: str | Path | None, public_b
     return config
 
 
+def _parameters(config: SlipConfig, device: str) -> dict[str, Any]:
+    """All that decides the bits besides the model: a GPU may give singular vectors the other sign, and so another decoy."""
+    return {**config.to_dict(), "device": device.partition(":")[0]}
+
+
 def _resumes(plan: Plan) -> Callable[[Path], bool]:
     def resumes(partial: Path) -> bool:
         if not (partial / WORK / PLAN).exists():
@@ -129,7 +133,7 @@ def _resumes(plan: Plan) -> Callable[[Path], bool]:
 def _write(source: Source, plan: Plan, given: SplitKey | None, partial: Path, progress: Progress, engine: Engine) -> None:
     # 2
     place = partial / "trusted" / SPLIT_KEY
-    key = read_split_key(place) if place.exists() else given or SplitKey.fresh(plan.config.to_dict())
+    key = read_split_key(place) if place.exists() else given or SplitKey.fresh(_parameters(plan.config, plan.device))
     if given is not None and given.key != key.key:
         raise BadInput(f"{partial}: an unfinished preparation with another key; remove it to start afresh")
     key.write(place)
@@ -153,7 +157,7 @@ def _write(source: Source, plan: Plan, given: SplitKey | None, partial: Path, pr
     others = _write_others(plan, partial / "trusted")
 
     # 6
-    records = [json.loads(record_path(partial, index).read_text(encoding="utf-8")) for index in everything]
+    records = [read_record(partial, index) for index in everything]
     manifest = ExposedManifest(
         tuple(ExposedGroup(**record["exposed"]) for record in records),
         {record["exposed"]["file"]: record["exposed_sha256"] for record in records},

@@ -1,14 +1,17 @@
-"""A SLIP session: one worker, fresh secrets, pads made ahead.
+"""A SLIP session: its workers, fresh secrets, and pads, made ahead in memory or read from a store.
 
-Opening a session, for every group:
-    1. read the trusted side's own copy of the exposed matrix, and hash the bytes
-    2. draw S, compute S·W from those bytes
-    3. set up pads under a fresh key
-then ask the worker whether it holds the bundle, and start the look-ahead.
+Opening a session:
+    1. ask the workers whether they hold the bundle, and which part of it
+   for every group
+    2. read the trusted side's own copy of the exposed matrix, and hash the bytes
+    3. draw S for every worker, compute S·W from those bytes; with a store: take both from it, without 2
+    4. set up pads: under a fresh key, or from the store
+then start the look-ahead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -17,25 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from cloven.bundle.exposed_copy import ExposedCopy
+from cloven.bundle.placement import WHOLE, Part
 from cloven.bundle.trusted_manifest import TrustedManifest
-from cloven.errors import BadBundle, ClovenError
+from cloven.errors import BadBundle, ClovenError, VerificationFailed
 from cloven.field.freivalds import CHECKS, Freivalds
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.field.products import PlacedMatrix
 from cloven.field.selection import select_backend
 from cloven.masks.look_ahead import LookAhead
 from cloven.masks.one_time import OneTimePads, PadKey
+from cloven.masks.pad_store import BLOCK, PadStore
+from cloven.masks.stored_pads import StoredPads
+from cloven.masks.waiting import WaitingPads
 from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session, open_channel
-from cloven.offload import OffloadedMatrix
+from cloven.offload import OffloadedMatrix, Share
 from cloven.slip.layer import Product, SplitGroup
 from cloven.slip.split_model import groups_of
+from cloven.slip.workers import Seat, Workers
 from cloven.telemetry import Telemetry
 
 
 class SlipSession(Session):
     """A session whose pads can be made in advance, all at once, for measurements: see `Session`."""
 
-    pads: list[OneTimePads]
+    pads: list[WaitingPads]
     offloaded: list[OffloadedMatrix]
     look_ahead: LookAhead
 
@@ -50,11 +58,12 @@ class SlipSession(Session):
 
 
 def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
-    """Connect a loaded split model to a worker.
+    """Connect a loaded split model to its workers.
 
     Raises:
         BadBundle, ForeignBundle, TamperedBundle: the copy of exposed/ is missing, of another bundle, or altered.
-        PeerRefused, WorkerUnreachable, WorkerTimeout: the worker.
+        StoreUnusable: the pad store is not to be trusted.
+        PeerRefused, WorkerUnreachable, WorkerTimeout: a worker.
     """
     groups = groups_of(model)
     trusted = getattr(model, "cloven_folder", None)
@@ -63,56 +72,131 @@ def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
     manifest = TrustedManifest.read(trusted)
     if len(manifest.exposed.groups) != len(groups):
         raise BadBundle(f"{trusted}: config.json and manifest.json list different numbers of groups")
-    copy = ExposedCopy(options.exposed or trusted.parent / "exposed", manifest)
     telemetry = Telemetry()
-    channel = open_channel(options, manifest.bundle, telemetry)
+    secrets_of_session = _Secrets(trusted, manifest, options)
     try:
-        channel.hello()
-        telemetry.reset()
-        session = SlipSession(model, channel, telemetry)
+        workers = Workers(
+            options.address,
+            options.placement,
+            manifest.exposed.groups,
+            lambda address, patience: open_channel(options, manifest.bundle, telemetry, address=address, patience=patience),
+            secrets_of_session.check,
+        )
     except BaseException:
-        channel.close()
+        secrets_of_session.destroy()
         raise
+    telemetry.reset()
+    session = SlipSession(model, workers, telemetry)
+    session.on_close(secrets_of_session.destroy)
     try:
-        _connect_groups(session, groups, copy, manifest, options)
+        _connect_groups(session, groups, workers, secrets_of_session, options)
     except BaseException:
         session.close("it could not be opened")
         raise
     return session
 
 
+class _Secrets:
+    """Where a session's pads and checks come from: the copy of exposed/ with fresh keys, or a store."""
+
+    def __init__(self, trusted: Path, manifest: TrustedManifest, options: RuntimeOptions) -> None:
+        self.manifest, self._options = manifest, options
+        self._backend = select_backend("cpu")
+        self._key = PadKey()
+        self._stream = SecretStream(secrets.token_bytes(KEY_BYTES), "freivalds")
+        self._store = PadStore(options.pads, manifest.bundle) if options.pads is not None else None
+        folder = options.exposed or trusted.parent / "exposed"
+        wanted = self._store is None or options.on_empty == "compute" or options.placement == "rows"
+        self._copy = ExposedCopy(folder, manifest) if wanted else None
+
+    def __repr__(self) -> str:
+        return "_Secrets(<secret>)"
+
+    def matrix(self, group: int) -> PlacedMatrix:
+        """W [N, K] of verified bytes."""
+        assert self._copy is not None
+        return self._backend.place(self._copy.verified(group))
+
+    def check(self, worker: str, group: int, part: Part) -> Freivalds:
+        """The check of one worker's answers: S is drawn for it alone."""
+        if self._store is not None and part.kind != "rows":
+            return self._store.freivalds(self._store.check_number(worker), group)
+        w = self.matrix(group)
+        rows = part.rows(group, self.manifest.exposed.groups)
+        if len(rows) < w.rows:
+            w = self._backend.place(w.codes[rows.start : rows.stop, : w.columns])
+        return Freivalds(self._stream.residues(CHECKS, len(rows)), self._backend, w)
+
+    def rejected(self, worker: str) -> None:
+        """Drop a worker's S for good: it is never used again, by any session with the store."""
+        if self._store is not None:
+            self._store.drop_check(worker)
+
+    def pads(self, group: SplitGroup, own: Freivalds, ended: Callable[[], bool]) -> WaitingPads:
+        """The pads of a group; `own` checks them where there is no store."""
+        if self._store is None:
+            return OneTimePads(group.index, self._key, self._lent(group.index), self._backend, own, group.name)
+        spare = None
+        if self._options.on_empty == "compute":
+            w = self.matrix(group.index)
+            check = Freivalds(self._stream.residues(CHECKS, w.rows), self._backend, w)
+            spare = OneTimePads(group.index, self._key, self._lent(group.index), self._backend, check, group.name).fresh
+        return StoredPads(self._store, group.index, self._store.freivalds(0, group.index), group.name, self._options.on_empty, spare, ended)
+
+    def rows_ahead(self) -> int:
+        """Rows of pads to keep ready."""
+        if self._options.look_ahead is not None:
+            return self._options.look_ahead
+        bytes_per_row = 4 * sum(group.rows + group.columns for group in self.manifest.exposed.groups)
+        most = MOST_PADS_AHEAD if self._store is None else BLOCK // 2
+        return max(1, min(most, self._options.pad_bytes // bytes_per_row))
+
+    def destroy(self) -> None:
+        """Overwrite the keys."""
+        self._key.destroy()
+        if self._store is not None:
+            with contextlib.suppress(ClovenError):
+                self._store.drop_used_files()
+            self._store.close()
+
+    def _lent(self, group: int) -> Callable[[], PlacedMatrix]:
+        assert self._copy is not None
+        copy = self._copy
+        return lambda: self._backend.place(copy.mapped(group))
+
+
 @torch.no_grad()
-def _connect_groups(
-    session: SlipSession, groups: list[SplitGroup], copy: ExposedCopy, manifest: TrustedManifest, options: RuntimeOptions
-) -> None:
-    backend = select_backend("cpu")
-    key = PadKey()
-    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "freivalds")
-    session.on_close(key.destroy)
+def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Workers, given: _Secrets, options: RuntimeOptions) -> None:
     session.pads, session.offloaded = [], []
-    for group, record, bounds in zip(groups, manifest.exposed.groups, manifest.bounds, strict=True):
-        w = backend.place(copy.verified(group.index))  # 1
-        freivalds = Freivalds(stream.residues(CHECKS, record.rows), backend, w)  # 2
-
-        def lend(index: int = group.index) -> PlacedMatrix:
-            return backend.place(copy.mapped(index))
-
-        pads = OneTimePads(group.index, key, lend, backend, freivalds, group.name)  # 3
-        offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, freivalds, session.channel)
-        group.attach(_guarded_product(session, offloaded))
+    for group, record, bounds in zip(groups, given.manifest.exposed.groups, given.manifest.bounds, strict=True):
+        shares = tuple(Share(rows, seat) for rows, seat in workers.shares(group.index))
+        seats = [seat for _, seat in workers.shares(group.index)]
+        checks = [seat.freivalds(group.index) for seat in seats]  # 2, 3
+        own = checks[0] if len(checks) == 1 else given.check("", group.index, WHOLE)
+        pads = given.pads(group, own, lambda: session.closed)  # 4
+        offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, shares)
+        group.attach(_guarded_product(session, offloaded, seats, given))
         session.pads.append(pads)
         session.offloaded.append(offloaded)
         session.on_close(pads.forget)
         session.on_close(lambda group=group: group.attach(_ended_product(session)))  # type: ignore[misc]
     session.on_close(session.pads.clear)
     session.on_close(session.offloaded.clear)
-    session.look_ahead = LookAhead(session.pads, _rows_ahead(manifest, options), lambda error: _end(session, error))
+    session.look_ahead = LookAhead(session.pads, given.rows_ahead(), lambda error: _end(session, error))
     session.on_close(session.look_ahead.stop)
 
 
-def _guarded_product(session: Session, offloaded: OffloadedMatrix) -> Product:
+def _guarded_product(session: Session, offloaded: OffloadedMatrix, seats: list[Seat], given: _Secrets) -> Product:
+    def compute(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        try:
+            return offloaded.product(x, meanwhile)
+        except VerificationFailed:
+            for seat in seats:
+                given.rejected(seat.address)
+            raise
+
     def product(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
-        return session.guarded(lambda: offloaded.product(x, meanwhile))
+        return session.guarded(lambda: compute(x, meanwhile))
 
     return product
 
@@ -124,13 +208,6 @@ def _ended_product(session: Session) -> Product:
         return session.guarded(lambda: x)  # raises
 
     return product
-
-
-def _rows_ahead(manifest: TrustedManifest, options: RuntimeOptions) -> int:
-    if options.look_ahead is not None:
-        return options.look_ahead
-    bytes_per_row = 4 * sum(group.rows + group.columns for group in manifest.exposed.groups)
-    return max(1, min(MOST_PADS_AHEAD, options.pad_bytes // bytes_per_row))
 
 
 def _end(session: Session, error: ClovenError) -> None:

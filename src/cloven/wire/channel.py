@@ -44,12 +44,34 @@ from cloven.wire.schema import ErrorAnswer, Hello, MalformedMessage, Schema, Wel
 Frame = bytes | memoryview
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
+_LONGEST_RTT = 60.0
+_SLEEP_ENDS_EARLY = 5e-4  # seconds: a sleep ends late by about a tenth of a millisecond
 _ERRORS: dict[str, type[ClovenError]] = {"bundle": ForeignBundle, "budget": BudgetExhausted}
 
 PLAIN_TCP_BANNER = (
     "INSECURE: plain tcp, no encryption and no authentication. Anybody on the network can read and alter the traffic. "
     "Use keys made by `cloven keygen`."
 )
+
+
+def checked_rtt(seconds: float) -> float:
+    """A simulated round trip in seconds.
+
+    Raises:
+        BadInput: it is negative, not a number, or a minute or more.
+    """
+    if not 0 <= seconds < _LONGEST_RTT:
+        raise BadInput(f"simulated round trip {seconds} s: give 0 or more, less than {_LONGEST_RTT:g}")
+    return seconds
+
+
+def _delay(seconds: float) -> None:
+    """Wait exactly: asleep, and awake for the last half millisecond."""
+    until = time.monotonic() + seconds
+    if seconds > _SLEEP_ENDS_EARLY:
+        time.sleep(seconds - _SLEEP_ENDS_EARLY)
+    while time.monotonic() < until:
+        pass
 
 
 class Exchanger(Protocol):
@@ -71,6 +93,9 @@ class Channel:
         schema, peer: the peer's messages, and what to call it: the command that starts it.
         spin: seconds to look for an answer without sleeping: waking up costs more than a short answer takes. Not for a peer that needs
             this core.
+        patience: seconds that a lost connection may take to come back; None: the timeout. Less where there is somebody else to ask.
+        simulated_rtt: for measurements: seconds by which every exchange takes longer, as over a link with that round trip; may be
+            changed between exchanges. It does not count against `timeout`.
 
     Guarantee: bounded waiting; over CURVE, traffic is encrypted and the worker is the holder of the pinned key. Answers are parsed
     strictly, not verified: that is `offload`'s step. Not hidden: the number, size and time of exchanges.
@@ -89,14 +114,19 @@ class Channel:
         schema: Schema = WORKER,
         peer: str = "worker",
         spin: float = 0.0,
+        patience: float | None = None,
+        simulated_rtt: float = 0.0,
     ) -> None:
         if not 0 < timeout < 86_400:
             raise BadInput(f"timeout {timeout}: give seconds, more than 0")
+        self.simulated_rtt = checked_rtt(simulated_rtt)
         self.address: Address = parse_address(address)
         self.timeout = timeout
         self.telemetry = telemetry or Telemetry()
         self.bundle = bundle
         self._schema, self._peer, self._spin = schema, peer, spin
+        self._given_patience = patience
+        self.part = ""
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         if self.address.scheme == "tcp" and keys is None:
@@ -128,6 +158,7 @@ class Channel:
         )
         self._connected = self.address.scheme == "inproc"
         self._ever_connected = self._connected
+        self._lost = None if self._connected else time.monotonic()  # since when there is no connection
         self._reconnected = False
         self._unsent: list[Frame] | None = None
         self._handshake_failures = 0
@@ -151,6 +182,7 @@ class Channel:
         """
         request = Hello(self.next_id(), self.bundle)
         welcome = self.exchange("hello", request, [], lambda message, _: message if isinstance(message, Welcome) else None)
+        self.part = welcome.part
         if welcome.bundle != self.bundle:
             raise ForeignBundle(f"{self.address}: the {self._peer} holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
         check_socket_folder(self.address, create=False)  # again: it may have been made since
@@ -213,7 +245,7 @@ class Channel:
             self._send(frames)
             meanwhile()
             waiting = time.monotonic()
-            while (answer := self._receive(layer, request.id, started + self.timeout, record)) is None:
+            while (answer := self._receive(layer, request.id, started, record)) is None:
                 if not self._reconnected:
                     raise self._silence(layer)
                 self._reconnected = False
@@ -221,6 +253,8 @@ class Channel:
                     logger.info("%s is back: the request is sent again, byte by byte", self.address)
                     self._send(frames)
                     record.resent += 1
+            if self.simulated_rtt:
+                _delay(self.simulated_rtt)
             record.seconds_waiting = time.monotonic() - waiting
             record.bytes_up = size * (1 + record.resent)
             record.seconds_round_trip = time.monotonic() - started
@@ -238,6 +272,10 @@ class Channel:
             raise WorkerRefused(f"{layer}: the {self._peer} answered something else than was asked")
         return parsed
 
+    @property
+    def _patience(self) -> float:
+        return self.timeout if self._given_patience is None else self._given_patience
+
     def _send(self, frames: list[Frame]) -> None:
         """Queue the frames; where the queue to an absent worker is full, `_receive` queues them when there is room."""
         try:
@@ -247,12 +285,12 @@ class Channel:
             self._unsent = frames
         self._poller.modify(self._socket, zmq.POLLIN if self._unsent is None else zmq.POLLIN | zmq.POLLOUT)
 
-    def _receive(self, layer: str, request: int, deadline: float, record: LayerStatistics) -> tuple[Any, memoryview | None] | None:
-        in_time = True
+    def _receive(self, layer: str, request: int, started: float, record: LayerStatistics) -> tuple[Any, memoryview | None] | None:
+        in_time, deadline = True, started + self.timeout
         if self._spin and self._unsent is None:
             self._look(min(deadline, time.monotonic() + self._spin))
         while in_time:
-            left = deadline - time.monotonic()
+            left = min(deadline, math.inf if self._lost is None else max(self._lost, started) + self._patience) - time.monotonic()
             ready = dict(self._poller.poll(max(0, math.ceil(left * 1000))))
             in_time = bool(ready) and left > 0  # one look even when the time is up: the answer may have come during `meanwhile`
             if self._monitor in ready:
@@ -268,6 +306,11 @@ class Channel:
             try:
                 message, payload = self._schema.unpack(frames)
             except MalformedMessage as error:
+                if error.code == "version":
+                    raise WorkerRefused(
+                        f"{layer}: the {self._peer} at {self.address} speaks another wire version ({error}): "
+                        "install the same cloven on both sides"
+                    ) from error
                 raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: {error}") from error
             if message.id == request or (isinstance(message, ErrorAnswer) and message.id == 0):
                 return message, payload
@@ -294,12 +337,15 @@ class Channel:
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._reconnected = self._ever_connected
             self._connected = self._ever_connected = True
+            self._lost = None
         elif kind == zmq.EVENT_DISCONNECTED:
             self._connected = False
+            self._lost = time.monotonic()
 
     def _silence(self, layer: str) -> RunError:
         if self._connected:
             return WorkerTimeout(f"{layer}: no answer from the {self._peer} at {self.address} within {self.timeout:g} s")
         return WorkerUnreachable(
-            f"{layer}: no {self._peer} at {self.address} for {self.timeout:g} s: is `cloven {self._peer}` running there, with its keys?"
+            f"{layer}: no {self._peer} at {self.address} for {min(self.timeout, self._patience):g} s: "
+            f"is `cloven {self._peer}` running there, with its keys?"
         )

@@ -1,6 +1,6 @@
 """How messages look on every wire of cloven: a msgpack header and at most one raw frame; strict schema, exact version, no negotiation.
 
-    hello     {v, type, id, bundle}            -> welcome {v, type, id, bundle, groups}
+    hello     {v, type, id, bundle}            -> welcome {v, type, id, bundle, groups, part}
     …         what the scheme adds             -> error   {v, type, id, code, text}
 
 A `Schema` knows a scheme's messages. `id` numbers the requests of a session; an answer repeats it, so that a late answer can be told and
@@ -9,6 +9,7 @@ dropped. `bundle` is the 16-byte bundle id.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,10 @@ import msgpack
 from cloven.errors import ClovenError
 from cloven.wire.limits import MAX_FRAMES, MAX_HEADER_BYTES, MAX_TEXT
 
-VERSION = 1
+VERSION = 2
 BUNDLE_ID_BYTES = 16
 ERROR_CODES = ("malformed", "version", "bundle", "group", "size", "session", "budget", "ledger", "internal")
+_PART = re.compile(r"(layers|rows):[1-9][0-9]{0,3}/[1-9][0-9]{0,3}")
 
 
 class MalformedMessage(ClovenError):
@@ -42,11 +44,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The server holds the bundle, with this many groups."""
+    """The server holds the bundle, with this many groups; `part`: which part of them, "" for all (see `cloven.bundle.placement`)."""
 
     id: int
     bundle: bytes
     groups: int
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def _valid_common(name: str, value: object) -> bool | None:
         return type(value) is bytes and len(value) == BUNDLE_ID_BYTES
     if name == "code":
         return type(value) is str and value in ERROR_CODES
+    if name == "part":
+        return type(value) is str and (value == "" or _PART.fullmatch(value) is not None)
     if name == "text":
         return type(value) is str and len(value) <= MAX_TEXT
     return None

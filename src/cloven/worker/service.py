@@ -11,6 +11,7 @@ from typing import Any
 
 import zmq
 
+from cloven.bundle.placement import parse_part
 from cloven.wire.keys import WorkerKeys
 from cloven.wire.limits import rows_per_exchange
 from cloven.wire.messages import WORKER, Message, Multiply, Product, pack, residue_frame, residues_of_frame, unpack
@@ -28,6 +29,7 @@ class Worker(Server):
         address: ipc://PATH or tcp://HOST:PORT; inproc://NAME with a shared `context`, for tests.
         keys: the worker's folder of keys; needed for tcp.
         device: "cpu", "cuda" or "cuda:N".
+        part: what this worker holds of the bundle, for example "layers:1/2"; "" for everything.
         insecure_plain_tcp: listen on tcp without keys, with a banner.
         record: write every row received to this file, anew, for audits: what a curious worker would keep.
 
@@ -45,10 +47,12 @@ class Worker(Server):
         device: str = "cpu",
         insecure_plain_tcp: bool = False,
         record: Path | None = None,
+        part: str = "",
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         super().__init__("worker", address, WORKER, keys=keys, insecure_plain_tcp=insecure_plain_tcp, context=context)
-        self.matrices = Matrices.load(Path(folder), device)
+        self.part = parse_part(part)
+        self.matrices = Matrices.load(Path(folder), device, self.part)
         self._transcript = Transcript(record) if record is not None else None
         self.bind()
 
@@ -64,12 +68,14 @@ class Worker(Server):
         message, payload = unpack(frames)
         self._require_bundle(message)
         if isinstance(message, Hello):
-            return [pack(Welcome(message.id, self.matrices.bundle, len(self.matrices.groups)))]
+            return [pack(Welcome(message.id, self.matrices.bundle, len(self.matrices.groups), str(self.part)))]
         if not isinstance(message, Multiply) or payload is None:
             raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
         if message.group >= len(self.matrices.groups):
             raise MalformedMessage("group", f"no group {message.group}: there are {len(self.matrices.groups)}", message.id)
         w = self.matrices.groups[message.group]
+        if w is None:
+            raise MalformedMessage("group", f"group {message.group} is not in this worker's part, {self.part}", message.id)
         if message.rows > rows_per_exchange(w.columns, w.rows):
             raise MalformedMessage("size", f"{message.rows} rows at once are too many for this group", message.id)
         c = residues_of_frame(payload, message.rows, w.columns, message.id)

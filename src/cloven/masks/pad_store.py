@@ -1,0 +1,281 @@
+"""A store of pads on disk, made in advance: each used once, whatever happens to the processes that use it.
+
+    pads fill        u = W m for pads filled … of every group, checked, encrypted, fsync, then `filled` is committed
+    take             1. reserve: commit cursor + block for all groups, before any of these pads is read
+                     2. read the records, destroy them, check S u = (S W) m
+                     3. hand out, in order
+
+A pad is burnt before it is used: a process that is killed between 1 and 3 loses what it had reserved, at most a block (or what one call
+asked for), and no other process ever gets the same index: two processes share a store without overlap. The store carries what is needed to
+check answers, S·W for some workers: a machine with a filled store needs no copy of the exposed matrices.
+
+Guarantee: no index is handed out twice by the store in its place; copies, restored backups and other machines' stores are refused (see
+`store_state`). Assumes that the disk keeps what fsync promised. Not hidden: how many pads were used. Not detected: a machine whose whole
+disk is rolled back.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from torch import Tensor
+
+from cloven.bundle.durable import write_durably
+from cloven.errors import BadInput, PadMisuse, RunError, StoreEmpty, StoreUnusable
+from cloven.field.freivalds import CHECKS, Freivalds, image_of
+from cloven.field.prg import KEY_BYTES, SecretStream, pad_residues
+from cloven.field.products import Backend, PlacedMatrix
+from cloven.masks.store_files import SEGMENT, GroupFiles, derived_key
+from cloven.masks.store_state import STORE, State, StoreState
+
+BLOCK = 64  # pads that are reserved at a time
+_KEPT = 4 * SEGMENT  # burnt pads whose files stay: another process may not have read what it has reserved
+WORKERS = 16  # secrets S of a store, one per worker; number 0 checks the pads themselves
+KEY = "key"
+
+
+@dataclass(frozen=True)
+class GroupStatus:
+    """Pads of one group: made, handed out, reserved but never handed out (lost, or about to be used), tried twice, and left."""
+
+    filled: int
+    used: int
+    burnt: int
+    reused: int
+    left: int
+
+
+class PadStore:
+    """An open store.
+
+    Args:
+        folder: the store.
+        bundle: the id of the bundle that it must be for.
+        create: the groups' shapes [N, K], to make the store where there is none.
+
+    Raises:
+        StoreUnusable, ForeignBundle: see `store_state`.
+    """
+
+    def __init__(self, folder: Path, bundle: str, create: Sequence[tuple[int, int]] | None = None) -> None:
+        if create is not None and not (folder / STORE).exists():
+            _create(folder, bundle, tuple(create))
+        self.folder = folder
+        self._state = StoreState(folder)
+        self._state.require_bundle(bundle)
+        self._key = bytearray(_read_key(folder / KEY))
+        self.groups = self._state.identity.groups
+        self._files = [GroupFiles(folder, bundle, group, rows, bytes(self._key)) for group, (rows, _) in enumerate(self.groups)]
+        self._masks_key = derived_key(bytes(self._key), "masks")
+        self._reserved = [(0, 0)] * len(self.groups)  # next and end of what this process may use
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"PadStore({self.folder}, <secret>)"
+
+    def filled(self, group: int) -> int:
+        """Pads made so far."""
+        return self._state.read().filled[group]
+
+    def left(self, group: int) -> int:
+        """Pads that this process could take now."""
+        state = self._state.read()
+        with self._lock:
+            own, end = self._reserved[group]
+        return state.filled[group] - state.cursor[group] + end - own
+
+    def bytes_per_pad(self) -> int:
+        """Disk space of one pad of every group."""
+        return sum(files.record_bytes for files in self._files)
+
+    def masks(self, group: int, first: int, rows: int) -> Tensor:
+        """The masks of pads first …, int32 [rows, K]."""
+        self._require_owner()
+        return pad_residues(self._masks_key, group, first, rows, self.groups[group][1])
+
+    def append(self, group: int, first: int, images: Tensor) -> None:
+        """Add the images of pads first …, int32 [rows, N], durably.
+
+        Raises:
+            RunError: the disk is full, or somebody else has filled the same pads meanwhile.
+        """
+        self._files[group].append(first, images)
+
+        def advanced(state: State) -> State:
+            if state.filled[group] != first:
+                raise RunError(f"{self.folder}: another `cloven pads fill` is at work")
+            return replace(state, filled=_with(state.filled, group, first + images.shape[0]))
+
+        self._state.commit(advanced)
+
+    def take(self, group: int, rows: int) -> tuple[int, Tensor, Tensor]:
+        """Pads that nobody had before: index of the first, masks int32 [rows, K], images int32 [rows, N]. Not yet checked.
+
+        Raises:
+            StoreEmpty: there are not that many; none was used.  StoreUnusable, PadMisuse: the store is not what it should be.
+        """
+        self._require_owner()
+        with self._lock:
+            pieces = self._pieces(group, rows)
+            masks = [self.masks(group, first, count) for first, count in pieces]
+            images = [self._files[group].take(first, count) for first, count in pieces]
+        return pieces[0][0], torch.cat(masks), torch.cat(images)
+
+    def freivalds(self, number: int, group: int) -> Freivalds:
+        """The check with secret number `number`, from the S·W that the store carries."""
+        rows, columns = self.groups[group]
+        aad = bytes.fromhex(self._state.identity.bundle) + group.to_bytes(4, "big") + number.to_bytes(4, "big")
+        nonce = group.to_bytes(4, "big") + number.to_bytes(8, "big")
+        path = self._checks_path(group)
+        size = 4 * CHECKS * columns + 16
+        try:
+            with path.open("rb") as file:
+                file.seek(number * size)
+                plain = AESGCM(derived_key(bytes(self._key), "checks")).decrypt(nonce, file.read(size), aad)
+        except (OSError, InvalidTag, ValueError) as error:
+            raise StoreUnusable(f"{path}: the checks cannot be read or were altered; remove the store and fill a new one") from error
+        image = torch.from_numpy(np.frombuffer(plain, dtype="<i4").astype(np.int32).reshape(CHECKS, columns))
+        return Freivalds.stored(self._secret(number, group, rows), image)
+
+    def write_checks(self, group: int, backend: Backend, w: PlacedMatrix) -> None:
+        """Compute S·W of all secrets from the verified W of a group, once."""
+        if self._checks_path(group).exists():
+            return
+        self._require_owner()
+        cipher, bundle = AESGCM(derived_key(bytes(self._key), "checks")), bytes.fromhex(self._state.identity.bundle)
+        records = []
+        for number in range(WORKERS):
+            image = image_of(self._secret(number, group, w.rows), backend, w)
+            aad = bundle + group.to_bytes(4, "big") + number.to_bytes(4, "big")
+            records.append(cipher.encrypt(group.to_bytes(4, "big") + number.to_bytes(8, "big"), image.numpy().astype("<i4").tobytes(), aad))
+        write_durably(self._checks_path(group), b"".join(records))
+
+    def check_number(self, worker: str) -> int:
+        """The number of a worker's own secret S: the same for the same worker, until it is dropped.
+
+        Raises:
+            BadInput: all are used up.
+        """
+        state = self._state.read()
+        if worker not in state.checks:
+            if len(state.checks) >= WORKERS - 1:
+                raise BadInput(f"{self.folder}: serves {WORKERS - 1} workers, and these are used up; remove the store and fill a new one")
+            state = self._state.commit(lambda now: now if worker in now.checks else replace(now, checks=(*now.checks, worker)))
+        return 1 + state.checks.index(worker)
+
+    def drop_check(self, worker: str) -> None:
+        """Never use a worker's secret S again: it was rejected once, and every reject tells a little of S."""
+        self._state.commit(lambda now: replace(now, checks=tuple("" if name == worker else name for name in now.checks)))
+
+    def drop_used_files(self) -> None:
+        """Remove files all of whose pads are burnt."""
+        state = self._state.read()
+        for files, cursor in zip(self._files, state.cursor, strict=True):
+            files.drop_before(cursor - _KEPT)
+
+    def status(self) -> list[GroupStatus]:
+        """Counts, by group."""
+        state = self._state.read()
+        result = []
+        for files, filled, cursor in zip(self._files, state.filled, state.cursor, strict=True):
+            used, reused = files.counts(filled)
+            result.append(GroupStatus(filled, used, cursor - used, reused, filled - cursor))
+        return result
+
+    def close(self) -> None:
+        """Overwrite the key and unmap the files."""
+        self._key[:] = bytes(KEY_BYTES)
+        self._masks_key = b""
+        with self._lock:
+            for files in self._files:
+                files.close()
+
+    def _pieces(self, group: int, rows: int) -> list[tuple[int, int]]:
+        """Ranges of indices that belong to this process alone."""
+        pieces, missing = [], rows
+        own, end = self._reserved[group]
+        if end - own < rows:
+            start = self._reserve(group, rows - (end - own))
+            if own < end:
+                pieces.append((own, end - own))
+                missing -= end - own
+            own = start
+            end = self._reserved[group][1]
+        pieces.append((own, missing))
+        self._reserved[group] = (own + missing, end)
+        return pieces
+
+    def _reserve(self, group: int, rows: int) -> int:
+        """Commit the reservation of at least `rows` pads of a group, and refill the blocks of the others on the way; where it begins."""
+        begun: dict[int, int] = {}
+
+        def advanced(state: State) -> State:
+            begun.clear()
+            cursor = list(state.cursor)
+            if state.filled[group] - cursor[group] < rows:
+                left = state.filled[group] - cursor[group]
+                raise StoreEmpty(f"{self.folder}: {left} pads are left of group {group}, {rows} are needed: run `cloven pads fill`")
+            begun[group] = cursor[group]
+            cursor[group] += min(max(rows, BLOCK), state.filled[group] - cursor[group])
+            for other in range(len(cursor)):  # groups that are used alike run out together: one commit serves all
+                own, end = self._reserved[other]
+                if other != group and own > 0 and end - own < BLOCK // 2 and end in (own, cursor[other]):
+                    begun[other] = own if end > own else cursor[other]
+                    cursor[other] += min(BLOCK, state.filled[other] - cursor[other])
+            return replace(state, cursor=tuple(cursor))
+
+        state = self._state.commit(advanced)
+        for one, first in begun.items():
+            self._reserved[one] = (first, state.cursor[one])
+        return begun[group]
+
+    def _secret(self, number: int, group: int, rows: int) -> Tensor:
+        self._require_owner()
+        return SecretStream(bytes(self._key), f"pads/freivalds/{number}/{group}").residues(CHECKS, rows)
+
+    def _checks_path(self, group: int) -> Path:
+        return self.folder / f"group-{group:05d}.checks"
+
+    def _require_owner(self) -> None:
+        if os.getpid() != self._pid or not any(self._key):
+            raise PadMisuse("the pad store is closed, or this process was forked: open a session of its own")
+
+
+def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
+    return (*values[:place], value, *values[place + 1 :])
+
+
+def _create(folder: Path, bundle: str, groups: tuple[tuple[int, int], ...]) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(path.name not in (KEY, "lock", "state.json") for path in folder.iterdir()):
+            raise BadInput(f"{folder}: holds other files; choose another --store, or remove them first")
+        write_durably(folder / KEY, secrets.token_bytes(KEY_BYTES))
+        (folder / "CACHEDIR.TAG").write_text(
+            "Signature: 8a477f597d28d172789f06886806bc55\n# cloven: pads must never be restored from a backup\n"
+        )
+        StoreState.create(folder, bundle, groups)
+    except OSError as error:
+        raise BadInput(f"{folder}: the store cannot be made there: {error.strerror}") from error
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        if path.stat().st_mode & 0o077:
+            raise StoreUnusable(f"{path}: others can read the key; remove the store and fill a new one")
+        key = path.read_bytes()
+    except OSError as error:
+        raise StoreUnusable(f"{path}: the key cannot be read; remove the store and fill a new one") from error
+    if len(key) != KEY_BYTES:
+        raise StoreUnusable(f"{path}: not a key; remove the store and fill a new one")
+    return key
