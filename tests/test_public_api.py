@@ -11,7 +11,7 @@ import pytest
 import cloven
 from tests.split_models import run_python
 
-SECURITY_RELEVANT = ("Bundle", "Session", "Worker", "attach", "generate_keys", "prepare_slip")
+SECURITY_RELEVANT = ("Bundle", "Session", "Worker", "attach", "evaluate", "generate_keys", "prepare_slip")
 
 
 def test_the_public_names() -> None:
@@ -26,6 +26,7 @@ def test_the_public_names() -> None:
         "WorkerProcess",
         "attach",
         "demo_model_path",
+        "evaluate",
         "generate_keys",
         "EnclaveProcess",
         "KvShieldConfig",
@@ -55,7 +56,7 @@ def test_what_matters_for_security_says_what_it_guarantees_and_what_not(name: st
     assert re.search(r"[Nn]ot hidden|nothing is guaranteed|Guarantee: the manifests|[Nn]ot protect", text), name
 
 
-@pytest.mark.parametrize("name", ["attach", "generate_keys", "open_bundle", "prepare_slip"])
+@pytest.mark.parametrize("name", ["attach", "evaluate", "generate_keys", "open_bundle", "prepare_slip"])
 def test_functions_say_what_they_raise(name: str) -> None:
     assert "Raises:" in (inspect.getdoc(getattr(cloven, name)) or "")
 

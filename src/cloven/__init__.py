@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cloven import registration_hook
 
 if TYPE_CHECKING:
+    from cloven.audit.evaluate import evaluate as evaluate
     from cloven.bundle.bundle import Bundle as Bundle
     from cloven.bundle.bundle import open_bundle as open_bundle
     from cloven.cluster.adapter_process import AdapterServerProcess as AdapterServerProcess
@@ -59,6 +60,7 @@ _PUBLIC = {
     "attach": "cloven.model.attach",
     "demo_adapter_path": "cloven.zoo.demo",
     "demo_model_path": "cloven.zoo.demo",
+    "evaluate": "cloven.audit.evaluate",
     "generate_keys": "cloven.wire.keys",
     "open_bundle": "cloven.bundle.bundle",
     "prepare_kv_shield": "cloven.kv_shield.prepare",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -139,3 +140,79 @@ def test_no_file_descriptor_stays_open(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x"), partial_folder(tmp_path / "other"):
         raise ValueError("x")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# --- work that can go on later
+
+
+def resumed(out: Path, keeps: bool, error: BaseException | None = None) -> list[str]:
+    """What is there when the work begins; then it writes "more", and stops if told to."""
+    with partial_folder(out, lambda partial: keeps) as partial:
+        there = sorted(path.name for path in partial.iterdir())
+        (partial / "more").write_text("more")
+        if error is not None:
+            raise error
+    return there
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (ValueError("x"), ValueError),
+        (RunError("x"), RunError),
+        (OSError(errno.ENOSPC, "No space left on device"), RunError),
+    ],
+)
+def test_what_can_go_on_stays(tmp_path: Path, error: BaseException, raised: type[BaseException]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(raised) as caught:
+        resumed(out, keeps=False, error=error)
+    assert listing(tmp_path) == [".out.partial", ".out.partial/.cloven-partial", ".out.partial/more"]
+    assert raised is not RunError or re.search(r"run the same command again to go on, or remove .*\.out\.partial", str(caught.value))
+    assert resumed(out, keeps=True) == [".cloven-partial", "more"]
+    assert listing(tmp_path) == ["out", "out/more"]
+
+
+def test_what_is_not_to_be_kept_is_emptied_first(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tmp_path / "out", keeps=False, error=KeyboardInterrupt())
+    assert resumed(tmp_path / "out", keeps=False) == [".cloven-partial"]
+
+
+def test_bad_input_at_the_first_attempt_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="^x$"):
+        resumed(tmp_path / "out", keeps=False, error=BadInput("x"))
+    assert listing(tmp_path) == []
+
+
+def test_bad_input_does_not_destroy_the_work_of_an_earlier_attempt(tmp_path: Path) -> None:
+    """A mistyped option beside hours of work."""
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tmp_path / "out", keeps=False, error=KeyboardInterrupt())
+    before = listing(tmp_path)
+    with pytest.raises(BadInput, match="^x$"):
+        resumed(tmp_path / "out", keeps=True, error=BadInput("x"))
+    assert listing(tmp_path) == before
+    assert resumed(tmp_path / "out", keeps=True) == [".cloven-partial", "more"]
+
+
+def test_a_refusal_to_go_on_touches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        resumed(tmp_path / "out", keeps=False, error=KeyboardInterrupt())
+    before = listing(tmp_path)
+
+    def refuses(partial: Path) -> bool:
+        raise BadInput("of another model")
+
+    with pytest.raises(BadInput, match="of another model"), partial_folder(tmp_path / "out", refuses):
+        raise AssertionError("not reached")
+    assert listing(tmp_path) == before
+
+
+def test_nobody_asks_about_a_folder_that_is_locked(tmp_path: Path) -> None:
+    asked = []
+    with partial_folder(tmp_path / "out"):
+        with pytest.raises(BadInput, match="another `cloven prepare`"), partial_folder(tmp_path / "out", lambda p: bool(asked.append(p))):
+            raise AssertionError("not reached")
+    assert asked == []

@@ -53,7 +53,8 @@ def test_help_is_quick(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["worker", "generate", "inspect", "keygen", "doctor", "demo", "prepare", "bench", "prepare slip", "bench slip"]
+    "command",
+    ["worker", "generate", "inspect", "keygen", "doctor", "demo", "prepare", "bench", "prepare slip", "bench slip", "bench rounds"],
 )
 def test_every_command_explains_itself(command: str, cloven_here: Command) -> None:
     outcome = cloven_here(*command.split(), "--help")
@@ -72,7 +73,7 @@ def test_unknown_commands_and_options(cloven_here: Command) -> None:
 @pytest.mark.long  # the README's commands go the same way in the short form
 def test_the_whole_way_over_tcp(folder: Path, cloven_here: Command) -> None:
     out, keys, port = folder / "out", folder / "keys", free_port()
-    made = cloven_here("prepare", "slip", str(cloven.demo_model_path()), str(out), "--precision", "int8x2")
+    made = cloven_here("prepare", "slip", str(cloven.demo_model_path()), str(out), "--precision", "int8x2", "--no-public-relative")
     assert made.code == 0 and made.err == ""  # no bars where there is no terminal
     assert "kept secret" in made.out and str(out / "trusted") in made.out and cloven.open_bundle(out).id in made.out
 
@@ -159,12 +160,18 @@ def test_generate_streams_the_text(cloven_here: Command, demo_worker: WorkerProc
 def test_generate_as_json(cloven_here: Command, demo_worker: WorkerProcess) -> None:
     report = json.loads(generate(cloven_here, demo_worker, "--prompt", PROMPT, "--json").out)
     assert set(report) == {
-        "text", "tokens", "prompt_tokens", "seconds", "tokens_per_s", "exchanges", "bytes_up", "bytes_down", "seconds_waiting",
+        "text", "tokens", "prompt_tokens", "seconds", "tokens_per_s", "exchanges", "exchanges_per_token", "bytes_up", "bytes_down",
+        "seconds_waiting",
     }  # fmt: skip
     assert report["tokens"] == greedy(demo_model(), PROMPT, 6)
     assert report["text"] == demo_tokenizer().decode(report["tokens"], skip_special_tokens=True)
     assert report["prompt_tokens"] == len(demo_tokenizer()(PROMPT)["input_ids"])
-    assert report["exchanges"] == 6 * 21 and report["bytes_up"] > 0 and report["bytes_down"] > report["bytes_up"]
+    assert (
+        report["exchanges"] == 6 * 21
+        and report["exchanges_per_token"] == 21
+        and report["bytes_up"] > 0
+        and report["bytes_down"] > report["bytes_up"]
+    )
     assert 0 < report["seconds_waiting"] < report["seconds"] and report["tokens_per_s"] == pytest.approx(6 / report["seconds"])
 
 
@@ -326,7 +333,7 @@ def test_an_address_in_use(folder: Path, cloven_here: Command) -> None:
 
 def test_prepare_errors(tmp_path: Path, cloven_here: Command) -> None:
     def prepare(*arguments: str) -> Outcome:
-        return cloven_here("prepare", "slip", *arguments)
+        return cloven_here("prepare", "slip", *arguments, "--no-public-relative")
 
     model, out = str(tiny_folder("llama")), str(tmp_path / "out")
     one_line(prepare(str(tmp_path / "nowhere"), out), 2, "no such model directory")
@@ -339,16 +346,22 @@ def test_prepare_errors(tmp_path: Path, cloven_here: Command) -> None:
 
 
 def test_prepare_with_options(tmp_path: Path, cloven_here: Command) -> None:
-    outcome = cloven_here("prepare", "slip", str(tiny_folder("llama")), str(tmp_path / "out"), "--rank", "2", "--no-scramble")
+    outcome = cloven_here(
+        "prepare", "slip", str(tiny_folder("llama")), str(tmp_path / "out"), "--rank", "2", "--no-scramble", "--no-public-relative"
+    )
     assert outcome.code == 0 and "scramble OFF" in outcome.out
     assert cloven.open_bundle(tmp_path / "out").manifest.parameters == {
-        "secret_fraction": 0.03, "rank": 2, "precision": "int8", "scramble": False,
+        "secret_fraction": 0.03, "rank": 2, "precision": "int8", "scramble": False, "origin": "private",
     }  # fmt: skip
 
 
 @pytest.mark.long
 def test_a_model_of_the_hub_without_a_network(tmp_path: Path) -> None:
-    result = run_cloven("prepare", "slip", "no-such-org/no-such-model", str(tmp_path / "out"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    result = run_cloven(
+        *("prepare", "slip", "no-such-org/no-such-model", str(tmp_path / "out"), "--no-public-relative"),
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+    )
     one_line(result, 2, "no such directory, and the Hub gives no such model")
 
 
@@ -486,12 +499,47 @@ def test_demo_errors(cloven_here: Command) -> None:
 def test_bench_prints_what_was_measured(arguments: list[str], cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     from cloven.bench import slip
 
-    texts = {"shape": "tiny", "precision": "int8"}
-    result = slip.SlipBench(**{**dict.fromkeys(slip.SlipBench.__dataclass_fields__, 3), **texts})
-    monkeypatch.setattr(slip, "bench_slip", lambda *_, **__: result)
-    outcome = cloven_here("bench", "slip", *arguments)
+    def threes(kind: Any) -> Any:
+        return kind(**dict.fromkeys(kind.__dataclass_fields__, 3))
+
+    def measured(*_: object, rtts_ms: list[float], batches: list[int], **__: object) -> slip.SlipBench:
+        texts = {"shape": "tiny", "precision": "int8"}
+        more = {"simulated_rtts": [threes(slip.RttFigures) for _ in rtts_ms], "batches": [threes(slip.BatchFigures) for _ in batches]}
+        return slip.SlipBench(**{**dict.fromkeys(slip.SlipBench.__dataclass_fields__, 3), **texts, **more})
+
+    monkeypatch.setattr(slip, "bench_slip", measured)
+    for options in ((), ("--simulate-rtt", "1", "--simulate-rtt", "10", "--batch", "4")):
+        outcome = cloven_here("bench", "slip", *arguments, *options)
+        assert outcome.code == 0 and outcome.err == ""
+        if arguments:
+            report = json.loads(outcome.out)
+            assert report["decode_ratio"] == 3
+            assert (len(report["simulated_rtts"]), len(report["batches"])) == ((2, 1) if options else (0, 0))
+            assert all({"rtt_seconds_expected", "rtt_seconds_measured", "rtt_ratio"} <= set(link) for link in report["simulated_rtts"])
+        else:
+            assert "SLIP, int8, tiny" in outcome.out
+            assert ("over a simulated link" in outcome.out) == ("of a batch" in outcome.out) == bool(options)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_bench_rounds_prints_what_was_measured(arguments: list[str], cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloven.bench import rounds
+
+    asked: list[dict[str, Any]] = []
+
+    def measured(_progress: object, model: str | None, **options: Any) -> rounds.RoundsBench:
+        asked.append({"model": model, **options})
+        figures = [rounds.DraftFigures("ordinary", "plain", 2, same, 21.0, 1.0, {"0": 20.0, "5": 2.5}) for same in (True, False)]
+        return rounds.RoundsBench("it", "int8x2", "float32", 1, 3, "helper", True, figures)
+
+    monkeypatch.setattr(rounds, "bench_rounds", measured)
+    outcome = cloven_here("bench", "rounds", "--simulate-rtt", "5", "--prompt-lookup", "3", *arguments)
     assert outcome.code == 0 and outcome.err == ""
-    assert json.loads(outcome.out)["decode_ratio"] == 3 if arguments else "SLIP, int8, tiny" in outcome.out
+    assert asked[0]["model"] is None and asked[0]["rtts_ms"] == [5] and asked[0]["prompt_lookup"] == 3
+    if arguments:
+        assert json.loads(outcome.out)["results"][0]["tokens_per_s"] == {"0": 20.0, "5": 2.5}
+    else:
+        assert all(text in outcome.out for text in ("same", "OTHER", "5 ms", "2.50", "assistant helper", "upper bound"))
 
 
 @pytest.mark.long
@@ -509,3 +557,9 @@ def test_bench_errors(cloven_here: Command) -> None:
     one_line(cloven_here("bench", "slip", "--shape", "gpt-5"), 2, "choose one of tiny")
     one_line(cloven_here("bench", "slip", "--layers", "9"), 2, "tiny has 5")
     one_line(cloven_here("bench", "slip", "--precision", "int4"), 2, "int8, int8x2")
+    one_line(cloven_here("bench", "slip", "--simulate-rtt", "-1"), 2, "simulated round trip")
+    one_line(cloven_here("bench", "slip", "--batch", "4", "--batch", "33"), 2, "a batch of 33: give 1 to 32")
+    one_line(cloven_here("bench", "rounds", "--simulate-rtt", "nan"), 2, "simulated round trip")
+    one_line(cloven_here("bench", "rounds", "/nowhere"), 2, "no such model directory")
+    one_line(cloven_here("bench", "rounds", str(tiny_folder("llama"))), 2, "its tokenizer cannot be loaded")
+    one_line(cloven_here("bench", "rounds", "--assistant", str(tiny_folder("llama"))), 2, "its vocabulary has 97 tokens")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cloven.errors import BadInput, ClovenError
-from cloven.private_lora.adapter import CONFIG, WEIGHTS, Adapter, LoraModule, read_adapter
+from cloven.model.adapter import CONFIG, WEIGHTS, Adapter, LoraModule, read_adapter
 from cloven.zoo.demo import demo_adapter_path
 from tests.lora_bundles import RANK, adapter_folder, peft, peft_adapter, tensors
 

@@ -9,8 +9,8 @@ import pytest
 import zmq
 from torch import nn
 
-from cloven.errors import RunError, SessionClosed, VerificationFailed
-from cloven.model.runtime import RuntimeOptions, Session, session_of
+from cloven.errors import BadInput, RunError, SessionClosed, VerificationFailed
+from cloven.model.runtime import RuntimeOptions, Session, open_channel, session_of
 from cloven.telemetry import Telemetry
 from cloven.wire.channel import Channel
 
@@ -36,6 +36,19 @@ def test_options() -> None:
     assert options.timeout == 30 and options.look_ahead is None and not options.insecure_plain_tcp
     assert options.with_timeout(2.0) == RuntimeOptions("ipc:///x", timeout=2.0)
     assert RuntimeOptions("ipc:///x", Path("k")).keys == Path("k")
+
+
+@pytest.mark.parametrize("seconds", [-0.001, float("nan"), float("inf"), 60.0])
+def test_impossible_round_trips(seconds: float) -> None:
+    with pytest.raises(BadInput, match="simulated round trip"):
+        RuntimeOptions("ipc:///x", simulated_rtt=seconds)
+
+
+def test_channels_have_the_round_trip_of_the_options(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    for rtt in (0.0, 0.25):
+        channel = open_channel(RuntimeOptions("inproc://nobody", simulated_rtt=rtt), BUNDLE.hex(), Telemetry(), context=context)
+        assert channel.simulated_rtt == rtt
+        channel.close()
 
 
 def test_actions_run_once_last_first(session: Session) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cloven.field.prg import KEY_BYTES
-from cloven.private_lora.adapter import LoraModule
+from cloven.model.adapter import LoraModule
 from cloven.private_lora.config import TERMS
 from cloven.private_lora.factors import Core, factor, quantise
 

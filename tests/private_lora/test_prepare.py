@@ -20,8 +20,8 @@ from cloven.errors import BadInput, ClovenError, LedgerUnusable
 from cloven.field.gaussian import gaussians
 from cloven.field.residues import P, is_residue
 from cloven.masks.public_matrix import a_pub
+from cloven.model.adapter import WEIGHTS, LoraModule, read_adapter
 from cloven.private_lora import prepare as module
-from cloven.private_lora.adapter import WEIGHTS, LoraModule, read_adapter
 from cloven.private_lora.base import base_sha256
 from cloven.private_lora.config import PrivateLoraConfig
 from cloven.private_lora.ledger import Ledger

@@ -11,7 +11,7 @@ from cloven.slip.config import PRECISIONS, SlipConfig
 
 def test_defaults_are_the_safe_ones() -> None:
     config = SlipConfig()
-    assert config == SlipConfig(secret_fraction=0.03, rank=None, precision="int8", scramble=True)
+    assert config == SlipConfig(secret_fraction=0.03, rank=None, precision="int8", scramble=True, origin="private")
     assert config.terms == 1
 
 
@@ -31,6 +31,10 @@ def test_terms(precision: str) -> None:
         ({"rank": -1}, "rank -1"),
         ({"precision": "int4"}, "int8, int8x2"),
         ({"precision": "INT8"}, "int8, int8x2"),
+        ({"origin": "secret"}, "private, public-base, adapter"),
+        ({"origin": "public-base"}, "scramble: a public relative undoes it"),
+        ({"origin": "adapter"}, "scramble: a public relative undoes it"),
+        ({"origin": "adapter", "scramble": False, "rank": 2}, "it has the adapter's rank"),
     ],
 )
 def test_bad_settings_say_what_is_allowed(settings: dict[str, Any], said: str) -> None:
@@ -50,5 +54,5 @@ def test_it_is_frozen() -> None:
 
 def test_as_json() -> None:
     config = SlipConfig(0.1, 3, "int8x2", False)
-    assert config.to_dict() == {"secret_fraction": 0.1, "rank": 3, "precision": "int8x2", "scramble": False}
+    assert config.to_dict() == {"secret_fraction": 0.1, "rank": 3, "precision": "int8x2", "scramble": False, "origin": "private"}
     assert SlipConfig(**config.to_dict()) == config

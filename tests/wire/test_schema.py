@@ -61,7 +61,7 @@ def test_the_common_messages_are_the_same_everywhere(schema: Schema, message: An
 
 def test_values_of_a_schemes_own_fields() -> None:
     for value in ("green", "", None, 3, "RED"):
-        error = refusal(COLOURS, msgpack.packb({"v": 1, "type": "ask", "id": 7, "colour": value}))
+        error = refusal(COLOURS, msgpack.packb({"v": 2, "type": "ask", "id": 7, "colour": value}))
         assert (error.code, error.request) == ("malformed", 7)
 
 
@@ -72,13 +72,13 @@ def test_common_fields_are_checked_whatever_the_scheme_says() -> None:
         {"type": "hello", "id": 1, "bundle": b""},
         {"type": "hello", "id": True, "bundle": BUNDLE},
     ):
-        assert refusal(lax, msgpack.packb({"v": 1, **fields})).code == "malformed"
-    assert lax.unpack([msgpack.packb({"v": 1, "type": "ask", "id": 1, "colour": [1, {}]})])[0] == Ask(1, [1, {}])  # type: ignore[arg-type]
+        assert refusal(lax, msgpack.packb({"v": 2, **fields})).code == "malformed"
+    assert lax.unpack([msgpack.packb({"v": 2, "type": "ask", "id": 1, "colour": [1, {}]})])[0] == Ask(1, [1, {}])  # type: ignore[arg-type]
 
 
 def test_messages_of_another_schema_are_unknown() -> None:
     refusal(WORKER, COLOURS.pack(Ask(1, "red")))
-    refusal(COLOURS, msgpack.packb({"v": 1, "type": "closed", "id": 1}))
+    refusal(COLOURS, msgpack.packb({"v": 2, "type": "closed", "id": 1}))
     with pytest.raises(KeyError):
         WORKER.pack(Ask(1, "red"))
 
@@ -92,7 +92,7 @@ def test_size_of_the_header() -> None:
     longest = ErrorAnswer(2**63 - 1, "malformed", "\U0001f512" * MAX_TEXT)
     assert len(COLOURS.pack(longest)) <= MAX_HEADER_BYTES
     refusal(COLOURS, bytes(MAX_HEADER_BYTES + 1))
-    refusal(COLOURS, msgpack.packb({"v": 1, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
+    refusal(COLOURS, msgpack.packb({"v": 2, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
 
 
 @pytest.mark.parametrize("buffer", [bytes, bytearray, memoryview])
@@ -104,7 +104,7 @@ def test_the_request_is_named_where_it_can_be() -> None:
     assert refusal(COLOURS, msgpack.packb({"v": 2, "type": "ask", "id": 9})).request == 9
     assert refusal(COLOURS, msgpack.packb({"v": VERSION, "type": "what", "id": 9})).request == 9
     for unusable in (True, -1, 2**63, "9", None):
-        assert refusal(COLOURS, msgpack.packb({"v": 1, "type": "what", "id": unusable})).request == 0
+        assert refusal(COLOURS, msgpack.packb({"v": 2, "type": "what", "id": unusable})).request == 0
 
 
 @given(st.integers() | st.booleans() | st.floats() | st.none(), st.integers(0, 1))

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cloven
-from cloven.private_lora.adapter import read_adapter
+from cloven.model.adapter import read_adapter
 from cloven.zoo.demo import demo_adapter_path, demo_model_path
 from cloven.zoo.text import perplexity
 from tests.lora_bundles import peft

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cloven.bench.runner import random_model
-from cloven.bench.slip import RunnerProcess
+from cloven.bench.runner_process import RunnerProcess
 from cloven.cluster.enclave_process import EnclaveProcess
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.messages import MAX_BLOCK_BYTES, Label

@@ -4,8 +4,8 @@
     python -m cloven.bench.runner split TRUSTED ADDRESS        the split model, bf16 activations
     python -m cloven.bench.runner keyed EXPOSED ADDRESS        the model with a keyed cache, bf16
 
-Commands: {"op": "decode", "tokens": n}, {"op": "prefill", "tokens": n}, {"op": "pads", "rows": n}, {"op": "drop_pads"},
-{"op": "memory"}. Each model is alone in its process, so that its memory can be told.
+Commands: {"op": "decode", "tokens": n, "batch": b}, {"op": "decode_rtt", "tokens": n, "rtt": seconds}, {"op": "prefill", "tokens": n},
+{"op": "pads", "rows": n}, {"op": "drop_pads"}, {"op": "memory"}. Each model is alone in its process, so that its memory can be told.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cloven.slip.session import SlipSession
 from cloven.zoo.shapes import shape_config
 
 CONTEXT = 8  # tokens before the timed ones
+OPERATIONS = ("decode", "decode_rtt", "prefill", "pads", "drop_pads", "memory")
 
 
 class Runner:
@@ -36,17 +37,29 @@ class Runner:
         self.model, self.session = model.eval(), session
 
     @torch.no_grad()
-    def decode(self, tokens: int) -> dict[str, Any]:
-        """Seconds of each of `tokens` greedy steps with a KV cache, after CONTEXT tokens."""
-        output = self.model(input_ids=torch.arange(CONTEXT).view(1, -1), use_cache=True, logits_to_keep=1)
-        self._reset()
+    def decode(self, tokens: int, batch: int = 1) -> dict[str, Any]:
+        """Seconds of each of `tokens` greedy steps of `batch` sequences with a KV cache, after CONTEXT tokens."""
+        output = self._context(batch)
         seconds = []
         for _ in range(tokens):
-            started = time.perf_counter()
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
-            output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-            seconds.append(time.perf_counter() - started)
+            taken, output = self._step(output)
+            seconds.append(taken)
         return {"seconds": seconds, **self._traffic(tokens)}
+
+    @torch.no_grad()
+    def decode_rtt(self, tokens: int, rtt: float) -> dict[str, Any]:
+        """Seconds of `tokens` greedy steps with a simulated round trip of `rtt` seconds, and of one without before each of them."""
+        assert self.session is not None
+        output = self._context(1)
+        seconds, without = [], []
+        for _ in range(tokens):
+            taken, output = self._step(output)
+            without.append(taken)
+            self.session.channel.simulated_rtt = rtt
+            taken, output = self._step(output)
+            self.session.channel.simulated_rtt = 0.0
+            seconds.append(taken)
+        return {"seconds": seconds, "without": without, **self._traffic(2 * tokens)}
 
     @torch.no_grad()
     def prefill(self, tokens: int) -> dict[str, Any]:
@@ -74,6 +87,20 @@ class Runner:
     def memory(self) -> dict[str, Any]:
         """This process's own memory and its model's, in bytes."""
         return {"anonymous": anonymous_bytes(), "parameters": sum(p.nbytes for p in self.model.parameters())}
+
+    def _context(self, batch: int) -> Any:
+        """The output for CONTEXT tokens in each of `batch` sequences; traffic is counted from here on."""
+        ids = (torch.arange(batch * CONTEXT) % self.model.config.vocab_size).view(batch, CONTEXT)
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        self._reset()
+        return output
+
+    def _step(self, output: Any) -> tuple[float, Any]:
+        """One greedy step after `output`: its seconds, and its output."""
+        started = time.perf_counter()
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        return time.perf_counter() - started, output
 
     def _reset(self) -> None:
         if self.session is not None:
@@ -110,11 +137,8 @@ def main() -> None:
     print(json.dumps({"ready": True, "before": before}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
-        result = getattr(
-            runner,
-            {"decode": "decode", "prefill": "prefill", "pads": "pads", "drop_pads": "drop_pads", "memory": "memory"}[command.pop("op")],
-        )
-        print(json.dumps(result(**command)), flush=True)
+        operation = getattr(runner, OPERATIONS[OPERATIONS.index(command.pop("op"))])
+        print(json.dumps(operation(**command)), flush=True)
     if runner.session is not None:
         runner.session.close()
 

@@ -7,21 +7,19 @@ figures are medians.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cloven.bench.decoding import BatchFigures, RttFigures, batch_figures, batches_decoded, check_measurements, rtt_figures, rtts_decoded
 from cloven.bench.memory import anonymous_bytes, available_bytes
 from cloven.bench.runner import CONTEXT
+from cloven.bench.runner_process import RunnerProcess, median_of
 from cloven.cluster.worker_process import WorkerProcess
-from cloven.errors import BadInput, RunError
+from cloven.errors import BadInput
 from cloven.field.selection import select_backend
 from cloven.slip.config import SlipConfig
 from cloven.zoo.random_bundle import write_random_bundle
@@ -67,65 +65,38 @@ class SlipBench:
     trusted_interpreter_bytes: int
     unsplit_private_bytes: int
     worker_private_bytes: int
+    simulated_rtts: list[RttFigures] = field(default_factory=list)
+    batches: list[BatchFigures] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
 
-class RunnerProcess:
-    """A `cloven.bench.runner` process."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-P", "-m", "cloven.bench.runner", *arguments]
-        environment = dict(os.environ)
-        if arguments[0] == "split":
-            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cloven generate` does
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        self.before = int(self._answer()["before"])
-
-    def __enter__(self) -> RunnerProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def ask(self, op: str, **arguments: int) -> dict[str, Any]:
-        """Run a command there; its answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RunError(f"a benchmark process ended with exit code {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 def bench_slip(
-    shape: str, progress: Progress, *, tokens: int = 8, layers: int | None = None, precision: str = "int8", rounds: int = ROUNDS
+    shape: str,
+    progress: Progress,
+    *,
+    tokens: int = 8,
+    layers: int | None = None,
+    precision: str = "int8",
+    rounds: int = ROUNDS,
+    rtts_ms: Sequence[float] = (),
+    batches: Sequence[int] = (),
 ) -> SlipBench:
     """Measure a shape.
 
     Args:
         tokens: decoded tokens per round.
         layers: decoder layers; None: as many as fit in 70 % of the memory that is free.
+        rtts_ms: round trips to simulate, in milliseconds: in every round, at most 4 tokens are decoded with each.
+        batches: numbers of sequences to decode at once: in every round, at most 8 steps with each.
 
     Raises:
-        BadInput: unknown shape, or not even one layer fits.
+        BadInput: unknown shape, not even one layer fits, or an impossible round trip or batch.
     """
+    check_measurements(rtts_ms, batches)
+    rtts_ms, batches = tuple(dict.fromkeys(rtts_ms)), tuple(dict.fromkeys(batches))
     layers = layers_that_fit(shape, precision) if layers is None else layers
     config = shape_config(shape, layers)
     with tempfile.TemporaryDirectory(prefix="cloven-bench-") as folder:
@@ -140,14 +111,19 @@ def bench_slip(
         ):
             for done in range(rounds + 1):  # the first round warms up
                 progress("rounds", done, rounds + 1)
-                one = _round(plain, split, tokens)
+                one = _round(plain, split, tokens) | rtts_decoded(split, tokens, rtts_ms) | batches_decoded(plain, split, tokens, batches)
                 if done:
                     for name, result in one.items():
-                        series[name].append(result)
+                        series.setdefault(name, []).append(result)
             memory = split.ask("memory")
             plain_memory = plain.ask("memory")
             worker_bytes = anonymous_bytes(worker.pid)
-    return _summarise(shape, precision, layers, rounds, tokens, series, (memory, split.before), plain_memory, worker_bytes)
+    summary = _summarise(shape, precision, layers, rounds, tokens, series, (memory, split.before), plain_memory, worker_bytes)
+    return replace(
+        summary,
+        simulated_rtts=[rtt_figures(rtt, series[f"rtt {rtt}"]) for rtt in rtts_ms],
+        batches=[batch_figures(batch, series[f"plain batch {batch}"], series[f"batch {batch}"]) for batch in batches],
+    )
 
 
 def _round(plain: RunnerProcess, split: RunnerProcess, tokens: int) -> dict[str, dict[str, Any]]:
@@ -198,7 +174,7 @@ def _summarise(
     worker_bytes: int,
 ) -> SlipBench:
     def seconds(name: str) -> float:
-        return statistics.median(float(value) for result in series[name] for value in result["seconds"])
+        return median_of(series[name])
 
     def middle(name: str, key: str) -> float:
         return statistics.median(float(result[key]) for result in series[name])

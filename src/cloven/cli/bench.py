@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from cloven.bench.rounds import RoundsBench
     from cloven.bench.slip import SlipBench
 
 app = typer.Typer(help="Measure: ratios from one interleaved run, medians.", no_args_is_help=True)
@@ -25,6 +27,10 @@ def slip(
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; default: as many as fit in 70 % of free memory.")] = None,
     precision: Annotated[str, typer.Option(help="int8 or int8x2.")] = "int8",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds after the first, which warms up.")] = 5,
+    simulate_rtt: Annotated[
+        list[float] | None, typer.Option(metavar="MS", help="Also decode a few tokens over a link with this round trip; may be repeated.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(metavar="B", help="Also decode this many sequences at once; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """A model split by SLIP against the unsplit bf16 model: decode, prefill, pads, traffic, memory."""
@@ -32,7 +38,8 @@ def slip(
     from cloven.cli.progress import progress_bars
 
     with progress_bars() as progress:
-        result = bench_slip(shape, progress, tokens=tokens, layers=layers, precision=precision, rounds=rounds)
+        more: dict[str, Any] = {"rtts_ms": simulate_rtt or (), "batches": batch or ()}
+        result = bench_slip(shape, progress, tokens=tokens, layers=layers, precision=precision, rounds=rounds, **more)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
@@ -83,6 +90,125 @@ def _print(result: SlipBench) -> None:
         "",
     )
     Console().print(table)
+    if result.simulated_rtts:
+        _print_rows(
+            "decode over a simulated link, pads ready",
+            ("round trip, ms", "ms per token", "without, ms", "exchanges × RTT, ms", "measured, ms", "measured / expected"),
+            [
+                (
+                    f"{link.rtt_ms:g}",
+                    f"{1e3 * link.seconds_per_token:.1f}",
+                    f"{1e3 * link.seconds_per_token_without:.1f}",
+                    f"{1e3 * link.rtt_seconds_expected:.1f}",
+                    f"{1e3 * link.rtt_seconds_measured:.1f}",
+                    f"{link.rtt_ratio:.3f}",
+                )
+                for link in result.simulated_rtts
+            ],
+        )
+    if result.batches:
+        _print_rows(
+            "decode of a batch, pads ready",
+            (
+                "sequences",
+                "unsplit, s per step",
+                "split, s per step",
+                "unsplit, tokens/s",
+                "split, tokens/s",
+                "ratio",
+                "exchanges per token",
+            ),
+            [
+                (
+                    str(figures.batch),
+                    f"{figures.step_seconds_unsplit:.3f}",
+                    f"{figures.step_seconds_split:.3f}",
+                    f"{figures.tokens_per_s_unsplit:.2f}",
+                    f"{figures.tokens_per_s_split:.2f}",
+                    f"{figures.decode_ratio:.2f}",
+                    f"{figures.exchanges_per_token:.1f}",
+                )
+                for figures in result.batches
+            ],
+        )
+
+
+def _print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command("rounds")
+def rounds(
+    model: Annotated[str | None, typer.Argument(help="A model directory or a model on the Hub; default: the demo model.")] = None,
+    assistant: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A small model that drafts; the demo model drafts for itself: an upper bound.")
+    ] = None,
+    prompt_lookup: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that prompt lookup drafts at a time.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per text.")] = 32,
+    simulate_rtt: Annotated[
+        list[float] | None, typer.Option(metavar="MS", help="Round trips to simulate besides none; may be repeated. Default: 1 and 10.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    precision: Annotated[str, typer.Option(help="int8 or int8x2.")] = "int8x2",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Exchanges per generated token with and without drafted tokens, and the speed with simulated round trips."""
+    from cloven.cli.threads import let_threads_sleep
+
+    let_threads_sleep()
+    from cloven.bench.rounds import RTTS_MS, bench_rounds
+    from cloven.cli.progress import progress_bars
+    from cloven.model.quiet import quiet_transformers
+
+    quiet_transformers()
+    with progress_bars() as progress:
+        result = bench_rounds(
+            progress,
+            model,
+            assistant=assistant,
+            prompt_lookup=prompt_lookup,
+            tokens=tokens,
+            rtts_ms=simulate_rtt or RTTS_MS,
+            rounds=rounds,
+            precision=precision,
+            dtype=dtype,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        _print_rounds(result)
+
+
+def _print_rounds(result: RoundsBench) -> None:
+    links = list(result.results[0].tokens_per_s)
+    helper = f"assistant {result.assistant}" if result.assistant is not None else "no assistant"
+    _print_rows(
+        f"SLIP, {result.precision}, {result.model}, {result.dtype}; prompt lookup of {result.prompt_lookup}; {helper}\n"
+        "per generated token: exchanges, pads; tokens/s by simulated round trip",
+        ("text", "drafts", "exchanges", "pads", "tokens", *(f"{link} ms" for link in links)),
+        [
+            (
+                figures.text,
+                figures.drafts,
+                f"{figures.exchanges_per_token:.1f}",
+                f"{figures.rows_per_token:.1f}",
+                "same" if figures.tokens_identical else "OTHER",
+                *(f"{figures.tokens_per_s[link]:.2f}" for link in links),
+            )
+            for figures in result.results
+        ],
+    )
+    if result.assistant_is_the_model:
+        typer.echo("The assistant is the model itself, unsplit: its figures are an upper bound for a small one.")
 
 
 @app.command("kv-shield")

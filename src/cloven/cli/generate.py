@@ -15,8 +15,16 @@ def generate(
     half: Annotated[Path, typer.Argument(help="OUT/trusted (SLIP), OUT/exposed (KV-Shield) or OUT/client (private LoRA).")],
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input (arguments are visible to other users of the machine).")],
     worker: Annotated[
-        str | None, typer.Option(envvar="CLOVEN_WORKER", help="SLIP: the worker's address, ipc://PATH or tcp://HOST:PORT.")
+        list[str] | None,
+        typer.Option(
+            envvar="CLOVEN_WORKER", help="SLIP: the worker's address, ipc://PATH or tcp://HOST:PORT; several times for several workers."
+        ),
     ] = None,
+    placement: Annotated[
+        str, typer.Option(help="SLIP, several workers: replicas, layers or rows (A,B: B is a replica of A; see `cloven worker --part`).")
+    ] = "replicas",
+    pads: Annotated[Path | None, typer.Option(envvar="CLOVEN_PADS", help="SLIP: a pad store, from `cloven pads fill`.")] = None,
+    on_empty: Annotated[str, typer.Option(help="SLIP: when the store has run dry: fail, wait, or compute.")] = "fail",
     enclave: Annotated[str | None, typer.Option(envvar="CLOVEN_ENCLAVE", help="KV-Shield: the enclave's address.")] = None,
     server: Annotated[str | None, typer.Option(envvar="CLOVEN_SERVER", help="Private LoRA: the adapter server's address.")] = None,
     base: Annotated[
@@ -28,6 +36,16 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Draft N tokens from earlier in the text: fewer exchanges. Whoever counts rows sees how many."
+        ),
+    ] = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Draft with this small, unprotected model, in this process. Accepted tokens can be counted."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")] = False,
@@ -47,6 +65,7 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
     import cloven
+    from cloven.cli.drafting import open_drafting
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
@@ -55,7 +74,8 @@ def generate(
     quiet_transformers()
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"dtype {dtype!r}: choose auto, float32 or bfloat16")
-    address = _verified(half, worker, enclave, server)
+    address = _verified(half, " ".join(worker or []) or None, enclave, server)
+    drafting = open_drafting(half, prompt_lookup, assistant)
     text = sys.stdin.read() if prompt == "-" else prompt
     for name in ("CLOVEN_WORKER", "CLOVEN_ENCLAVE", "CLOVEN_SERVER", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
         os.environ.pop(name, None)  # attached below, with all settings
@@ -63,20 +83,21 @@ def generate(
     model = AutoModelForCausalLM.from_pretrained(half, dtype=dtype, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(half, trust_remote_code=False)
     inputs = tokenizer(text, return_tensors="pt")
-    length, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
     if length == 0:
         raise BadInput("the prompt is empty")
-    if limit is not None and length + max_new_tokens > limit:
-        raise BadInput(f"the prompt has {length} tokens; with {max_new_tokens} new ones that is more than the model's {limit}")
+    drafting.check_length(length, max_new_tokens, model.config)
     if seed is not None:
         torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    more: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    more |= drafting.arguments()
     options: dict[str, Any] = {"timeout": timeout, "insecure_plain_tcp": insecure_plain_tcp, "pin": pin}
+    options |= {"placement": placement, "pads": pads, "on_empty": on_empty}
     options |= {"backend": backend, "insecure_fhe_semi_honest": insecure_fhe_semi_honest}
     with cloven.attach(model, address, keys, exposed=exposed, **options) as session:
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad(tokenizer), **sampling)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad(tokenizer), **more)
         seconds = time.perf_counter() - started
         total = session.telemetry.total()
     new = output[0, length:]
@@ -88,6 +109,7 @@ def generate(
             "seconds": seconds,
             "tokens_per_s": len(new) / seconds,
             "exchanges": total.exchanges,
+            "exchanges_per_token": total.exchanges / max(1, len(new)),
             "bytes_up": total.bytes_up,
             "bytes_down": total.bytes_down,
             "seconds_waiting": total.seconds_waiting,

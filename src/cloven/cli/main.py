@@ -10,7 +10,22 @@ import sys
 
 import typer
 
-from cloven.cli import adapter_server, audit, bench, demo, doctor, enclave, generate, inspect, keygen, ledger, prepare, worker
+from cloven.cli import (
+    adapter_server,
+    audit,
+    bench,
+    demo,
+    doctor,
+    enclave,
+    evaluate,
+    generate,
+    inspect,
+    keygen,
+    ledger,
+    pads,
+    prepare,
+    worker,
+)
 from cloven.errors import ClovenError
 
 app = typer.Typer(
@@ -23,12 +38,14 @@ app = typer.Typer(
 )
 app.add_typer(prepare.app, name="prepare")
 app.add_typer(bench.app, name="bench")
+app.add_typer(pads.app, name="pads")
 app.command("audit")(audit.audit)
 app.command("worker")(worker.worker)
 app.command("enclave")(enclave.enclave)
 app.command("adapter-server")(adapter_server.adapter_server)
 app.command("ledger")(ledger.ledger)
 app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("keygen")(keygen.keygen)
 app.command("doctor")(doctor.doctor)

@@ -26,7 +26,8 @@ def slip(
         bool, typer.Option("--no-public-relative", help="Where the model comes from: no similar model is public.")
     ] = False,
     public_base: Annotated[
-        str | None, typer.Option(help="Where the model comes from: it is a fine-tune of this public model. Secret: the top of the difference.")
+        str | None,
+        typer.Option(help="Where the model comes from: it is a fine-tune of this public model. Secret: the top of the difference."),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Where it comes from: MODEL is public, the secret is this PEFT directory, a LoRA for it.")
@@ -36,7 +37,9 @@ def slip(
     precision: Annotated[str, typer.Option(help="int8, or int8x2: near-lossless, twice the worker's work.")] = "int8",
     scramble: Annotated[
         bool | None,
-        typer.Option("--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices; default: if there is no public relative."),
+        typer.Option(
+            "--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices; default: if there is no public relative."
+        ),
     ] = None,
     key: Annotated[Path | None, typer.Option(help="OUT/trusted/split.key of an earlier bundle: make the same bundle again.")] = None,
     engine: Annotated[str, typer.Option(help="auto, inline, pool (of processes), or ray.")] = "auto",
@@ -57,7 +60,8 @@ def slip(
     quiet_transformers()
     if adapter is not None and secret_fraction is not None:
         raise BadInput("--secret-fraction: with --adapter the secret part is exactly the adapter")
-    if [no_public_relative, public_base is not None, adapter is not None].count(True) != 1 and secret_fraction != 0:
+    answers = [no_public_relative, public_base is not None, adapter is not None].count(True)
+    if answers > 1 or (answers == 0 and (secret_fraction != 0 or rank)):
         raise BadInput(
             "where does the model come from? Give one of: --adapter PEFT_DIR (MODEL is public, the LoRA is secret), --public-base BASE "
             "(MODEL is a fine-tune of a public model), --no-public-relative (nothing like it is public). A split that hides its weights by "
@@ -67,9 +71,7 @@ def slip(
     scrambled = scramble if scramble is not None else origin == "private"
     config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scrambled, origin)
     with progress_bars() as progress:
-        bundle = prepare_slip(
-            model, out, config, progress, adapter=adapter, public_base=public_base, key=key, engine=engine, device=device
-        )
+        bundle = prepare_slip(model, out, config, progress, adapter=adapter, public_base=public_base, key=key, engine=engine, device=device)
     _print_summary(bundle)
 
 
@@ -173,7 +175,7 @@ def _print_summary(bundle: Bundle) -> None:
         console.print("The secret part is exactly the adapter; the exposed half is a function of the public base alone.")
     elif parameters["origin"] == "public-base":
         exposed = 1 - summary["secret_energy"]
-        console.print(f"{exposed:.1%} of the fine-tune (the energy of its difference from the public base) is exposed; keep more to hide more.")
+        console.print(f"{exposed:.1%} of the fine-tune (energy of its difference from the public base) is exposed; keep more to hide more.")
     else:
         console.print(
             "'exposed whole': matrices that got nothing of the budget; the worker holds them quantised and scrambled, but complete. "

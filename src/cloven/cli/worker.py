@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,15 @@ def worker(
     keys: Annotated[Path | None, typer.Option(help="The worker's folder of keys, from `cloven keygen`; needed for tcp.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as PyTorch takes.")] = 0,
+    part: Annotated[
+        str, typer.Option(help="Serve a part of the bundle: layers:1/2 or rows:1/2 for the first of two workers; default: everything.")
+    ] = "",
     record: Annotated[Path | None, typer.Option(help="Write what is received to this file (what was there is lost), for audits.")] = None,
+    engine: Annotated[str, typer.Option(help="process, or ray: several workers as actors, inside the untrusted zone.")] = "process",
+    replicas: Annotated[int, typer.Option(min=1, help="How many, with --engine ray; each has a port or path of its own.")] = 1,
+    placement: Annotated[
+        str, typer.Option(help="With --engine ray: layers or rows, so that each holds a part; default: each holds everything.")
+    ] = "",
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Listen on tcp without keys. INSECURE.")] = False,
 ) -> None:
     """Serve an exposed half: multiply masked integers, for any number of sessions, until SIGTERM or SIGINT."""
@@ -33,6 +42,15 @@ def worker(
         torch.set_num_threads(threads)
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise BadInput(f"device {device!r}: choose cpu, cuda or cuda:N")
+    if engine not in ("process", "ray") or placement not in ("", "layers", "rows"):
+        raise BadInput("engine: choose process or ray; placement: layers or rows, or leave it out")
+    if engine == "ray":
+        if part or record or threads:
+            raise BadInput("--part, --record and --threads belong to one process: leave them out with --engine ray")
+        _serve_on_ray(exposed, listen, replicas, placement, keys, device, insecure_plain_tcp)
+        return
+    if replicas > 1 or placement:
+        raise BadInput("--replicas and --placement belong to --engine ray; a process holds everything, or --part")
     service = Worker(
         exposed,
         listen,
@@ -40,12 +58,33 @@ def worker(
         device=device,
         insecure_plain_tcp=insecure_plain_tcp,
         record=record,
+        part=part,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     matrices = service.matrices
     typer.echo(
-        f"bundle {matrices.bundle.hex()}: {len(matrices.groups)} matrices on {matrices.backend.device} "
+        f"bundle {matrices.bundle.hex()}: {sum(matrix is not None for matrix in matrices.groups)} matrices on {matrices.backend.device} "
         f"({matrices.backend.name}), listening at {listen}"
     )
     service.serve()
+
+
+def _serve_on_ray(
+    exposed: Path, listen: str, replicas: int, placement: str, keys: Path | None, device: str, insecure_plain_tcp: bool
+) -> None:
+    import signal
+    import threading
+
+    from cloven.cluster.ray_workers import RayWorkers
+
+    ended = threading.Event()
+    with RayWorkers(
+        exposed, listen, replicas, placement=placement, keys=keys, device=device, insecure_plain_tcp=insecure_plain_tcp
+    ) as workers:
+        for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray sets handlers of its own
+            signal.signal(number, lambda *_: ended.set())
+        for address in workers.addresses:
+            typer.echo(address)
+        sys.stdout.flush()
+        ended.wait()

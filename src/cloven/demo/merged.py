@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cloven.model.adapter import read_adapter
 from cloven.model.linears import matrix_of
-from cloven.private_lora.adapter import read_adapter
 
 
 @torch.no_grad()

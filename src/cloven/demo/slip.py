@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from cloven.audit.exposed_only import exposed_model
 from cloven.bundle.bundle import Bundle
 from cloven.bundle.exposed_copy import ExposedCopy
 from cloven.cluster.worker_process import WorkerProcess
-from cloven.demo.exposed_only import exposed_model
 from cloven.demo.uniformity import chi_square_of_low_bytes
 from cloven.errors import RunError
 from cloven.field.codec import encode
@@ -113,8 +113,8 @@ def run_slip_demo(
         }
         runs = {name: _run_split(bundle, Path(folder), inputs, new_tokens, text, name, progress) for name, bundle in bundles.items()}
         progress("what the exposed half is worth", 0, 1)
-        scrambled = perplexity(exposed_model(path, bundles["int8"], knows_scramble=False), text)
-        unscrambled = perplexity(exposed_model(path, bundles["int8"], knows_scramble=True), text)
+        scrambled = perplexity(exposed_model(bundles["int8"], knows_scramble=False), text)
+        unscrambled = perplexity(exposed_model(bundles["int8"], knows_scramble=True), text)
     best, fast = runs["int8x2"], runs["int8"]
     count = sum(len(tokens) for tokens in best.tokens)
     return SlipDemo(

@@ -35,7 +35,7 @@ class ProcessPool:
     def run(self, task: Callable[[J], None], jobs: Sequence[J]) -> Iterator[J]:
         """See `Engine`."""
         spawn = multiprocessing.get_context("spawn")  # a fork would carry locks and secrets of this process along
-        executor = ProcessPoolExecutor(self.processes, mp_context=spawn, initializer=_one_thread_and_no_orphans)
+        executor = ProcessPoolExecutor(self.processes, mp_context=spawn, initializer=_one_thread_and_no_orphans, initargs=(os.getpid(),))
         try:
             # Not all at once: when a job fails, those that have not begun are dropped.
             waiting = list(reversed(jobs))
@@ -43,7 +43,7 @@ class ProcessPool:
             while waiting or running:
                 while waiting and len(running) < 2 * self.processes:
                     job = waiting.pop()
-                    running[executor.submit(task, job)] = job
+                    running[_submit(executor, task, job)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     future.result()
@@ -53,14 +53,33 @@ class ProcessPool:
                 "a job's process ended suddenly: out of memory? Or, in a script of your own: it needs "
                 "`if __name__ == '__main__':` around what it does, or engine='inline'"
             ) from error
+        except BaseException:
+            _kill(executor)  # a running job may take minutes, and loses nothing that it has not to do again
+            raise
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _one_thread_and_no_orphans() -> None:
+def _submit(executor: ProcessPoolExecutor, task: Callable[[J], None], job: J) -> Future[None]:
+    """This may start a process, which inherits the mask: an interruption from the terminal is this process's business alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(task, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill(executor: ProcessPoolExecutor) -> None:
+    for process in list((executor._processes or {}).values()):
+        process.kill()
+
+
+def _one_thread_and_no_orphans(parent: int) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":  # a parent that was killed cannot stop us
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
 
 
 def _cores() -> int:

@@ -9,38 +9,61 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from cloven.errors import BadInput, ClovenError, RunError
 
 J = TypeVar("J")
+_LOCALHOST = "127.0.0.1"
+_STORE_BYTES = 80 * 2**20  # of the object store, which is not used: nearly the least that Ray takes
+_CONNECT_SECONDS = 10
 
 
-def start_ray() -> Any:
+def start_ray(processes: int | None = None) -> Any:
     """The `ray` module, connected: to RAY_ADDRESS, or to a cluster of its own on localhost.
+
+    Args:
+        processes: of a cluster of its own; None: one per core.
 
     Raises:
         BadInput: Ray is not installed.  RunError: it cannot be reached or started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    own = address in (None, "", "local")
+    if own:  # Ray replaces 127.0.0.1 by an address that others reach, and then listens everywhere, unless this says that it is alone
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise BadInput("the ray engine needs Ray: pip install 'cloven[ray]'") from error
     if ray.is_initialized():
         return ray
-    address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    if own:
+        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": _LOCALHOST}
+        options |= {"num_cpus": processes, "object_store_memory": _STORE_BYTES}
     try:
+        if address and not own:
+            _require_listener(address)
         ray.init(**options)
     except Exception as error:  # Ray raises many kinds
-        where = f"the Ray cluster at RAY_ADDRESS={address} cannot be reached" if address else "a local Ray cluster cannot be started"
+        where = "a local Ray cluster cannot be started" if own else f"the Ray cluster at RAY_ADDRESS={address} cannot be reached"
         raise RunError(f"{where} ({type(error).__name__}): start it with `ray start --head`, or take --engine pool") from error
+    if own and ray.util.get_node_ip_address() != _LOCALHOST:
+        ray.shutdown()
+        raise RunError("Ray does not stay on localhost: it was imported before cloven started it; use a fresh process, or --engine pool")
     return ray
+
+
+def _require_listener(address: str) -> None:
+    """Ray ends the whole process when nobody listens at an address."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
 
 
 class RayEngine:

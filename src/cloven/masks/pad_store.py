@@ -19,7 +19,8 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ BLOCK = 64  # pads that are reserved at a time
 _KEPT = 4 * SEGMENT  # burnt pads whose files stay: another process may not have read what it has reserved
 WORKERS = 16  # secrets S of a store, one per worker; number 0 checks the pads themselves
 KEY = "key"
+_CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# pads must never be restored from a backup\n"  # backup programs know it
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class PadStore:
         self._reserved = [(0, 0)] * len(self.groups)  # next and end of what this process may use
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        _live_stores.add(self)
 
     def __repr__(self) -> str:
         return f"PadStore({self.folder}, <secret>)"
@@ -93,10 +96,6 @@ class PadStore:
         with self._lock:
             own, end = self._reserved[group]
         return state.filled[group] - state.cursor[group] + end - own
-
-    def bytes_per_pad(self) -> int:
-        """Disk space of one pad of every group."""
-        return sum(files.record_bytes for files in self._files)
 
     def masks(self, group: int, first: int, rows: int) -> Tensor:
         """The masks of pads first …, int32 [rows, K]."""
@@ -147,11 +146,12 @@ class PadStore:
         image = torch.from_numpy(np.frombuffer(plain, dtype="<i4").astype(np.int32).reshape(CHECKS, columns))
         return Freivalds.stored(self._secret(number, group, rows), image)
 
-    def write_checks(self, group: int, backend: Backend, w: PlacedMatrix) -> None:
+    def write_checks(self, group: int, verified: Callable[[], tuple[Backend, PlacedMatrix]]) -> None:
         """Compute S·W of all secrets from the verified W of a group, once."""
         if self._checks_path(group).exists():
             return
         self._require_owner()
+        backend, w = verified()
         cipher, bundle = AESGCM(derived_key(bytes(self._key), "checks")), bytes.fromhex(self._state.identity.bundle)
         records = []
         for number in range(WORKERS):
@@ -183,6 +183,21 @@ class PadStore:
         for files, cursor in zip(self._files, state.cursor, strict=True):
             files.drop_before(cursor - _KEPT)
 
+    def give_back(self) -> None:
+        """Return what this process has reserved and not read, where nobody has reserved more since; for a clean end.
+
+        The ranges are forgotten here before the cursor is committed, so that they cannot be used by both.
+        """
+        with self._lock:
+            reserved, self._reserved = self._reserved, [(0, 0)] * len(self.groups)
+        if any(own < end for own, end in reserved):
+
+            def returned(state: State) -> State:
+                pairs = zip(state.cursor, reserved, strict=True)
+                return replace(state, cursor=tuple(own if own < end == cursor else cursor for cursor, (own, end) in pairs))
+
+            self._state.commit(returned)
+
     def status(self) -> list[GroupStatus]:
         """Counts, by group."""
         state = self._state.read()
@@ -194,11 +209,15 @@ class PadStore:
 
     def close(self) -> None:
         """Overwrite the key and unmap the files."""
-        self._key[:] = bytes(KEY_BYTES)
-        self._masks_key = b""
+        self.forget_keys()
         with self._lock:
             for files in self._files:
                 files.close()
+
+    def forget_keys(self) -> None:
+        """Overwrite the key; nothing can be taken any more."""
+        self._key[:] = bytes(KEY_BYTES)
+        self._masks_key = b""
 
     def _pieces(self, group: int, rows: int) -> list[tuple[int, int]]:
         """Ranges of indices that belong to this process alone."""
@@ -249,6 +268,17 @@ class PadStore:
     def _require_owner(self) -> None:
         if os.getpid() != self._pid or not any(self._key):
             raise PadMisuse("the pad store is closed, or this process was forked: open a session of its own")
+
+
+_live_stores: weakref.WeakSet[PadStore] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    for store in list(_live_stores):
+        store.forget_keys()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:

@@ -35,6 +35,11 @@ def derived_key(key: bytes, label: str) -> bytes:
     return HKDF(hashes.SHA256(), 32, salt=None, info=b"cloven/pads/1/" + label.encode()).derive(key)
 
 
+def record_bytes(rows: int) -> int:
+    """Disk space of one pad with N = `rows`, and its mark."""
+    return 4 * rows + TAG_BYTES + 1
+
+
 class GroupFiles:
     """One group's records.
 
@@ -54,11 +59,6 @@ class GroupFiles:
 
     def __repr__(self) -> str:
         return f"GroupFiles({self._group}, <secret>)"
-
-    @property
-    def record_bytes(self) -> int:
-        """Of one pad on disk."""
-        return self._record + 1
 
     def append(self, first: int, images: Tensor) -> None:
         """Write the images of pads `first` …, int32 [rows, N], durably. The same index always gets the same bytes.

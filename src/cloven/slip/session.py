@@ -148,7 +148,7 @@ class _Secrets:
         if self._options.look_ahead is not None:
             return self._options.look_ahead
         bytes_per_row = 4 * sum(group.rows + group.columns for group in self.manifest.exposed.groups)
-        most = MOST_PADS_AHEAD if self._store is None else BLOCK // 2
+        most = MOST_PADS_AHEAD if self._store is None else BLOCK // 4
         return max(1, min(most, self._options.pad_bytes // bytes_per_row))
 
     def destroy(self) -> None:
@@ -156,6 +156,7 @@ class _Secrets:
         self._key.destroy()
         if self._store is not None:
             with contextlib.suppress(ClovenError):
+                self._store.give_back()
                 self._store.drop_used_files()
             self._store.close()
 

@@ -182,7 +182,7 @@ class Channel:
         """
         request = Hello(self.next_id(), self.bundle)
         welcome = self.exchange("hello", request, [], lambda message, _: message if isinstance(message, Welcome) else None)
-        self.part = welcome.part
+        self.part = welcome.holds
         if welcome.bundle != self.bundle:
             raise ForeignBundle(f"{self.address}: the {self._peer} holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
         check_socket_folder(self.address, create=False)  # again: it may have been made since

@@ -1,6 +1,6 @@
 """How messages look on every wire of cloven: a msgpack header and at most one raw frame; strict schema, exact version, no negotiation.
 
-    hello     {v, type, id, bundle}            -> welcome {v, type, id, bundle, groups, part}
+    hello     {v, type, id, bundle}            -> welcome {v, type, id, bundle, groups, holds}
     …         what the scheme adds             -> error   {v, type, id, code, text}
 
 A `Schema` knows a scheme's messages. `id` numbers the requests of a session; an answer repeats it, so that a late answer can be told and
@@ -44,12 +44,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The server holds the bundle, with this many groups; `part`: which part of them, "" for all (see `cloven.bundle.placement`)."""
+    """The server holds the bundle, with this many groups; `holds`: which part of them, "" for all (see `cloven.bundle.placement`)."""
 
     id: int
     bundle: bytes
     groups: int
-    part: str = ""
+    holds: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _valid_common(name: str, value: object) -> bool | None:
         return type(value) is bytes and len(value) == BUNDLE_ID_BYTES
     if name == "code":
         return type(value) is str and value in ERROR_CODES
-    if name == "part":
+    if name == "holds":
         return type(value) is str and (value == "" or _PART.fullmatch(value) is not None)
     if name == "text":
         return type(value) is str and len(value) <= MAX_TEXT

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cloven.errors import BadInput
 from cloven.field.prg import KEY_BYTES
-from cloven.private_lora.adapter import LoraModule
+from cloven.model.adapter import LoraModule
 from cloven.private_lora.config import PrivateLoraConfig
 from cloven.private_lora.ledger import create_ledger
 from cloven.private_lora.manifest import ClientGroup, ClientManifest

@@ -51,7 +51,11 @@ def perplexity(model: PreTrainedModel, ids: Tensor, batch: int = 4) -> float:
     """exp of the mean negative log-likelihood of tokens 1 … of every sequence: ids int64 [sequences, tokens]."""
     total, count = 0.0, 0
     for part in ids.split(batch):
-        logits = model(input_ids=part).logits[:, :-1].double()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+        total += float(negative_log_likelihood(model(input_ids=part).logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()).sum())
         count += part[:, 1:].numel()
     return math.exp(min(total / count, 700.0))
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log p(target) of every position, float64 [T]: logits [T, vocabulary], targets int64 [T]."""
+    return torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
