@@ -95,15 +95,15 @@ def test_whoever_asks_may_stop(tmp_path: Path) -> None:
 
 def test_no_more_processes_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_cores", lambda: 8)
-    monkeypatch.setattr(pool, "_free_bytes", lambda: 10 * 2**30)
+    monkeypatch.setattr(pool, "available_bytes", lambda: 10 * 2**30)
     assert [ProcessPool(size).processes for size in (0, 2**30, 3 * 2**30, 100 * 2**30)] == [8, 8, 3, 1]
     assert ProcessPool(2**30, processes=5).processes == 5
 
 
 def test_free_memory_is_a_sensible_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < pool._free_bytes() <= psutil.virtual_memory().total
+    assert 2**20 < pool.available_bytes() <= psutil.virtual_memory().total
     monkeypatch.setattr(pool, "Path", lambda _: Path("/nowhere"))  # macOS has no /proc
-    assert 2**20 < pool._free_bytes() <= psutil.virtual_memory().total
+    assert 2**20 < pool.available_bytes() <= psutil.virtual_memory().total
 
 
 # --- the parent is killed or interrupted: as in real life, with a parent of its own

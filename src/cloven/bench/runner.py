@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cloven
-from cloven.bench.memory import anonymous_bytes
+from cloven.engine.memory import anonymous_bytes
 from cloven.model.quiet import quiet_transformers
 from cloven.model.runtime import Session
 from cloven.slip.session import SlipSession

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cloven.bench.decoding import BatchFigures, RttFigures, batch_figures, batches_decoded, check_measurements, rtt_figures, rtts_decoded
-from cloven.bench.memory import anonymous_bytes, available_bytes
 from cloven.bench.runner import CONTEXT
 from cloven.bench.runner_process import RunnerProcess, median_of
 from cloven.cluster.worker_process import WorkerProcess
+from cloven.engine.memory import anonymous_bytes, available_bytes
 from cloven.errors import BadInput
 from cloven.field.selection import select_backend
 from cloven.slip.config import SlipConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +45,36 @@ def slip(
         typer.echo(json.dumps(result.to_dict()))
     else:
         _print(result)
+
+
+@app.command("prepare")
+def prepare(
+    shape: Annotated[str, typer.Option(help="tiny, llama-3.2-1b or llama-2-7b; weights are random.")] = "tiny",
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; default: all.")] = None,
+    precision: Annotated[str, typer.Option(help="int8 or int8x2.")] = "int8",
+    engine: Annotated[str, typer.Option(help="inline, pool or ray.")] = "pool",
+    folder: Annotated[
+        Path | None, typer.Option(help="Where there is room: 3 bytes per parameter; default: the temporary folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How long `cloven prepare slip` takes for a checkpoint of a shape, and how much memory its jobs need."""
+    from cloven.bench.prepare import bench_prepare
+    from cloven.cli.progress import progress_bars
+
+    with progress_bars() as progress:
+        result = bench_prepare(shape, progress, layers=layers, precision=precision, engine=engine, folder=folder)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    typer.echo(
+        f"{result.shape}, {result.layers} of {result.layers_of_shape} layers, {result.parameters / 1e9:.2f} billion parameters in linears, "
+        f"{result.precision}, {result.engine}: {result.seconds / 60:.1f} minutes"
+    )
+    typer.echo(
+        f"private memory: {result.job_peak_bytes / 1e9:.2f} GB in the largest job (bound {result.job_bound_bytes / 1e9:.2f}), "
+        f"{result.parent_peak_bytes / 1e9:.2f} GB in the command's own process, {result.total_peak_bytes / 1e9:.2f} GB together"
+    )
 
 
 def _print(result: SlipBench) -> None:

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from cloven.engine.memory import available_bytes
 from cloven.errors import RunError
 
 J = TypeVar("J")
@@ -30,7 +30,7 @@ class ProcessPool:
     """
 
     def __init__(self, bytes_per_job: int, processes: int | None = None) -> None:
-        self.processes = processes or max(1, min(_cores(), _free_bytes() // max(1, bytes_per_job)))
+        self.processes = processes or max(1, min(_cores(), available_bytes() // max(1, bytes_per_job)))
 
     def run(self, task: Callable[[J], None], jobs: Sequence[J]) -> Iterator[J]:
         """See `Engine`."""
@@ -84,13 +84,3 @@ def _one_thread_and_no_orphans(parent: int) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

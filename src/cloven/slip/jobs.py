@@ -78,7 +78,7 @@ def read_spectra(folder: Path, group: int) -> tuple[list[Tensor], list[str]]:
         with safe_open(path, framework="pt") as file:
             hashes = json.loads(file.metadata()["sha256"])
             return [file.get_tensor(str(position)) for position in range(len(hashes))], hashes
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: damaged; remove it, and the same command makes it again") from error
 
 
@@ -89,7 +89,7 @@ def read_record(folder: Path, group: int) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if set(record) != _RECORD:
             raise ValueError("not the fields of a record")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: damaged; remove it, and the same command makes it again") from error
     return record
 

@@ -137,7 +137,7 @@ class Plan:
             record["groups"] = tuple(tuple(PlannedLinear(**linear) for linear in group) for group in record["groups"])
             record["config"] = SlipConfig(**record["config"])
             return cls(**record)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BadInput(f"{work.parent}: holds an unfinished preparation that cannot be continued: remove it to start afresh") from error
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cloven.bundle.bundle import Bundle, open_bundle
-from cloven.bundle.manifest import ExposedGroup, ExposedManifest
+from cloven.bundle.manifest import MANIFEST, ExposedGroup, ExposedManifest
 from cloven.bundle.partial_folder import partial_folder, require_new
 from cloven.bundle.shards import ShardWriter, write_index
 from cloven.bundle.trusted_manifest import TrustedManifest
@@ -168,10 +168,10 @@ def _write(source: Source, plan: Plan, given: SplitKey | None, partial: Path, pr
     _write_index(partial / "trusted", records, others)
     summary = _summary(records, described)
     _write_cards(source, partial, plan.config, summary)
-    shutil.rmtree(partial / WORK)
-    files = {path.name: sha256_file(path) for path in sorted((partial / "trusted").iterdir())}
+    files = {path.name: sha256_file(path) for path in sorted((partial / "trusted").iterdir()) if path.name != MANIFEST}
     bounds = tuple(RowBounds(**record["bounds"]) for record in records)
     TrustedManifest("slip", manifest, bounds, files, plan.config.to_dict(), summary.to_dict()).write(partial / "trusted")
+    shutil.rmtree(partial / WORK)
 
 
 def _run(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cloven.bench import memory
-from cloven.bench.memory import anonymous_bytes, available_bytes
+from cloven.engine import memory
+from cloven.engine.memory import anonymous_bytes, available_bytes
 
 
 def test_private_memory_grows_with_what_is_allocated() -> None:
