@@ -28,7 +28,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from cloven.errors import ClovenError, WorkerTimeout, WorkerUnreachable
+from cloven.errors import ClovenError, SessionClosed, WorkerTimeout, WorkerUnreachable
 from cloven.field.codec import RowBounds, decode, encode
 from cloven.field.freivalds import Freivalds
 from cloven.masks.one_time import MaskSource
@@ -39,14 +39,11 @@ from cloven.wire.limits import rows_per_exchange
 class Holder(Protocol):
     """Who holds some rows of W now: a worker, or the one of several replicas that is in use."""
 
-    def channel(self) -> Exchanger:
-        """The connection to it."""
+    def current(self, group: int) -> tuple[Exchanger, Freivalds]:
+        """The connection to it, and the check of its answers, with a secret S that no other worker's answers meet."""
 
-    def freivalds(self, group: int) -> Freivalds:
-        """The check of its answers, with a secret S that no other worker's answers meet."""
-
-    def move(self, error: ClovenError) -> None:
-        """It is gone: go on with another one, or raise the error."""
+    def move(self, gone: Exchanger, error: ClovenError) -> None:
+        """Who was reached by `gone` is gone: go on with another one (unless another thread has done so), or raise the error."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +53,14 @@ class OneWorker:
     exchanger: Exchanger
     check: Freivalds
 
-    def channel(self) -> Exchanger:
-        """See `Holder`."""
-        return self.exchanger
-
-    def freivalds(self, group: int) -> Freivalds:
+    def current(self, group: int) -> tuple[Exchanger, Freivalds]:
         """See `Holder`."""
         del group
-        return self.check
+        return self.exchanger, self.check
 
-    def move(self, error: ClovenError) -> NoReturn:
+    def move(self, gone: Exchanger, error: ClovenError) -> NoReturn:
         """See `Holder`."""
+        del gone
         raise error
 
 
@@ -81,9 +75,9 @@ class Share:
 class _Gone(Exception):
     """A holder did not answer; not an error yet."""
 
-    def __init__(self, holder: Holder, error: ClovenError) -> None:
+    def __init__(self, holder: Holder, channel: Exchanger, error: ClovenError) -> None:
         super().__init__()
-        self.holder, self.error = holder, error
+        self.holder, self.channel, self.error = holder, channel, error
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ class OffloadedMatrix:
             try:
                 z = self._answers(c, self.shares, once)  # 3, 4
             except _Gone as gone:
-                gone.holder.move(gone.error)
+                gone.holder.move(gone.channel, gone.error)
                 continue
             return pads.unmask(z)  # 5
 
@@ -152,9 +146,10 @@ class OffloadedMatrix:
             else:
                 meanwhile()
 
+        channel, freivalds = share.holder.current(self.group)
         try:
-            z = share.holder.channel().multiply(self.name, self.group, c, share.rows, then)
-        except (WorkerUnreachable, WorkerTimeout) as error:
-            raise _Gone(share.holder, error) from error
-        share.holder.freivalds(self.group).check(c, z, f"{self.name}: the worker's answer")
+            z = channel.multiply(self.name, self.group, c, share.rows, then)
+        except (WorkerUnreachable, WorkerTimeout, SessionClosed) as error:
+            raise _Gone(share.holder, channel, error) from error
+        freivalds.check(c, z, f"{self.name}: the worker's answer")
         return torch.cat([z, *others], dim=1) if others else z

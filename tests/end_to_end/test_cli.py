@@ -22,6 +22,8 @@ from cloven.cluster.worker_process import WorkerProcess
 from tests.end_to_end.commands import Command, Outcome, one_line
 from tests.end_to_end.liar import Liar
 from tests.helpers import FakeWorker, free_port
+from tests.lora_bundles import adapter_folder
+from tests.preparations import fine_tune
 from tests.split_models import (
     copied,
     demo_bundle,
@@ -353,6 +355,55 @@ def test_prepare_with_options(tmp_path: Path, cloven_here: Command) -> None:
     assert cloven.open_bundle(tmp_path / "out").manifest.parameters == {
         "secret_fraction": 0.03, "rank": 2, "precision": "int8", "scramble": False, "origin": "private",
     }  # fmt: skip
+
+
+def test_prepare_asks_where_the_model_comes_from(tmp_path: Path, cloven_here: Command) -> None:
+    model, out = str(tiny_folder("llama")), str(tmp_path / "out")
+    adapter, base = ("--adapter", str(adapter_folder())), ("--public-base", model)
+    for options in ((), ("--rank", "3"), ("--secret-fraction", "0.01"), ("--secret-fraction", "0", "--rank", "3")):
+        one_line(cloven_here("prepare", "slip", model, out, *options), 2, "--adapter PEFT_DIR .*--public-base BASE .*--no-public-relative")
+    for options in ((*adapter, *base), (*adapter, "--no-public-relative"), ("--secret-fraction", "0", *base, "--no-public-relative")):
+        one_line(cloven_here("prepare", "slip", model, out, *options), 2, "Give one of: --adapter")
+    assert not (tmp_path / "out").exists()
+    nothing_secret = cloven_here("prepare", "slip", model, out, "--secret-fraction", "0")
+    assert nothing_secret.code == 0 and cloven.open_bundle(tmp_path / "out").manifest.summary["secret_fraction"] == 0
+
+
+def test_prepare_with_a_public_relative_takes_no_scramble(tmp_path: Path, cloven_here: Command) -> None:
+    model, out = str(tiny_folder("llama")), str(tmp_path / "out")
+    adapter, base = ("--adapter", str(adapter_folder())), ("--public-base", model)
+    one_line(cloven_here("prepare", "slip", model, out, *adapter, "--scramble"), 2, "scramble: a public relative undoes it")
+    one_line(cloven_here("prepare", "slip", model, out, *base, "--scramble"), 2, "scramble: a public relative undoes it")
+    one_line(cloven_here("prepare", "slip", model, out, *adapter, "--rank", "4"), 2, "rank: the secret part is exactly the adapter")
+    for fraction in ("0", "0.02"):
+        said = "--secret-fraction: with --adapter the secret part is exactly the adapter"
+        one_line(cloven_here("prepare", "slip", model, out, *adapter, "--secret-fraction", fraction), 2, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_with_an_adapter(tmp_path: Path, cloven_here: Command) -> None:
+    outcome = cloven_here("prepare", "slip", str(tiny_folder("llama")), str(tmp_path / "out"), "--adapter", str(adapter_folder()))
+    assert outcome.code == 0 and outcome.err == "" and "a function of the public base alone" in " ".join(outcome.out.split())
+    assert cloven.open_bundle(tmp_path / "out").manifest.parameters["origin"] == "adapter"
+
+
+def test_prepare_with_a_public_base(tmp_path: Path, cloven_here: Command) -> None:
+    tuned = fine_tune(tmp_path / "tuned", rank=6)
+    base = ("--public-base", str(tiny_folder("llama")), "--rank", "2")
+    outcome = cloven_here("prepare", "slip", str(tuned), str(tmp_path / "out"), *base)
+    exposed = 1 - cloven.open_bundle(tmp_path / "out").manifest.summary["secret_energy"]
+    assert outcome.code == 0 and 0.1 < exposed < 0.9
+    assert f"{exposed:.1%} of the fine-tune" in " ".join(outcome.out.split())
+
+
+def test_prepare_again_with_the_key(tmp_path: Path, cloven_here: Command) -> None:
+    model, key = str(tiny_folder("llama")), str(tiny_bundle("llama").trusted / "split.key")
+    options = ("--no-public-relative", "--key", key)
+    assert cloven_here("prepare", "slip", model, str(tmp_path / "out"), *options, "--engine", "inline").code == 0
+    assert cloven.open_bundle(tmp_path / "out").id == tiny_bundle("llama").id
+    one_line(cloven_here("prepare", "slip", model, str(tmp_path / "other"), *options, "--rank", "2"), 2, "this key belongs to a split with")
+    one_line(cloven_here("prepare", "slip", model, str(tmp_path / "other"), *options, "--device", "tpu"), 2, "choose cpu, or cuda")
+    one_line(cloven_here("prepare", "slip", model, str(tmp_path / "other"), *options, "--engine", "dask"), 2, "auto, inline, pool, ray")
 
 
 @pytest.mark.long

@@ -25,8 +25,8 @@ from cloven.errors import BadInput, RunError
 from cloven.slip.prepare import prepare_slip
 from tests.engine.tasks import break_at_two, compute, die_at_two, fail_at_two, fail_while_others_last_long, jobs, note, noted
 from tests.helpers import free_port
-from tests.preparations import again, edit_weights, hashes, key_of, own_folder, reference, stop_at
 from tests.preparations import Stop as Interruption
+from tests.preparations import again, edit_weights, hashes, key_of, own_folder, reference, stop_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -111,7 +111,7 @@ def test_the_bits_are_those_of_this_process(engine: RayEngine, tmp_path: Path) -
 
 
 def test_the_first_error_ends_it(engine: RayEngine, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="^number two is bad$") as caught:
+    with pytest.raises(BadInput, match=r"^number two is bad$") as caught:
         list(engine.run(fail_at_two, jobs(tmp_path, 4)))
     assert caught.value.exit_code == 2
 
@@ -125,7 +125,7 @@ def test_an_error_does_not_wait_for_jobs_that_last_long(ray: Any, engine: RayEng
 
 
 def test_a_bug_is_named_without_its_message(engine: RayEngine, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="^a job failed on Ray: ZeroDivisionError$"):
+    with pytest.raises(RunError, match=r"^a job failed on Ray: ZeroDivisionError$"):
         list(engine.run(break_at_two, jobs(tmp_path, 4)))
 
 

@@ -115,6 +115,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert 0 < steps[1][1] < steps[1][2]
 
 
+@pytest.mark.long  # Ray's test of the same kind is quicker
 def test_another_engine_goes_on(tmp_path: Path) -> None:
     interrupted(tmp_path / "out", 5, engine="pool")
     interrupted(tmp_path / "out", 10, engine="inline")

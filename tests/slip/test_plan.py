@@ -27,7 +27,7 @@ from tests.split_models import tiny, tiny_folder
 def plan_of(folder: Path, **more: Any) -> Plan:
     origin = "adapter" if "adapter" in more else "public-base" if "public_base" in more else "private"
     config = SlipConfig(scramble=origin == "private", origin=origin)
-    plan = make_plan(open_source(folder), config, more.get("adapter"), more.get("public_base"), "cpu")
+    plan = make_plan(open_source(folder), config, more.get("adapter"), more.get("public_base"), "cpu", "")
     assert plan is not None
     return plan
 
@@ -46,7 +46,7 @@ def test_no_weights_and_no_keys_are_in_it(tmp_path: Path) -> None:
     """Ray's tasks and whoever looks at it learn paths and shapes."""
     plan_of(tiny_folder("llama")).write(tmp_path)
     content = (tmp_path / PLAN).read_text()
-    assert set(json.loads(content)) == {"source", "base", "adapter", "groups", "others", "dtype", "config", "device"}
+    assert set(json.loads(content)) == {"source", "base", "adapter", "groups", "others", "dtype", "config", "device", "calibration"}
     assert len(content) < 10_000 and "key" not in json.loads(content)
 
 
@@ -100,7 +100,7 @@ def test_another_checkpoint_in_the_same_place(tmp_path: Path, change: str) -> No
         edit_weights(folder, lambda held: held.update(x=torch.zeros(1)), keep_time=True)
     else:
         file.unlink()
-    with pytest.raises(BadInput, match="has changed since the preparation began|the weights cannot be loaded"):
+    with pytest.raises(BadInput, match=r"has changed since the preparation began|the weights cannot be loaded"):
         tensors.open()
 
 

@@ -28,7 +28,7 @@ PUBLIC = SlipConfig(scramble=False, origin="public-base")
 
 
 def planned(model: Any, config: SlipConfig = PRIVATE, adapter: Path | None = None, base: Path | str | None = None) -> Plan:
-    plan = make_plan(open_source(model), config, adapter, base, "cpu")
+    plan = make_plan(open_source(model), config, adapter, base, "cpu", "")
     assert plan is not None
     return plan
 
@@ -46,9 +46,9 @@ def test_every_family(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt-neox", "falcon"])
 def test_a_model_in_memory_is_stored_first(tmp_path: Path, family: str) -> None:
     source = open_source(tiny(family))
-    assert make_plan(source, PRIVATE, None, None, "cpu") is None
+    assert make_plan(source, PRIVATE, None, None, "cpu", "") is None
     stored = stored_copy(source, tmp_path / "stored")
-    plan = make_plan(stored, PRIVATE, None, None, "cpu")
+    plan = make_plan(stored, PRIVATE, None, None, "cpu", "")
     assert plan is not None
     checkpoint = plan.source.open()
     for linear in plan.linears:
@@ -60,8 +60,8 @@ def test_a_model_in_memory_is_stored_first(tmp_path: Path, family: str) -> None:
 
 def test_a_checkpoint_whose_names_transformers_changes(tmp_path: Path) -> None:
     source = open_source(tiny_folder("gpt-neox"))
-    assert make_plan(source, PRIVATE, None, None, "cpu") is None
-    plan = make_plan(stored_copy(source, tmp_path / "stored"), PRIVATE, None, None, "cpu")
+    assert make_plan(source, PRIVATE, None, None, "cpu", "") is None
+    plan = make_plan(stored_copy(source, tmp_path / "stored"), PRIVATE, None, None, "cpu", "")
     assert plan is not None and torch.equal(
         plan.matrix(plan.source.open(), plan.linears[-1]), tiny("gpt-neox").get_submodule("lm_head").weight
     )
@@ -97,7 +97,7 @@ def test_a_checkpoint_in_shards(tmp_path: Path) -> None:
 def test_what_cannot_be_protected(tmp_path: Path) -> None:
     tiny_config("mixtral").save_pretrained(tmp_path / "m")
     with pytest.raises(UnsupportedModel, match="mixture-of-experts"):
-        make_plan(open_source(tmp_path / "m"), PRIVATE, None, None, "cpu")
+        make_plan(open_source(tmp_path / "m"), PRIVATE, None, None, "cpu", "")
 
 
 # --- adapters
@@ -153,7 +153,7 @@ def test_what_is_no_plain_lora(tmp_path: Path, settings: dict[str, Any], match: 
 
 def test_an_adapter_is_checked_before_a_model_in_memory_is_stored() -> None:
     with pytest.raises(BadInput, match="not a PEFT adapter directory"):
-        make_plan(open_source(tiny("llama")), ADAPTER, tiny_folder("llama"), None, "cpu")
+        make_plan(open_source(tiny("llama")), ADAPTER, tiny_folder("llama"), None, "cpu", "")
 
 
 # --- public bases

@@ -114,7 +114,7 @@ VALID = {"format": "cloven-split-key", "version": 1, "key": "0" * 64, "parameter
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "cloven-key"}, {"version": 2}, {"version": "1"}, {"key": "0" * 63}, {"key": "0" * 66}, {"key": "G" * 64}, {"key": "A" * 64},
+        {"format": "x"}, {"version": 2}, {"version": "1"}, {"key": "0" * 63}, {"key": "0" * 66}, {"key": "G" * 64}, {"key": "A" * 64},
         {"key": 0}, {"key": None}, {"parameters": []}, {"parameters": None}, {"model": None}, {"more": 1},
     ],
 )  # fmt: skip

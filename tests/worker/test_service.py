@@ -269,3 +269,58 @@ def test_a_worker_that_restarts_goes_on(bundle: Bundle, socket_folder: Path) -> 
                 assert torch.equal(channel.multiply("layer", 0, c, 4, lambda: None), python_product(c, GROUPS[0]))
     finally:
         channel.close()
+
+
+# --- parts
+
+
+def test_hello_says_what_is_held(bundle: Bundle, context: Context) -> None:
+    for part in ("", "layers:1/2", "layers:2/2", "rows:3/4"):
+        with serving(bundle.folder, "inproc://part", context=context, part=part) as worker:
+            channel = Channel("inproc://part", bundle.id, timeout=5, context=context)
+            assert channel.part == ""
+            assert channel.hello() == 2 and channel.part == part == str(worker.part)
+            channel.close()
+
+
+def test_groups_of_another_part(bundle: Bundle, context: Context) -> None:
+    with serving(bundle.folder, "inproc://part", context=context, part="layers:2/2"):
+        raw = Raw(context, "inproc://part")
+        c = random_residues(2, 7)
+        message, payload = raw.ask(pack(Multiply(7, bundle.id, 1, 2)), bytes(residue_frame(c)))
+        assert message == Product(7, 2) and payload is not None
+        assert bytes(payload) == bytes(residue_frame(python_product(c, GROUPS[1])))
+        error = raw.error(pack(Multiply(8, bundle.id, 0, 2)), bytes(residue_frame(random_residues(2, 16))))
+        assert (error.id, error.code, error.text) == (8, "group", "group 0 is not in this worker's part, layers:2/2")
+        assert raw.error(pack(Multiply(9, bundle.id, 2, 2)), bytes(residue_frame(c))).text == "no group 2: there are 2"
+        assert raw.ask(pack(Hello(10, bundle.id)))[0] == Welcome(10, bundle.id, 2, "layers:2/2")
+        raw.socket.close()
+
+
+def test_rows_of_a_group(bundle: Bundle, context: Context) -> None:
+    c = random_residues(3, 7)
+    answers = []
+    for number in (1, 2, 3):
+        with serving(bundle.folder, "inproc://part", context=context, part=f"rows:{number}/3"):
+            channel = Channel("inproc://part", bundle.id, timeout=5, context=context)
+            answers.append(channel.multiply("layer", 1, c, 3, lambda: None))
+            with pytest.raises(WorkerRefused, match="malformed"):  # whoever expects more rows than it holds does not get them
+                channel.multiply("layer", 1, c, 9, lambda: None)
+            channel.close()
+    assert torch.equal(torch.cat(answers, dim=1), python_product(c, GROUPS[1]))
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("layers:3/2", "give layers:NUMBER/OF"),
+        ("layers:0/2", "give layers:NUMBER/OF"),
+        ("half", "give layers:NUMBER/OF"),
+        ("layers:1/3", "can be spread over 2 at most"),
+        ("rows:1/5", "can be spread over 4 at most"),
+    ],
+)
+def test_parts_that_do_not_exist(bundle: Bundle, socket_folder: Path, part: str, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        Worker(bundle.folder, f"ipc://{socket_folder}/w", part=part)
+    assert list(socket_folder.iterdir()) == []

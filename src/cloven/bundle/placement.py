@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from cloven.bundle.manifest import ExposedGroup
@@ -69,11 +70,17 @@ def parts(kind: str, of: int, groups: Sequence[ExposedGroup]) -> list[Part]:
 
 
 def _cut(groups: Sequence[ExposedGroup], number: int, of: int) -> range:
-    """Groups of a part: every boundary where the bytes before it come nearest to their share, and no part empty."""
-    before = [0, *accumulate(group.rows * group.columns for group in groups)]
+    """Groups of a part."""
+    starts = _starts(tuple(group.rows * group.columns for group in groups), of)
+    return range(starts[number - 1], starts[number])
+
+
+@lru_cache(maxsize=8)
+def _starts(sizes: tuple[int, ...], of: int) -> tuple[int, ...]:
+    """Where the parts begin: every boundary where the bytes before it come nearest to their share, and no part empty."""
+    before = [0, *accumulate(sizes)]
     starts = [0]
     for part in range(1, of):
-        candidates = range(starts[-1] + 1, len(groups) - (of - part) + 1)
+        candidates = range(starts[-1] + 1, len(sizes) - (of - part) + 1)
         starts.append(min(candidates, key=lambda index: abs(before[index] * of - before[-1] * part)))
-    starts.append(len(groups))
-    return range(starts[number - 1], starts[number])
+    return (*starts, len(sizes))

@@ -53,9 +53,7 @@ def prepare(
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; default: all.")] = None,
     precision: Annotated[str, typer.Option(help="int8 or int8x2.")] = "int8",
     engine: Annotated[str, typer.Option(help="inline, pool or ray.")] = "pool",
-    folder: Annotated[
-        Path | None, typer.Option(help="Where there is room: 3 bytes per parameter; default: the temporary folder.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where there is room: 3 bytes per parameter; default: the temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How long `cloven prepare slip` takes for a checkpoint of a shape, and how much memory its jobs need."""

@@ -49,7 +49,7 @@ def fill(
             continue
         wanted.append(job)
         typer.echo(
-            f"{job.store}: {needs.tokens:,} tokens, {_size(needs.bytes)} ({needs.bytes / needs.tokens / 1e6:.2f} MB per token), "
+            f"{job.store}: {needs.tokens:,} tokens, {_size(needs.bytes)} ({needs.bytes_per_token / 1e6:.2f} MB per token), "
             f"about {_duration(needs.seconds)}"
         )
     with progress_bars() as progress:

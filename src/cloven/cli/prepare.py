@@ -42,6 +42,9 @@ def slip(
         ),
     ] = None,
     key: Annotated[Path | None, typer.Option(help="OUT/trusted/split.key of an earlier bundle: make the same bundle again.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text: columns that meet large activations are quantised finer (and can be told by their norms).")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, inline, pool (of processes), or ray.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda: where the factorisations are computed.")] = "cpu",
 ) -> None:
@@ -71,7 +74,18 @@ def slip(
     scrambled = scramble if scramble is not None else origin == "private"
     config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scrambled, origin)
     with progress_bars() as progress:
-        bundle = prepare_slip(model, out, config, progress, adapter=adapter, public_base=public_base, key=key, engine=engine, device=device)
+        bundle = prepare_slip(
+            model,
+            out,
+            config,
+            progress,
+            adapter=adapter,
+            public_base=public_base,
+            key=key,
+            calibration=calibration,
+            engine=engine,
+            device=device,
+        )
     _print_summary(bundle)
 
 

@@ -14,15 +14,18 @@ _START_SECONDS = 120.0
 
 
 class _Actor:
-    """One worker; Ray makes an instance in a process of its own."""
+    """One worker; Ray makes an instance in a process of its own. What goes wrong in `__init__` Ray reports as text only."""
 
-    def __init__(self, exposed: str, address: str, keys: str | None, device: str, insecure_plain_tcp: bool, part: str) -> None:
+    def start(self, exposed: str, address: str, keys: str | None, device: str, insecure_plain_tcp: bool, part: str) -> str:
+        """Serve; the node's address, as Ray knows it."""
         import threading
+
+        import ray
 
         from cloven.wire.keys import worker_keys
         from cloven.worker.service import Worker
 
-        self._worker = Worker(
+        worker = Worker(
             Path(exposed),
             address,
             keys=worker_keys(Path(keys)) if keys is not None else None,
@@ -30,20 +33,8 @@ class _Actor:
             insecure_plain_tcp=insecure_plain_tcp,
             part=part,
         )
-        self._thread = threading.Thread(target=self._worker.serve, name="cloven-worker", daemon=True)
-        self._thread.start()
-
-    def host(self) -> str:
-        """The node's address, as Ray knows it."""
-        import ray
-
+        threading.Thread(target=worker.serve, name="cloven-worker", daemon=True).start()
         return str(ray.util.get_node_ip_address())
-
-    def stop(self) -> int:
-        """End; how many requests were answered."""
-        self._worker.stop()
-        self._thread.join(10)
-        return self._worker.answered
 
 
 class RayWorkers:
@@ -68,19 +59,20 @@ class RayWorkers:
         device: str = "cpu",
         insecure_plain_tcp: bool = False,
     ) -> None:
+        places = [_address(listen, index) for index in range(replicas)]
         self._ray = start_ray()
         self.addresses: list[str] = []
         self._actors: list[Any] = []
         options = {"num_cpus": 1} | ({"num_gpus": 1} if device.startswith("cuda") else {})
         actor = self._ray.remote(**options)(_Actor)
-        places = [_address(listen, index) for index in range(replicas)]
+        started = []
         for index, place in enumerate(places):
             part = f"{placement}:{index + 1}/{replicas}" if placement else ""
-            self._actors.append(
-                actor.remote(str(exposed.absolute()), place, str(keys.absolute()) if keys else None, device, insecure_plain_tcp, part)
-            )
+            self._actors.append(actor.remote())
+            given = (str(exposed.absolute()), place, str(keys.absolute()) if keys else None, device, insecure_plain_tcp, part)
+            started.append(self._actors[-1].start.remote(*given))
         try:
-            hosts = self._ray.get([one.host.remote() for one in self._actors], timeout=_START_SECONDS)
+            hosts = self._ray.get(started, timeout=_START_SECONDS)
         except self._ray.exceptions.RayTaskError as error:
             self.stop()
             if isinstance(error.cause, ClovenError):

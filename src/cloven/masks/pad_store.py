@@ -16,11 +16,12 @@ disk is rolled back.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,18 +31,21 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
-from cloven.bundle.durable import write_durably
+from cloven.bundle.durable import PARTIAL, read_small, write_durably
 from cloven.errors import BadInput, PadMisuse, RunError, StoreEmpty, StoreUnusable
 from cloven.field.freivalds import CHECKS, Freivalds, image_of
 from cloven.field.prg import KEY_BYTES, SecretStream, pad_residues
 from cloven.field.products import Backend, PlacedMatrix
-from cloven.masks.store_files import SEGMENT, GroupFiles, derived_key
-from cloven.masks.store_state import STORE, State, StoreState
+from cloven.masks.store_files import SEGMENT, TAG_BYTES, GroupFiles, derived_key
+from cloven.masks.store_state import LOCK, STATE, STORE, State, StoreState, locked
 
-BLOCK = 64  # pads that are reserved at a time
+BLOCK = 64  # pads of a group that a process which is killed may lose, besides those that are being sent
+AHEAD = BLOCK // 4  # of them read ahead
+_RESERVED = BLOCK - AHEAD  # and of them reserved, not read yet
 _KEPT = 4 * SEGMENT  # burnt pads whose files stay: another process may not have read what it has reserved
 WORKERS = 16  # secrets S of a store, one per worker; number 0 checks the pads themselves
-KEY = "key"
+KEY, FILLING, CACHE_TAG = "key", "filling", "CACHEDIR.TAG"
+_FIRST_FILES = (KEY, CACHE_TAG, LOCK, STATE, STORE, FILLING)  # what an interrupted creation leaves; a new key replaces the old one
 _CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# pads must never be restored from a backup\n"  # backup programs know it
 
 
@@ -77,7 +81,6 @@ class PadStore:
         self._key = bytearray(_read_key(folder / KEY))
         self.groups = self._state.identity.groups
         self._files = [GroupFiles(folder, bundle, group, rows, bytes(self._key)) for group, (rows, _) in enumerate(self.groups)]
-        self._masks_key = derived_key(bytes(self._key), "masks")
         self._reserved = [(0, 0)] * len(self.groups)  # next and end of what this process may use
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -99,8 +102,7 @@ class PadStore:
 
     def masks(self, group: int, first: int, rows: int) -> Tensor:
         """The masks of pads first …, int32 [rows, K]."""
-        self._require_owner()
-        return pad_residues(self._masks_key, group, first, rows, self.groups[group][1])
+        return pad_residues(derived_key(self._require_owner(), "masks"), group, first, rows, self.groups[group][1])
 
     def append(self, group: int, first: int, images: Tensor) -> None:
         """Add the images of pads first …, int32 [rows, N], durably.
@@ -108,6 +110,7 @@ class PadStore:
         Raises:
             RunError: the disk is full, or somebody else has filled the same pads meanwhile.
         """
+        self._require_owner()
         self._files[group].append(first, images)
 
         def advanced(state: State) -> State:
@@ -135,30 +138,55 @@ class PadStore:
         rows, columns = self.groups[group]
         aad = bytes.fromhex(self._state.identity.bundle) + group.to_bytes(4, "big") + number.to_bytes(4, "big")
         nonce = group.to_bytes(4, "big") + number.to_bytes(8, "big")
+        key = self._require_owner()
         path = self._checks_path(group)
-        size = 4 * CHECKS * columns + 16
+        size = check_bytes(columns) // WORKERS
         try:
-            with path.open("rb") as file:
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
                 file.seek(number * size)
-                plain = AESGCM(derived_key(bytes(self._key), "checks")).decrypt(nonce, file.read(size), aad)
+                plain = AESGCM(derived_key(key, "checks")).decrypt(nonce, file.read(size), aad)
         except (OSError, InvalidTag, ValueError) as error:
             raise StoreUnusable(f"{path}: the checks cannot be read or were altered; remove the store and fill a new one") from error
         image = torch.from_numpy(np.frombuffer(plain, dtype="<i4").astype(np.int32).reshape(CHECKS, columns))
         return Freivalds.stored(self._secret(number, group, rows), image)
 
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Held by the one process that fills the store.
+
+        Raises:
+            RunError: there is another one.
+        """
+        try:
+            with locked(self.folder, FILLING, wait=False):
+                yield
+        except BlockingIOError as error:
+            raise RunError(f"{self.folder}: another `cloven pads fill` is at work") from error
+
     def write_checks(self, group: int, verified: Callable[[], tuple[Backend, PlacedMatrix]]) -> None:
-        """Compute S·W of all secrets from the verified W of a group, once."""
-        if self._checks_path(group).exists():
+        """Compute S·W of all secrets from the verified W of a group, once.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        if self.has_checks(group):
             return
-        self._require_owner()
+        key = self._require_owner()
         backend, w = verified()
-        cipher, bundle = AESGCM(derived_key(bytes(self._key), "checks")), bytes.fromhex(self._state.identity.bundle)
+        cipher, bundle = AESGCM(derived_key(key, "checks")), bytes.fromhex(self._state.identity.bundle)
         records = []
         for number in range(WORKERS):
             image = image_of(self._secret(number, group, w.rows), backend, w)
             aad = bundle + group.to_bytes(4, "big") + number.to_bytes(4, "big")
             records.append(cipher.encrypt(group.to_bytes(4, "big") + number.to_bytes(8, "big"), image.numpy().astype("<i4").tobytes(), aad))
-        write_durably(self._checks_path(group), b"".join(records))
+        try:
+            write_durably(self._checks_path(group), b"".join(records))
+        except OSError as error:
+            raise RunError(f"{self.folder}: the checks of group {group} cannot be written: {error.strerror}") from error
+
+    def has_checks(self, group: int) -> bool:
+        """Whether `write_checks` has been there."""
+        return self._checks_path(group).exists()
 
     def check_number(self, worker: str) -> int:
         """The number of a worker's own secret S: the same for the same worker, until it is dropped.
@@ -167,10 +195,18 @@ class PadStore:
             BadInput: all are used up.
         """
         state = self._state.read()
-        if worker not in state.checks:
+        if not worker:  # "" marks what was dropped
+            raise BadInput("a worker without an address has no secret of its own")
+
+        def added(state: State) -> State:
+            if worker in state.checks:
+                return state
             if len(state.checks) >= WORKERS - 1:
                 raise BadInput(f"{self.folder}: serves {WORKERS - 1} workers, and these are used up; remove the store and fill a new one")
-            state = self._state.commit(lambda now: now if worker in now.checks else replace(now, checks=(*now.checks, worker)))
+            return replace(state, checks=(*state.checks, worker))
+
+        if worker not in state.checks:
+            state = self._state.commit(added)
         return 1 + state.checks.index(worker)
 
     def drop_check(self, worker: str) -> None:
@@ -186,8 +222,11 @@ class PadStore:
     def give_back(self) -> None:
         """Return what this process has reserved and not read, where nobody has reserved more since; for a clean end.
 
-        The ranges are forgotten here before the cursor is committed, so that they cannot be used by both.
+        The ranges are forgotten here before the cursor is committed, so that they cannot be used by both. A forked child gives back
+        nothing: what it remembers is its parent's.
         """
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             reserved, self._reserved = self._reserved, [(0, 0)] * len(self.groups)
         if any(own < end for own, end in reserved):
@@ -217,7 +256,8 @@ class PadStore:
     def forget_keys(self) -> None:
         """Overwrite the key; nothing can be taken any more."""
         self._key[:] = bytes(KEY_BYTES)
-        self._masks_key = b""
+        for files in self._files:
+            files.forget_key()
 
     def _pieces(self, group: int, rows: int) -> list[tuple[int, int]]:
         """Ranges of indices that belong to this process alone."""
@@ -245,12 +285,12 @@ class PadStore:
                 left = state.filled[group] - cursor[group]
                 raise StoreEmpty(f"{self.folder}: {left} pads are left of group {group}, {rows} are needed: run `cloven pads fill`")
             begun[group] = cursor[group]
-            cursor[group] += min(max(rows, BLOCK), state.filled[group] - cursor[group])
+            cursor[group] += min(max(rows, _RESERVED), state.filled[group] - cursor[group])
             for other in range(len(cursor)):  # groups that are used alike run out together: one commit serves all
                 own, end = self._reserved[other]
-                if other != group and own > 0 and end - own < BLOCK // 2 and end in (own, cursor[other]):
+                if other != group and own > 0 and end - own < _RESERVED // 2 and end in (own, cursor[other]):
                     begun[other] = own if end > own else cursor[other]
-                    cursor[other] += min(BLOCK, state.filled[other] - cursor[other])
+                    cursor[other] += min(_RESERVED - (end - own), state.filled[other] - cursor[other])
             return replace(state, cursor=tuple(cursor))
 
         state = self._state.commit(advanced)
@@ -259,15 +299,16 @@ class PadStore:
         return begun[group]
 
     def _secret(self, number: int, group: int, rows: int) -> Tensor:
-        self._require_owner()
-        return SecretStream(bytes(self._key), f"pads/freivalds/{number}/{group}").residues(CHECKS, rows)
+        return SecretStream(self._require_owner(), f"pads/freivalds/{number}/{group}").residues(CHECKS, rows)
 
     def _checks_path(self, group: int) -> Path:
         return self.folder / f"group-{group:05d}.checks"
 
-    def _require_owner(self) -> None:
-        if os.getpid() != self._pid or not any(self._key):
+    def _require_owner(self) -> bytes:
+        key = bytes(self._key)  # one copy is tested and used: another thread may destroy the key at any moment
+        if os.getpid() != self._pid or not any(key):
             raise PadMisuse("the pad store is closed, or this process was forked: open a session of its own")
+        return key
 
 
 _live_stores: weakref.WeakSet[PadStore] = weakref.WeakSet()
@@ -275,10 +316,17 @@ _live_stores: weakref.WeakSet[PadStore] = weakref.WeakSet()
 
 def _forget_after_fork() -> None:
     for store in list(_live_stores):
+        store._lock = threading.Lock()  # a thread that was not forked may hold it
+        store._reserved = [(0, 0)] * len(store.groups)
         store.forget_keys()
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def check_bytes(columns: int) -> int:
+    """Disk space of one group's checks, K = `columns`."""
+    return WORKERS * (4 * CHECKS * columns + TAG_BYTES)
 
 
 def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
@@ -288,23 +336,24 @@ def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
 def _create(folder: Path, bundle: str, groups: tuple[tuple[int, int], ...]) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(path.name not in (KEY, "lock", "state.json") for path in folder.iterdir()):
-            raise BadInput(f"{folder}: holds other files; choose another --store, or remove them first")
-        write_durably(folder / KEY, secrets.token_bytes(KEY_BYTES))
-        (folder / "CACHEDIR.TAG").write_text(
-            "Signature: 8a477f597d28d172789f06886806bc55\n# cloven: pads must never be restored from a backup\n"
-        )
-        StoreState.create(folder, bundle, groups)
+        with locked(folder):
+            if (folder / STORE).exists():  # somebody else was quicker
+                return
+            if any(path.name.removesuffix(PARTIAL) not in _FIRST_FILES for path in folder.iterdir()):
+                raise BadInput(f"{folder}: holds other files; choose another --store, or remove them first")
+            write_durably(folder / KEY, secrets.token_bytes(KEY_BYTES))
+            write_durably(folder / CACHE_TAG, _CACHE_TAG.encode())
+            StoreState.create(folder, bundle, groups)
     except OSError as error:
         raise BadInput(f"{folder}: the store cannot be made there: {error.strerror}") from error
 
 
 def _read_key(path: Path) -> bytes:
     try:
-        if path.stat().st_mode & 0o077:
+        if path.lstat().st_mode & 0o077:
             raise StoreUnusable(f"{path}: others can read the key; remove the store and fill a new one")
-        key = path.read_bytes()
-    except OSError as error:
+        key = read_small(path, KEY_BYTES)
+    except (OSError, ValueError) as error:
         raise StoreUnusable(f"{path}: the key cannot be read; remove the store and fill a new one") from error
     if len(key) != KEY_BYTES:
         raise StoreUnusable(f"{path}: not a key; remove the store and fill a new one")

@@ -52,7 +52,7 @@ class GroupFiles:
     def __init__(self, folder: Path, bundle: str, group: int, rows: int, key: bytes) -> None:
         self._folder, self._group, self._rows = folder, group, rows
         self._aad = bytes.fromhex(bundle) + group.to_bytes(4, "big")
-        self._cipher = AESGCM(derived_key(key, f"records/{group}"))
+        self._cipher: AESGCM | None = AESGCM(derived_key(key, f"records/{group}"))
         self._record = 4 * rows + TAG_BYTES
         self._maps: dict[int, mmap.mmap] = {}
         self._used: mmap.mmap | None = None
@@ -80,6 +80,7 @@ class GroupFiles:
         Raises:
             PadMisuse: one of them was used before.  StoreUnusable: a record is missing or was altered.
         """
+        self._owned()  # before anything is marked
         images = np.empty((rows, self._rows), dtype="<i4")
         for row in range(rows):
             index = first + row
@@ -106,12 +107,23 @@ class GroupFiles:
             return int((marks > 0).sum()), int((marks > 1).sum())
         return 0, 0
 
+    def forget_key(self) -> None:
+        """Drop the key; nothing can be read or written any more."""
+        self._cipher = None
+
     def close(self) -> None:
-        """Unmap the files."""
+        """Unmap the files and drop the key."""
+        self.forget_key()
         for one in (*self._maps.values(), *([self._used] if self._used is not None else [])):
             one.close()
         self._maps.clear()
         self._used = None
+
+    def _owned(self) -> AESGCM:
+        cipher = self._cipher
+        if cipher is None:
+            raise PadMisuse("the pad store is closed, or this process was forked: open a session of its own")
+        return cipher
 
     @property
     def _used_path(self) -> Path:
@@ -125,13 +137,14 @@ class GroupFiles:
 
     def _write(self, segment: int, start: int, images: Tensor) -> None:
         values: npt.NDArray[np.int32] = images.numpy().astype("<i4", copy=False)
+        cipher = self._owned()
         with os.fdopen(os.open(self._segment_path(segment), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as file:
             offset = (start - segment * SEGMENT) * self._record
             _allocate(file.fileno(), offset, len(values) * self._record)
             file.seek(offset)
             for row, value in enumerate(values):
                 index = start + row
-                file.write(self._cipher.encrypt(self._nonce(index), value.tobytes(), self._aad + index.to_bytes(8, "big")))
+                file.write(cipher.encrypt(self._nonce(index), value.tobytes(), self._aad + index.to_bytes(8, "big")))
             file.flush()
             os.fsync(file.fileno())
 
@@ -152,6 +165,7 @@ class GroupFiles:
         return self._used
 
     def _decrypted(self, index: int) -> npt.NDArray[np.int32]:
+        cipher = self._owned()
         segment, place = index // SEGMENT, index % SEGMENT * self._record
         records = self._maps.get(segment)
         if records is None or len(records) < place + self._record:
@@ -160,7 +174,7 @@ class GroupFiles:
             records = self._maps[segment] = self._map(self._segment_path(segment))
         data = records[place : place + self._record]
         try:
-            plain = self._cipher.decrypt(self._nonce(index), data, self._aad + index.to_bytes(8, "big"))
+            plain = cipher.decrypt(self._nonce(index), data, self._aad + index.to_bytes(8, "big"))
         except (InvalidTag, ValueError) as error:
             raise StoreUnusable(
                 f"{self._segment_path(segment)}: pad {index} is not what was written; it was not used. Remove the store and fill a new one"

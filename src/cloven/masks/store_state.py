@@ -5,8 +5,9 @@
     $CLOVEN_STATE/pads/STORE.json      the same as state.json: the witness, outside the store's folder
 
 A commit writes the witness first, then state.json, each durably, under the store's lock. So the witness is never older than the store, and
-at most one generation ahead; it then holds the later truth. Anything else is a copy, or was restored from a backup: its cursor has
-forgotten pads that were used, and it is refused. The machine and the folder's inode tell a copy of both.
+at most one generation ahead; it then holds the later truth, and the next commit brings state.json up to it before it goes on. Anything else
+is a copy, or was restored from a backup: its cursor has forgotten pads that were used, and it is refused. The machine and the folder's
+inode tell a copy of both.
 
 What cannot be detected: a machine, virtual or not, whose whole disk is rolled back, witness included.
 """
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cloven.bundle.durable import state_folder, write_durably
+from cloven.bundle.durable import read_small, state_folder, write_durably
 from cloven.errors import ForeignBundle, StoreUnusable
 
 STORE, STATE, LOCK = "store.json", "state.json", "lock"
@@ -65,6 +66,8 @@ class State:
         """
         record = json.loads(data)
         if not isinstance(record, dict) or set(record) != {"generation", "filled", "cursor", "checks"}:
+            raise ValueError
+        if any(type(record[name]) is not list for name in ("filled", "cursor", "checks")):
             raise ValueError
         numbers = [record["generation"], *record["filled"], *record["cursor"]]
         if any(type(number) is not int or not 0 <= number < _LARGEST for number in numbers):
@@ -107,12 +110,12 @@ class StoreState:
                 f"{folder}: this pad store was made elsewhere: a copy could use pads that the original uses too; "
                 "fill a store of its own here with `cloven pads fill`"
             )
-        with self._locked():
+        with locked(folder):
             self._load()
 
     @classmethod
-    def create(cls, folder: Path, bundle: str, groups: tuple[tuple[int, int], ...]) -> StoreState:
-        """Make the state of an empty store in a folder that is there already."""
+    def create(cls, folder: Path, bundle: str, groups: tuple[tuple[int, int], ...]) -> None:
+        """Make the state of an empty store in a folder that is there already, and `locked`; the store is there when store.json is."""
         number = secrets.token_hex(16)
         identity = Identity(number, bundle, groups, machine_name(number), folder.stat().st_ino)
         state = State(0, (0,) * len(groups), (0,) * len(groups)).to_bytes()
@@ -121,7 +124,6 @@ class StoreState:
         write_durably(witness, state)
         write_durably(folder / STATE, state)
         write_durably(folder / STORE, json.dumps(asdict(identity)).encode())
-        return cls(folder)
 
     def require_bundle(self, bundle: str) -> None:
         """Refuse the store of another bundle.
@@ -138,8 +140,8 @@ class StoreState:
         Raises:
             StoreUnusable: see the class.
         """
-        with self._locked():
-            return self._load()
+        with locked(self.folder):
+            return self._load()[0]
 
     def commit(self, change: Callable[[State], State]) -> State:
         """Apply a change, durably, before anything is done that relies on it; the new state.
@@ -147,18 +149,21 @@ class StoreState:
         Raises:
             StoreUnusable: the state cannot be read or written.
         """
-        with self._locked():
-            state = self._load()
+        with locked(self.folder):
+            state, behind = self._load()
             new = replace(change(state), generation=state.generation + 1)
             data = new.to_bytes()
             try:
+                if behind:  # or a second commit that is interrupted would leave the two two generations apart
+                    write_durably(self.folder / STATE, state.to_bytes())
                 write_durably(_witness(self.identity.store), data)
                 write_durably(self.folder / STATE, data)
             except OSError as error:
                 raise StoreUnusable(f"{self.folder}: the store's state cannot be written ({error.strerror}); no pad was used") from error
             return new
 
-    def _load(self) -> State:
+    def _load(self) -> tuple[State, bool]:
+        """The state, and whether state.json is a generation behind it: a commit was interrupted."""
         state, witness = self._parsed(self.folder / STATE), self._parsed(_witness(self.identity.store))
         if witness.generation - state.generation not in (0, 1):
             raise StoreUnusable(
@@ -167,29 +172,41 @@ class StoreState:
             )
         if witness.generation == state.generation and witness != state:
             raise StoreUnusable(f"{self.folder}: the store and its witness differ; remove the store and fill a new one")
-        return witness
+        return witness, witness.generation > state.generation
 
     def _parsed(self, path: Path) -> State:
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError
-            return State.from_bytes(path.read_bytes(), len(self.identity.groups))
+            return State.from_bytes(read_small(path, _MAX_BYTES), len(self.identity.groups))
         except FileNotFoundError as error:
             raise StoreUnusable(f"{path}: missing, so nobody knows which pads of {self.folder} were used; fill a new store") from error
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise StoreUnusable(f"{path}: cannot be read or is malformed; remove the store {self.folder} and fill a new one") from error
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str = LOCK, wait: bool = True) -> Iterator[None]:
+    """Hold a store's lock against every other process and thread.
+
+    Raises:
+        StoreUnusable: there can be no lock.  BlockingIOError: somebody has it, and `wait` is false.
+    """
+    try:
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StoreUnusable(f"{folder}: the store cannot be locked: {error.strerror}") from error
+    try:
         try:
-            descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
         except OSError as error:
-            raise StoreUnusable(f"{self.folder}: the store cannot be locked: {error.strerror}") from error
+            raise StoreUnusable(f"{folder}: the store cannot be locked: {error.strerror}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile holds the descriptor as well
+    finally:
+        os.close(descriptor)
 
 
 def machine_name(store: str) -> str:
@@ -213,11 +230,11 @@ def _witness(store: str) -> Path:
 def _read_identity(folder: Path) -> Identity:
     path = folder / STORE
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MAX_BYTES else None
+        record: Any = json.loads(read_small(path, _MAX_BYTES))
         identity = Identity(**{**record, "groups": tuple((int(rows), int(columns)) for rows, columns in record["groups"])})
     except FileNotFoundError as error:
         raise StoreUnusable(f"{folder}: no pad store there; make one with `cloven pads fill`") from error
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise StoreUnusable(f"{path}: cannot be read or is malformed; remove the store and fill a new one") from error
     if (identity.format, identity.version) != (FORMAT, VERSION):
         raise StoreUnusable(f"{path}: not a pad store of version {VERSION}; remove it and fill a new one")

@@ -25,8 +25,10 @@ from torch import Tensor
 from cloven.field.prg import SecretStream
 
 _EXACT_SVD = 768  # smaller side up to which the SVD is exact; above, randomised subspace iteration
+_EXACT_ENTRIES = 2**24  # and entries: the exact one takes six times the matrix in float32
 _FLOAT64_SPECTRUM = 1024
 _FLOAT64_SPLIT = 2**22  # entries up to which E is computed in float64; float32 above, to spare memory: its rounding is far below int8x2's
+_GRAM_BLOCKS = 8
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _COUPLING = 1 / 3
@@ -47,9 +49,19 @@ class Split:
 def spectrum(w: Tensor) -> Tensor:
     """All singular values of W, descending, float64 [min(N, K)]: the square roots of the smaller Gram matrix's eigenvalues."""
     w = w.to(torch.float64 if min(w.shape) <= _FLOAT64_SPECTRUM else torch.float32)
-    gram = w @ w.t() if w.shape[0] <= w.shape[1] else w.t() @ w
-    squares: Tensor = torch.linalg.eigvalsh(gram)
+    squares: Tensor = torch.linalg.eigvalsh(_lower_gram(w if w.shape[0] <= w.shape[1] else w.t()), UPLO="L")
     return squares.flip(0).clamp_min(0).sqrt().to("cpu", torch.float64)
+
+
+def _lower_gram(w: Tensor) -> Tensor:
+    """The lower triangle of W Wᵀ (and some blocks' upper ones): little more than half of the multiplications."""
+    n = w.shape[0]
+    gram = w.new_zeros(n, n)
+    step = -(-n // _GRAM_BLOCKS)
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        gram[start:end, :end] = w[start:end] @ w[:end].t()
+    return gram
 
 
 def allocate_ranks(spectra: list[Tensor], shapes: list[tuple[int, int]], fraction: float) -> list[int]:
@@ -78,7 +90,7 @@ def truncated_svd(w: Tensor, k: int, stream: SecretStream, device: str = "cpu") 
     Exact for small matrices; else a randomised range finder with subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4),
     in float32 with a float64 finish. Computed on `device`; the bits depend on it.
     """
-    if min(w.shape) <= _EXACT_SVD:
+    if min(w.shape) <= _EXACT_SVD and w.numel() <= _EXACT_ENTRIES:
         u, s, vt = torch.linalg.svd(w.to(device, torch.float64), full_matrices=False)
         return u[:, :k].cpu(), s[:k].cpu(), vt[:k].cpu()
     narrow = w.to(device, torch.float32)

@@ -25,9 +25,10 @@ from cloven.errors import BadInput
 from cloven.field.codec import row_bounds
 from cloven.field.prg import SecretStream
 from cloven.model.adapter import LoraModule
+from cloven.slip.absorption import absorb
 from cloven.slip.decomposition import Split, precise, spectrum, split, truncate
-from cloven.slip.exposed_matrix import ExposedMatrix, expose, rows_at_a_time
-from cloven.slip.plan import RANKS, WORK, Plan, PlannedLinear, write_json
+from cloven.slip.exposed_matrix import ExposedMatrix, expose
+from cloven.slip.plan import CALIBRATION, RANKS, WORK, Plan, PlannedLinear, write_json
 from cloven.slip.split_key import SPLIT_KEY, read_split_key
 from cloven.slip.split_model import LinearShape
 
@@ -102,16 +103,19 @@ def split_group(job: GroupJob) -> None:
     group = plan.groups[index]
     stream = read_split_key(folder / "trusted" / SPLIT_KEY).stream(index)
     stacked, parts, energies, reference = _split_matrices(folder, plan, index, stream)
-    matrix = expose(stacked, plan.config.terms, stream if plan.config.scramble else None, reference)
+    width = stacked.shape[1]
+    activations = _read_calibration(folder / WORK / CALIBRATION, index, width) if plan.calibration else None
+    matrix = expose(stacked, plan.config.terms, stream if plan.config.scramble else None, reference, activations)
     del reference
+    corrected, error, energy = absorb(parts, stacked, matrix, activations)
+    if plan.adapter is None:  # whose factors are exactly the secret part
+        parts = corrected
     tensor, number = f"group-{index:05d}", f"{index + 1:05d}.safetensors"
     sha256 = write_shard(folder / "exposed" / f"exposed-{number}", {tensor: matrix.codes}, secret=False)
-    height, width = matrix.codes.shape
-    error, energy = _quantisation_error(stacked, matrix)
     kept = _trusted_tensors(plan, group, parts, matrix)
     write_shard(folder / "trusted" / f"model-{number}", kept, secret=True)
     record = {
-        "exposed": asdict(ExposedGroup(height, width, f"exposed-{number}", tensor, sha256_matrix(matrix.codes))),
+        "exposed": asdict(ExposedGroup(matrix.codes.shape[0], width, f"exposed-{number}", tensor, sha256_matrix(matrix.codes))),
         "bounds": asdict(row_bounds(matrix.codes)),
         "shapes": [
             asdict(LinearShape(linear.name, linear.rows, linear.columns, int(part.secret_a.shape[0]), linear.bias is not None))
@@ -177,10 +181,10 @@ def _difference(matrix: Tensor, theirs: Tensor, linear: PlannedLinear) -> Tensor
 
 def _adapted(w: Tensor, linear: PlannedLinear, module: LoraModule | None) -> Split:
     """The base's own matrix, and the adapter as the secret part: exactly s·B and A."""
-    if module is None:
-        return Split(w, torch.empty(0, linear.columns, dtype=torch.float64), torch.empty(linear.rows, 0, dtype=torch.float64))
     if not bool(torch.isfinite(w).all()):
         raise BadInput(f"{linear.name}: the weight holds NaN or infinity")
+    if module is None:
+        return Split(w, torch.empty(0, linear.columns, dtype=torch.float64), torch.empty(linear.rows, 0, dtype=torch.float64))
     return Split(w, module.a.double(), module.b.double() * module.scale)
 
 
@@ -204,13 +208,17 @@ def _trusted_tensors(plan: Plan, group: tuple[PlannedLinear, ...], parts: list[S
     return tensors
 
 
-def _quantisation_error(exact: Tensor, matrix: ExposedMatrix) -> tuple[float, float]:
-    """Squared error and squared norm."""
-    error = energy = 0.0
-    step = rows_at_a_time(exact.shape[1])
-    for first in range(0, exact.shape[0], step):
-        rows = slice(first, first + step)
-        some = exact[rows].to(torch.float64)
-        error += float((some - matrix.dequantised(rows)).square().sum())
-        energy += float(some.square().sum())
-    return error, energy
+def _read_calibration(path: Path, group: int, columns: int) -> Tensor:
+    """The root mean squares of one group's inputs, float64 [K].
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            means: Tensor = file.get_tensor(str(group))
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: damaged; remove it, and the same command makes it again") from error
+    if means.shape != (columns,) or not bool(torch.isfinite(means).all()):
+        raise BadInput(f"{path}: the activations of group {group} are not finite numbers: the model cannot be calibrated with this text")
+    return means

@@ -19,7 +19,7 @@ from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.errors import BadInput, RunError
 from cloven.field.products import multiply
 from cloven.field.selection import select_backend
-from cloven.masks.pad_store import PadStore
+from cloven.masks.pad_store import PadStore, check_bytes
 from cloven.masks.store_files import record_bytes
 from cloven.masks.store_state import STORE
 
@@ -47,10 +47,17 @@ class FillJob:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a fill will take: pads (of all groups together one counts as many as the group that lacks most), bytes and seconds."""
+    """What a fill will take.
+
+    Args:
+        tokens: pads of the group that lacks most.
+        bytes: of disk, the checks of a new store included; bytes_per_token: of one pad of every group.
+        seconds: about.
+    """
 
     tokens: int
     bytes: int
+    bytes_per_token: int
     seconds: float
 
 
@@ -63,7 +70,8 @@ def fill_job(trusted: Path, tokens: int, store: Path | None = None, exposed: Pat
     if tokens < 1:
         raise BadInput(f"{tokens} tokens: give 1 or more")
     trusted = trusted.expanduser().absolute()
-    return FillJob(str(trusted), str(store or default_store(trusted)), str(exposed or trusted.parent / "exposed"), tokens)
+    store, exposed = store or default_store(trusted), exposed or trusted.parent / "exposed"
+    return FillJob(str(trusted), str(store.expanduser().absolute()), str(exposed.expanduser().absolute()), tokens)
 
 
 def default_store(trusted: Path) -> Path:
@@ -90,13 +98,15 @@ def estimate(job: FillJob) -> Estimate:
     manifest = TrustedManifest.read(Path(job.trusted))
     copy = ExposedCopy(Path(job.exposed), manifest)
     groups = manifest.exposed.groups
-    missing = [job.tokens] * len(groups)
+    missing, checked = [job.tokens] * len(groups), [False] * len(groups)
     if (Path(job.store) / STORE).exists():
         with contextlib.closing(open_store(job)) as store:
             missing = [max(0, job.tokens - group.left) for group in store.status()]
+            checked = [store.has_checks(group) for group in range(len(groups))]
     if not any(missing):
-        return Estimate(0, 0, 0.0)
+        return Estimate(0, 0, 0, 0.0)
     size = sum(count * record_bytes(group.rows) for count, group in zip(missing, groups, strict=True))
+    size += sum(check_bytes(group.columns) for group, there in zip(groups, checked, strict=True) if not there)
     free = shutil.disk_usage(next(folder for folder in (Path(job.store), *Path(job.store).parents) if folder.is_dir())).free
     if size + _SPARE_BYTES > free:
         raise RunError(f"{job.store}: {job.tokens:,} tokens need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: nothing was written")
@@ -109,7 +119,7 @@ def estimate(job: FillJob) -> Estimate:
     multiply(backend, mask, w)
     per_product = (time.perf_counter() - started) / (_TIMED_ROWS * w.rows * w.columns)
     products = sum(count * group.rows * group.columns for count, group in zip(missing, groups, strict=True))
-    return Estimate(max(missing), size, per_product * products + size / 5e8)
+    return Estimate(max(missing), size, sum(record_bytes(group.rows) for group in groups), per_product * products + size / 5e8)
 
 
 def fill(job: FillJob) -> None:
@@ -129,7 +139,7 @@ def fill_rounds(job: FillJob) -> Iterator[tuple[int, int]]:
     manifest = TrustedManifest.read(Path(job.trusted))
     copy = ExposedCopy(Path(job.exposed), manifest)
     backend = select_backend("cpu")
-    with contextlib.closing(open_store(job)) as store:
+    with contextlib.closing(open_store(job)) as store, store.filling():
         everything = range(len(manifest.exposed.groups))
         for group in everything:
             store.write_checks(group, lambda group=group: (backend, backend.place(copy.verified(group))))  # type: ignore[misc]

@@ -22,7 +22,7 @@ from cloven.model.checkpoint import Checkpoint
 from cloven.slip.config import SlipConfig
 
 WORK = ".work"
-PLAN, RANKS = "plan.json", "ranks.json"
+PLAN, RANKS, CALIBRATION = "plan.json", "ranks.json", "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Plan:
         dtype: of the model.
         config: see `SlipConfig`.
         device: where factorisations are computed.
+        calibration: SHA-256 of the calibration text; "" for none.
     """
 
     source: Tensors
@@ -101,6 +102,7 @@ class Plan:
     dtype: str
     config: SlipConfig
     device: str
+    calibration: str = ""
 
     @property
     def linears(self) -> list[PlannedLinear]:

@@ -22,7 +22,9 @@ from cloven.slip.config import SlipConfig
 from cloven.slip.plan import Plan, PlannedAdapter, PlannedLinear, Tensors
 
 
-def make_plan(source: Source, config: SlipConfig, adapter: str | Path | None, public_base: str | Path | None, device: str) -> Plan | None:
+def make_plan(
+    source: Source, config: SlipConfig, adapter: str | Path | None, public_base: str | Path | None, device: str, calibration: str
+) -> Plan | None:
     """The plan for a model directory; None where transformers has to load the model first (see `stored_copy`).
 
     Raises:
@@ -51,7 +53,7 @@ def make_plan(source: Source, config: SlipConfig, adapter: str | Path | None, pu
     split = {name for group in groups for name in group}
     others = {name: place for name, place in places.items() if name.rpartition(".")[0] not in split}
     base, lora = _planned_relatives(source, [linear for group in linears for linear in group], adapter, public_base)
-    return Plan(Tensors.of(checkpoint), base, lora, tuple(linears), others, str(dtype).removeprefix("torch."), config, device)
+    return Plan(Tensors.of(checkpoint), base, lora, tuple(linears), others, str(dtype).removeprefix("torch."), config, device, calibration)
 
 
 def stored_copy(source: Source, folder: Path) -> Source:

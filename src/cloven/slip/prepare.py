@@ -31,11 +31,12 @@ from cloven.engine.engine import Engine, select_engine
 from cloven.errors import BadInput
 from cloven.field.codec import RowBounds
 from cloven.model.source import Source, open_source, write_configuration
+from cloven.slip.calibration import calibrate, text_sha256
 from cloven.slip.cards import exposed_card, trusted_card
 from cloven.slip.config import SlipConfig
 from cloven.slip.decomposition import allocate_ranks
 from cloven.slip.jobs import GroupJob, find_spectra, read_record, read_spectra, record_path, spectra_path, split_group
-from cloven.slip.plan import PLAN, RANKS, WORK, Plan, write_json
+from cloven.slip.plan import CALIBRATION, PLAN, RANKS, WORK, Plan, write_json
 from cloven.slip.planning import fingerprint, make_plan, stored_copy
 from cloven.slip.split_key import SPLIT_KEY, SplitKey, read_split_key
 from cloven.slip.split_model import LinearShape, SplitModelShape
@@ -55,6 +56,7 @@ def prepare_slip(
     adapter: str | Path | None = None,
     public_base: str | Path | None = None,
     key: str | Path | None = None,
+    calibration: str | Path | None = None,
     engine: str = "auto",
     device: str = "cpu",
 ) -> Bundle:
@@ -68,6 +70,8 @@ def prepare_slip(
         adapter: a PEFT directory, a LoRA for `model`, which is public: the adapter is the secret part (`origin="adapter"`).
         public_base: the public model (a directory or a Hub id) of which `model` is a fine-tune (`origin="public-base"`).
         key: trusted/split.key of an earlier bundle of the same model with the same parameters: makes the same bundle again.
+        calibration: a text, of which the first 8,192 tokens are run through the unsplit model: columns that meet large activations are then
+            quantised finer, and the exposed columns' norms say which they are. Needs the memory that the whole model takes.
         engine: "auto", "inline", "pool" or "ray": see `cloven.engine`; the bits do not depend on it.
         device: "cpu" or "cuda": where the factorisations are computed; the bits depend on it.
 
@@ -89,14 +93,21 @@ def prepare_slip(
     require_new(out)
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise BadInput(f"device {device!r}: choose cpu, or cuda on a machine that has it")
-    given = read_split_key(Path(key)).used_for(_parameters(config, device)) if key is not None else None
-    plan = make_plan(source, config, adapter, public_base, device)
+    text = text_sha256(Path(calibration)) if calibration is not None else ""
+    given = read_split_key(Path(key)).used_for(_parameters(config, device, text)) if key is not None else None
+    plan = make_plan(source, config, adapter, public_base, device, text)
     with partial_folder(out, _resumes(plan) if plan is not None else None) as partial:
         for folder, mode in ((partial / WORK, 0o700), (partial / "trusted", 0o700), (partial / "exposed", 0o755)):
             folder.mkdir(mode=mode, exist_ok=True)
         if plan is None:
-            plan = make_plan(stored_copy(source, partial / WORK / "source"), config, adapter, public_base, device)
+            plan = make_plan(stored_copy(source, partial / WORK / "source"), config, adapter, public_base, device, text)
             assert plan is not None
+        if calibration is not None and not (partial / WORK / CALIBRATION).exists():
+            # of the public base where there is one: the exposed half must not depend on more than it
+            measured = open_source(public_base) if public_base is not None else source
+            names = [tuple(linear.name for linear in group) for group in plan.groups]
+            progress("calibration", 0, 1)
+            calibrate(measured, names, Path(calibration), partial / WORK / CALIBRATION)
         largest = max(plan.weight_of(index) for index in range(len(plan.groups)))
         parameters = sum(linear.rows * linear.columns for linear in plan.linears)
         _write(source, plan, given, partial, progress, select_engine(engine, parameters, 5 * 4 * largest + _JOB_BYTES))
@@ -114,9 +125,9 @@ def _with_origin(config: SlipConfig | None, adapter: str | Path | None, public_b
     return config
 
 
-def _parameters(config: SlipConfig, device: str) -> dict[str, Any]:
+def _parameters(config: SlipConfig, device: str, calibration: str) -> dict[str, Any]:
     """All that decides the bits besides the model: a GPU may give singular vectors the other sign, and so another decoy."""
-    return {**config.to_dict(), "device": device.partition(":")[0]}
+    return {**config.to_dict(), "device": device.partition(":")[0], "calibration": calibration}
 
 
 def _resumes(plan: Plan) -> Callable[[Path], bool]:
@@ -133,7 +144,7 @@ def _resumes(plan: Plan) -> Callable[[Path], bool]:
 def _write(source: Source, plan: Plan, given: SplitKey | None, partial: Path, progress: Progress, engine: Engine) -> None:
     # 2
     place = partial / "trusted" / SPLIT_KEY
-    key = read_split_key(place) if place.exists() else given or SplitKey.fresh(_parameters(plan.config, plan.device))
+    key = read_split_key(place) if place.exists() else given or SplitKey.fresh(_parameters(plan.config, plan.device, plan.calibration))
     if given is not None and given.key != key.key:
         raise BadInput(f"{partial}: an unfinished preparation with another key; remove it to start afresh")
     key.write(place)

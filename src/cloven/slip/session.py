@@ -29,7 +29,7 @@ from cloven.field.products import PlacedMatrix
 from cloven.field.selection import select_backend
 from cloven.masks.look_ahead import LookAhead
 from cloven.masks.one_time import OneTimePads, PadKey
-from cloven.masks.pad_store import BLOCK, PadStore
+from cloven.masks.pad_store import AHEAD, PadStore
 from cloven.masks.stored_pads import StoredPads
 from cloven.masks.waiting import WaitingPads
 from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session, open_channel
@@ -132,9 +132,10 @@ class _Secrets:
         if self._store is not None:
             self._store.drop_check(worker)
 
-    def pads(self, group: SplitGroup, own: Freivalds, ended: Callable[[], bool]) -> WaitingPads:
-        """The pads of a group; `own` checks them where there is no store."""
+    def pads(self, group: SplitGroup, checks: list[Freivalds], ended: Callable[[], bool]) -> WaitingPads:
+        """The pads of a group; checked by the only worker's check of all rows where there is one, and no store."""
         if self._store is None:
+            own = checks[0] if len(checks) == 1 else self.check("", group.index, WHOLE)
             return OneTimePads(group.index, self._key, self._lent(group.index), self._backend, own, group.name)
         spare = None
         if self._options.on_empty == "compute":
@@ -148,7 +149,7 @@ class _Secrets:
         if self._options.look_ahead is not None:
             return self._options.look_ahead
         bytes_per_row = 4 * sum(group.rows + group.columns for group in self.manifest.exposed.groups)
-        most = MOST_PADS_AHEAD if self._store is None else BLOCK // 4
+        most = MOST_PADS_AHEAD if self._store is None else AHEAD
         return max(1, min(most, self._options.pad_bytes // bytes_per_row))
 
     def destroy(self) -> None:
@@ -173,8 +174,7 @@ def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Wor
         shares = tuple(Share(rows, seat) for rows, seat in workers.shares(group.index))
         seats = [seat for _, seat in workers.shares(group.index)]
         checks = [seat.freivalds(group.index) for seat in seats]  # 2, 3
-        own = checks[0] if len(checks) == 1 else given.check("", group.index, WHOLE)
-        pads = given.pads(group, own, lambda: session.closed)  # 4
+        pads = given.pads(group, checks, lambda: session.closed)  # 4
         offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, shares)
         group.attach(_guarded_product(session, offloaded, seats, given))
         session.pads.append(pads)
@@ -191,9 +191,12 @@ def _guarded_product(session: Session, offloaded: OffloadedMatrix, seats: list[S
     def compute(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         try:
             return offloaded.product(x, meanwhile)
-        except VerificationFailed:
-            for seat in seats:
-                given.rejected(seat.address)
+        except VerificationFailed as error:
+            try:
+                for seat in seats:
+                    given.rejected(seat.address)
+            except ClovenError as kept:
+                raise VerificationFailed(f"{error}; the secret that it met cannot be dropped: {kept}") from error
             raise
 
     def product(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:

@@ -12,6 +12,7 @@ that answers wrongly is another matter: the session ends (see `offload`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from cloven.bundle.manifest import ExposedGroup
@@ -19,7 +20,7 @@ from cloven.bundle.placement import WHOLE, Part, parts
 from cloven.errors import BadInput, ClovenError, ForeignBundle, RunError, WorkerTimeout, WorkerUnreachable
 from cloven.field.freivalds import Freivalds
 from cloven.telemetry import logger
-from cloven.wire.channel import Channel
+from cloven.wire.channel import Channel, Exchanger
 
 PLACEMENTS = ("replicas", "layers", "rows")
 PATIENCE = 1.0  # seconds that a lost connection may take to come back where there is a replica
@@ -53,6 +54,8 @@ class Seat:
         self._connect, self._make_check = connect, make_check
         self._position = 0
         self._checks: dict[tuple[str, int], Freivalds] = {}
+        self._moving = threading.RLock()  # several threads may use one session: one of them moves, the others wait
+        self._closed = False
         self._channel = self._open(addresses[0])
 
     @property
@@ -61,22 +64,36 @@ class Seat:
         return self._addresses[self._position]
 
     def channel(self) -> Channel:
-        """See `Holder`."""
+        """The connection to the worker in use."""
         return self._channel
 
     def freivalds(self, group: int) -> Freivalds:
-        """See `Holder`."""
-        place = (self.address, group)
-        if place not in self._checks:
-            self._checks[place] = self._make_check(self.address, group, self.part)
-        return self._checks[place]
+        """The check of the answers of the worker in use."""
+        with self._moving:
+            place = (self.address, group)
+            if place not in self._checks:
+                self._checks[place] = self._make_check(self.address, group, self.part)
+            return self._checks[place]
 
-    def move(self, error: ClovenError) -> None:
+    def current(self, group: int) -> tuple[Channel, Freivalds]:
+        """See `Holder`."""
+        with self._moving:
+            return self._channel, self.freivalds(group)
+
+    def move(self, gone: Exchanger, error: ClovenError) -> None:
         """Go on with the next worker that answers; they are tried in a circle, each once.
 
         Raises:
-            WorkerUnreachable, WorkerTimeout: the error that was given, where there is no other worker.
+            WorkerUnreachable, WorkerTimeout, SessionClosed: the error that was given, where there is no other worker, or no session.
         """
+        with self._moving:
+            if gone is not self._channel:
+                return  # another thread was quicker
+            if self._closed:
+                raise error
+            self._move(error)
+
+    def _move(self, error: ClovenError) -> None:
         for step in range(1, len(self._addresses)):
             position = (self._position + step) % len(self._addresses)
             address = self._addresses[position]
@@ -85,6 +102,7 @@ class Seat:
             except (WorkerUnreachable, WorkerTimeout):
                 continue
             logger.warning("%s is gone: its part of the bundle moves to %s", self.address, address)
+            channel.timeout, channel.simulated_rtt = self._channel.timeout, self._channel.simulated_rtt
             self._channel.close()
             self._channel, self._position = channel, position
             return
@@ -94,8 +112,10 @@ class Seat:
 
     def close(self) -> None:
         """Close the connection and drop the checks."""
-        self._channel.close()
-        self._checks.clear()
+        with self._moving:
+            self._closed = True
+            self._channel.close()
+            self._checks.clear()
 
     def _open(self, address: str) -> Channel:
         channel = self._connect(address, PATIENCE if len(self._addresses) > 1 else None)

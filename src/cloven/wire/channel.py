@@ -340,7 +340,8 @@ class Channel:
             self._lost = None
         elif kind == zmq.EVENT_DISCONNECTED:
             self._connected = False
-            self._lost = time.monotonic()
+            if self._lost is None:  # or a proxy that accepts and hangs up, again and again, would never be given up
+                self._lost = time.monotonic()
 
     def _silence(self, layer: str) -> RunError:
         if self._connected:
