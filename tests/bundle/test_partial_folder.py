@@ -181,7 +181,7 @@ def test_what_is_not_to_be_kept_is_emptied_first(tmp_path: Path) -> None:
 
 
 def test_bad_input_at_the_first_attempt_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="^x$"):
+    with pytest.raises(BadInput, match=r"^x$"):
         resumed(tmp_path / "out", keeps=False, error=BadInput("x"))
     assert listing(tmp_path) == []
 
@@ -191,7 +191,7 @@ def test_bad_input_does_not_destroy_the_work_of_an_earlier_attempt(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         resumed(tmp_path / "out", keeps=False, error=KeyboardInterrupt())
     before = listing(tmp_path)
-    with pytest.raises(BadInput, match="^x$"):
+    with pytest.raises(BadInput, match=r"^x$"):
         resumed(tmp_path / "out", keeps=True, error=BadInput("x"))
     assert listing(tmp_path) == before
     assert resumed(tmp_path / "out", keeps=True) == [".cloven-partial", "more"]
@@ -212,7 +212,10 @@ def test_a_refusal_to_go_on_touches_nothing(tmp_path: Path) -> None:
 
 def test_nobody_asks_about_a_folder_that_is_locked(tmp_path: Path) -> None:
     asked = []
-    with partial_folder(tmp_path / "out"):
-        with pytest.raises(BadInput, match="another `cloven prepare`"), partial_folder(tmp_path / "out", lambda p: bool(asked.append(p))):
-            raise AssertionError("not reached")
+    with (
+        partial_folder(tmp_path / "out"),
+        pytest.raises(BadInput, match="another `cloven prepare`"),
+        partial_folder(tmp_path / "out", lambda partial: bool(asked.append(partial))),
+    ):
+        raise AssertionError("not reached")
     assert asked == []

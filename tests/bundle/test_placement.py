@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -69,7 +70,7 @@ def test_rows_cover_every_row_once_in_order(sizes: list[tuple[int, int]], data: 
     for index, group in enumerate(groups):
         held = [part.rows(index, groups) for part in parts("rows", of, groups)]
         assert held[0].start == 0 and held[-1].stop == group.rows
-        assert all(one.stop == other.start for one, other in zip(held, held[1:], strict=False))
+        assert all(one.stop == other.start for one, other in itertools.pairwise(held))
         counts = [len(one) for one in held]
         assert min(counts) >= 1 and max(counts) - min(counts) <= 1 and sum(counts) == group.rows
 

@@ -329,9 +329,7 @@ def test_a_part_without_a_replica(farm: Farm) -> None:
     with farm.workers(bundle.exposed, *parts) as workers, several(model, seats(workers, parts), placement="layers") as session:
         session.channel.timeout = 1.0
         workers[1].kill()
-        with pytest.raises(
-            WorkerUnreachable, match=rf"no worker at {workers[1].address} for 1 s: is `cloven worker` running"
-        ) as caught:
+        with pytest.raises(WorkerUnreachable, match=rf"no worker at {workers[1].address} for 1 s: is `cloven worker` running") as caught:
             greedy(model, PROMPT, TOKENS)
         assert "replica" not in str(caught.value)
         workers[1].start()

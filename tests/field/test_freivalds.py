@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cloven.errors import VerificationFailed
-from cloven.field.freivalds import CHECKS, Freivalds
+from cloven.field.freivalds import CHECKS, Freivalds, image_of
 from cloven.field.products import Float64
 from cloven.field.residues import H, P
 from cloven.field.selection import select_backend
@@ -139,3 +139,38 @@ def test_s_must_fit_the_matrix() -> None:
 
 def test_repr_hides_the_secret() -> None:
     assert repr(verifier(W)) == "Freivalds(<secret>)"
+
+
+# --- S W that was computed earlier
+
+
+def test_the_image_of_s() -> None:
+    s = random_residues(CHECKS, N, seed=8)
+    expected = [[centred(sum(a * b for a, b in zip(row, column, strict=True))) for column in W.t().tolist()] for row in s.tolist()]
+    for backend in (Float64(CPU), select_backend()):
+        assert image_of(s, backend, backend.place(W)).tolist() == expected
+    large = torch.full((CHECKS, N), -H, dtype=torch.int32)
+    codes = torch.full((N, K), -127, dtype=torch.int8)
+    assert image_of(large, Float64(CPU), Float64(CPU).place(codes)).unique().tolist() == [centred(H * 127 * N)]
+
+
+@given(st.integers(0, 50), st.integers(0, M - 1), st.integers(0, N - 1), st.integers(-H, H))
+def test_a_stored_check_decides_like_a_fresh_one(seed: int, row: int, column: int, change: int) -> None:
+    backend, s = Float64(CPU), random_residues(CHECKS, N, seed=seed)
+    fresh, stored = Freivalds(s, backend, backend.place(W)), Freivalds.stored(s, image_of(s, backend, backend.place(W)))
+    z = Z.clone()
+    z[row, column] = centred(int(z[row, column]) + change)
+    for check in (fresh, stored):
+        if torch.equal(z, Z):
+            check.check(C, z, "honest")
+        else:
+            refused(check, C, z)
+
+
+def test_a_stored_image_that_is_wrong_refuses_honest_answers() -> None:
+    """It errs on the safe side."""
+    backend, s = Float64(CPU), random_residues(CHECKS, N)
+    image = image_of(s, backend, backend.place(W))
+    image[1, 2] += 1
+    refused(Freivalds.stored(s, image), C, Z)
+    assert repr(Freivalds.stored(s, image)) == "Freivalds(<secret>)"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -488,3 +491,187 @@ def test_a_large_answer_over_a_slow_link(tmp_path: Path) -> None:
             channel.close()
     assert torch.equal(z[:2, :50], python_product(c[:2], codes[:50]))
     assert link.connections == 1
+
+
+# --- patience: how long a lost connection may take to come back, where there is somebody else to ask
+
+
+def welcome(frames: list[bytes]) -> list[list[bytes]]:
+    return [[pack(Welcome(unpack(list(frames))[0].id, BUNDLE, 3))]]
+
+
+def answers(frames: list[bytes]) -> list[list[bytes]]:
+    return [product(unpack(list(frames))[0].id)]
+
+
+@contextlib.contextmanager
+def opened(address: str, **options: Any) -> Iterator[Channel]:
+    channel = Channel(address, BUNDLE, **options)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def asked(channel: Channel) -> Tensor:
+    return channel.multiply("layer-7", 2, C, W.shape[0], lambda: None)
+
+
+def test_a_lost_connection_is_given_up_after_patience_and_not_before(context: Context, socket_folder: Path) -> None:
+    address = f"ipc://{socket_folder}/w"
+    with opened(address, timeout=20, patience=0.5) as channel:
+        with FakeWorker(context, address, welcome):
+            channel.hello()
+        for _ in range(2):  # every exchange has the same patience, whenever the connection was lost
+            started = time.monotonic()
+            with pytest.raises(WorkerUnreachable, match=r"layer-7: no worker at .* for 0\.5 s: is `cloven worker` running"):
+                asked(channel)
+            assert 0.45 < time.monotonic() - started < 2.5
+        with FakeWorker(context, address, answers):  # it comes back later: found again, without anybody's help
+            time.sleep(0.3)
+            assert torch.equal(asked(channel), Z)
+
+
+def test_nobody_there_is_given_up_after_patience(socket_folder: Path) -> None:
+    with opened(f"ipc://{socket_folder}/w", timeout=20, patience=0.3) as channel:
+        started = time.monotonic()
+        with pytest.raises(WorkerUnreachable, match=r"for 0\.3 s"):
+            channel.hello()
+        assert 0.25 < time.monotonic() - started < 2.0
+
+
+def test_without_patience_the_timeout_holds(context: Context, socket_folder: Path) -> None:
+    address = f"ipc://{socket_folder}/w"
+    with opened(address, timeout=1.2) as channel:
+        with FakeWorker(context, address, welcome):
+            channel.hello()
+        started = time.monotonic()
+        with pytest.raises(WorkerUnreachable, match=r"for 1\.2 s"):
+            asked(channel)
+        assert 1.1 < time.monotonic() - started < 3.0
+
+
+def test_more_patience_than_time(socket_folder: Path) -> None:
+    with opened(f"ipc://{socket_folder}/w", timeout=0.3, patience=50.0) as channel:
+        started = time.monotonic()
+        with pytest.raises(WorkerUnreachable, match=r"for 0\.3 s"):
+            channel.hello()
+        assert time.monotonic() - started < 2.0
+
+
+def test_patience_is_not_for_slow_answers(context: Context) -> None:
+    """While there is a connection, the timeout holds."""
+
+    def slowly(frames: list[bytes]) -> list[list[bytes]]:
+        time.sleep(0.4)
+        return answers(frames)
+
+    with FakeWorker(context, ADDRESS, slowly), opened(ADDRESS, timeout=10, patience=0.05, context=context) as channel:
+        assert torch.equal(asked(channel), Z)
+
+
+def test_a_reconnection_within_patience(context: Context, socket_folder: Path) -> None:
+    """The identical bytes are sent again, and nothing is given up."""
+    with (
+        Flaky(context, socket_folder, lambda frames: [product(unpack(list(frames))[0].id)]) as worker,
+        opened(worker.address, timeout=20, patience=5.0) as channel,
+    ):
+        assert torch.equal(asked(channel), Z)
+        assert channel.telemetry.total().resent == 1
+    assert len(worker.received) == 2 and worker.received[0] == worker.received[1]
+
+
+def test_a_proxy_that_accepts_and_hangs_up(context: Context) -> None:
+    """As a load balancer or a tunnel does in front of a dead worker: every new connection is lost at once, and none is a return."""
+    port, stopping, hung_up = free_port(), threading.Event(), [0]
+    address = f"tcp://127.0.0.1:{port}"
+
+    def hang_up() -> None:
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            listener.settimeout(0.05)
+            while not stopping.is_set():
+                with contextlib.suppress(TimeoutError):
+                    listener.accept()[0].close()
+                    hung_up[0] += 1
+
+    proxy = threading.Thread(target=hang_up)
+    with opened(address, timeout=10, patience=1.0, insecure_plain_tcp=True) as channel:
+        with FakeWorker(context, address, welcome):
+            channel.hello()
+        proxy.start()
+        try:
+            started = time.monotonic()
+            with pytest.raises(WorkerUnreachable, match=r"for 1 s"):
+                asked(channel)
+            assert time.monotonic() - started < 4.0 and hung_up[0] >= 2
+        finally:
+            stopping.set()
+            proxy.join()
+
+
+SILENT = """
+import sys, zmq
+router = zmq.Context().socket(zmq.ROUTER)
+router.bind(sys.argv[1])
+print(flush=True)
+while router.recv_multipart():
+    print(flush=True)
+"""
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_a_dead_process_is_noticed_quickly(transport: str, socket_folder: Path) -> None:
+    """SIGKILL while it computes: the kernel closes its connections, long before the timeout."""
+    address = f"ipc://{socket_folder}/w" if transport == "ipc" else f"tcp://127.0.0.1:{free_port()}"
+    with (
+        subprocess.Popen([sys.executable, "-c", SILENT, address], stdout=subprocess.PIPE) as process,
+        opened(address, timeout=30, patience=0.3, insecure_plain_tcp=True) as channel,
+    ):
+        assert process.stdout is not None and process.stdout.readline()
+        killed: list[float] = []
+
+        def kill() -> None:
+            assert process.stdout is not None and process.stdout.readline()  # it has the request
+            process.kill()
+            process.wait()
+            killed.append(time.monotonic())
+
+        with pytest.raises(WorkerUnreachable):
+            channel.multiply("layer-7", 2, C, W.shape[0], kill)
+        assert 0.25 < time.monotonic() - killed[0] < 2.0
+
+
+def test_what_the_worker_says_that_it_holds(context: Context) -> None:
+    def answer(frames: list[bytes]) -> list[list[bytes]]:
+        return [[pack(Welcome(unpack(list(frames))[0].id, BUNDLE, 29, "rows:2/3"))]]
+
+    with FakeWorker(context, ADDRESS, answer), opened(ADDRESS, timeout=5, context=context) as channel:
+        assert channel.part == ""
+        assert channel.hello() == 29 and channel.part == "rows:2/3"
+
+
+@pytest.mark.parametrize("holds", ["everything", "rows:0/2", "layers:1/2 ", 7, None, b"", "rows:1/2" * 100])
+def test_a_worker_that_holds_nonsense(context: Context, holds: Any) -> None:
+    fields = {"v": 2, "type": "welcome", "bundle": BUNDLE, "groups": 3, "holds": holds}
+
+    def answer(frames: list[bytes]) -> list[list[bytes]]:
+        return [[msgpack.packb({**fields, "id": unpack(list(frames))[0].id})]]
+
+    with (
+        FakeWorker(context, ADDRESS, answer),
+        opened(ADDRESS, timeout=5, context=context) as channel,
+        pytest.raises(WorkerRefused, match="malformed"),
+    ):
+        channel.hello()
+
+
+@pytest.mark.parametrize("version", [1, 3, 0, "2", None])
+def test_another_wire_version_is_named(context: Context, version: Any) -> None:
+    def answer(frames: list[bytes]) -> list[list[bytes]]:
+        return [[msgpack.packb({"v": version, "type": "error", "id": 0, "code": "version", "text": "I am old"})]]
+
+    with FakeWorker(context, ADDRESS, answer), opened(ADDRESS, timeout=5, context=context) as channel:
+        started = time.monotonic()
+        with pytest.raises(WorkerRefused, match=r"another wire version \(this side speaks wire version 2 only\): install the same cloven"):
+            channel.hello()
+        assert time.monotonic() - started < 2

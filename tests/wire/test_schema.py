@@ -110,3 +110,51 @@ def test_the_request_is_named_where_it_can_be() -> None:
 @given(st.integers() | st.booleans() | st.floats() | st.none(), st.integers(0, 1))
 def test_counts(value: object, lowest: int) -> None:
     assert valid_count(value, lowest) == (type(value) is int and lowest <= value < 2**63)
+
+
+# --- which part a worker holds
+
+
+@pytest.mark.parametrize("holds", ["", "layers:1/2", "rows:2/2", "layers:4096/9999", "rows:9999/1"])
+def test_holds(holds: str) -> None:
+    """The form only: which parts there are is `cloven.bundle.placement`'s matter."""
+    message = Welcome(1, BUNDLE, 3, holds)
+    assert COLOURS.unpack([COLOURS.pack(message)]) == (message, None)
+
+
+NO_PARTS = [
+    *("all", "layers", "layers:", "layers:1", "layers:0/2", "layers:1/0", "layers:01/2", "layers:1/20000", "layers:10000/2", "Rows:1/2"),
+    *("rows:1/2 ", " rows:1/2", "rows:1/2\n", "rows:1/2/3", "rows:-1/2", "rows:1.0/2", "columns:1/2", "rows:\u0661/2"),
+    *(b"rows:1/2", None, 0, 1, True, 1.5, [], {}, ["rows:1/2"]),
+]
+
+
+@pytest.mark.parametrize("holds", NO_PARTS, ids=repr)
+def test_what_cannot_be_held(holds: object) -> None:
+    fields = {"v": VERSION, "type": "welcome", "id": 7, "bundle": BUNDLE, "groups": 3, "holds": holds}
+    error = refusal(COLOURS, msgpack.packb(fields))
+    assert (error.code, error.request) == ("malformed", 7)
+
+
+def test_a_welcome_must_say_what_it_holds() -> None:
+    """Version 1's welcome, with the number of version 2."""
+    fields = {"v": VERSION, "type": "welcome", "id": 7, "bundle": BUNDLE, "groups": 3}
+    assert refusal(COLOURS, msgpack.packb(fields)).code == "malformed"
+    assert refusal(COLOURS, msgpack.packb({**fields, "holds": "", "more": ""})).code == "malformed"
+    assert COLOURS.unpack([msgpack.packb({**fields, "holds": ""})])[0] == Welcome(7, BUNDLE, 3)
+
+
+@given(st.text(max_size=30))
+def test_any_text_for_holds(text: str) -> None:
+    fields = {"v": VERSION, "type": "welcome", "id": 7, "bundle": BUNDLE, "groups": 3, "holds": text}
+    try:
+        message, _ = COLOURS.unpack([msgpack.packb(fields)])
+    except MalformedMessage:
+        return
+    assert message.holds == text and (text == "" or text.isascii())
+
+
+@pytest.mark.parametrize("version", [1, 3, 0, -2, 2.0, True, "2", None])
+def test_exactly_this_version(version: object) -> None:
+    error = refusal(COLOURS, msgpack.packb({"v": version, "type": "hello", "id": 7, "bundle": BUNDLE}))
+    assert (error.code, error.request) == ("version", 7) and str(error) == "this side speaks wire version 2 only"

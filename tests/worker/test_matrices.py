@@ -112,7 +112,9 @@ def test_products_of_rows(tmp_path: Path, of: int) -> None:
     write_exposed(tmp_path / "exposed", groups)
     for index, codes in enumerate(groups):
         c = random_residues(5, codes.shape[1], index)
-        answers = [Matrices.load(tmp_path / "exposed", "cpu", parse_part(f"rows:{number}/{of}")).multiply(index, c) for number in range(1, of + 1)]
+        answers = [
+            Matrices.load(tmp_path / "exposed", "cpu", parse_part(f"rows:{number}/{of}")).multiply(index, c) for number in range(1, of + 1)
+        ]
         assert all(answer.shape[1] for answer in answers)
         assert torch.equal(torch.cat(answers, dim=1), python_product(c, codes))
 

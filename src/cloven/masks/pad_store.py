@@ -264,7 +264,7 @@ class PadStore:
         pieces, missing = [], rows
         own, end = self._reserved[group]
         if end - own < rows:
-            start = self._reserve(group, rows - (end - own))
+            start = self._reserve(group, rows - (end - own), end - own)
             if own < end:
                 pieces.append((own, end - own))
                 missing -= end - own
@@ -274,16 +274,20 @@ class PadStore:
         self._reserved[group] = (own + missing, end)
         return pieces
 
-    def _reserve(self, group: int, rows: int) -> int:
-        """Commit the reservation of at least `rows` pads of a group, and refill the blocks of the others on the way; where it begins."""
+    def _reserve(self, group: int, rows: int, rest: int) -> int:
+        """Commit the reservation of at least `rows` pads of a group, and refill the blocks of the others on the way; where it begins.
+
+        Args:
+            rest: pads that this process has reserved already, for the error.
+        """
         begun: dict[int, int] = {}
 
         def advanced(state: State) -> State:
             begun.clear()
             cursor = list(state.cursor)
             if state.filled[group] - cursor[group] < rows:
-                left = state.filled[group] - cursor[group]
-                raise StoreEmpty(f"{self.folder}: {left} pads are left of group {group}, {rows} are needed: run `cloven pads fill`")
+                left = state.filled[group] - cursor[group] + rest
+                raise StoreEmpty(f"{self.folder}: {left} pads are left of group {group}, {rows + rest} are needed: run `cloven pads fill`")
             begun[group] = cursor[group]
             cursor[group] += min(max(rows, _RESERVED), state.filled[group] - cursor[group])
             for other in range(len(cursor)):  # groups that are used alike run out together: one commit serves all

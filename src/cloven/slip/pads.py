@@ -148,9 +148,10 @@ def fill_rounds(job: FillJob) -> Iterator[tuple[int, int]]:
         firsts = [one.filled for one in status]
         made, total = 0, sum(missing)
         while any(missing):
+            level = max(0, max(missing) - _ROUND)  # groups that are ahead wait for the others
             for group in everything:
-                rows = min(_ROUND, missing[group], max(1, _BATCH_BYTES // (4 * manifest.exposed.groups[group].rows)))
-                if not rows:
+                rows = min(missing[group] - level, max(1, _BATCH_BYTES // (4 * manifest.exposed.groups[group].rows)))
+                if rows <= 0:
                     continue
                 mask = store.masks(group, firsts[group], rows)
                 image = multiply(backend, mask, backend.place(copy.mapped(group))).cpu()
