@@ -189,7 +189,7 @@ def ray_workers_key(folder: Path) -> bytes:
 def test_more_workers_than_cores(ray: Any, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would wait for ever; those that had started end."""
     assert 60 <= ray_workers._START_SECONDS <= 300  # a node may have to be started first
-    monkeypatch.setattr(ray_workers, "_START_SECONDS", 4.0)
+    monkeypatch.setattr(ray_workers, "_START_SECONDS", 3.0)
     started = time.monotonic()
     with pytest.raises(
         RunError, match=r"^3 workers could not be started on Ray \(GetTimeoutError\): each needs a core of its own$"
@@ -210,10 +210,15 @@ def test_no_gpu(ray: Any, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_actor_that_cannot_start_says_why(ray: Any, socket_folder: Path, tmp_path: Path) -> None:
     """The error of `cloven worker`, of its kind, and not Ray's."""
-    exposed = tiny_bundle("llama").exposed
     with pytest.raises(BadBundle, match="is no bundle half") as caught:
         RayWorkers(tmp_path / "nowhere", f"ipc://{socket_folder}/w", 1)
     assert caught.value.exit_code == 2
+    assert all_free(ray)
+
+
+@pytest.mark.long
+def test_more_actors_that_cannot_start(ray: Any, socket_folder: Path, tmp_path: Path) -> None:
+    exposed = tiny_bundle("llama").exposed
     write_exposed(tmp_path / "exposed", [random_codes(4, 4)])
     with pytest.raises(BadInput, match="placement 'layers' over 2 workers: this bundle can be spread over 1 at most"):
         RayWorkers(tmp_path / "exposed", f"ipc://{socket_folder}/w", 2, placement="layers")

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 import cloven
 from cloven.cluster.worker_process import WorkerProcess
-from cloven.errors import BadInput, ClovenError, ForeignBundle, SessionClosed, VerificationFailed, WorkerRefused, WorkerUnreachable
+from cloven.errors import BadInput, ForeignBundle, SessionClosed, VerificationFailed, WorkerRefused, WorkerUnreachable
 from cloven.masks.pad_store import PadStore
 from cloven.slip import workers as workers_module
 from cloven.slip.pads import fill, fill_job
@@ -116,7 +116,7 @@ PLACEMENTS = {
         pytest.param("int8", "tcp", marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("name", [*list(PLACEMENTS)[:-1], pytest.param(list(PLACEMENTS)[-1], marks=pytest.mark.long)])
 def test_every_placement_writes_what_one_worker_writes(name: str, precision: str, transport: str, farm: Farm, keys: Path) -> None:
     """Bit for bit: the workers' sums are exact, whoever computes which."""
     (placement, parts), bundle = PLACEMENTS[name], demo_bundle(precision)
@@ -170,7 +170,9 @@ def secrets_of(session: SlipSession, group: int) -> dict[str, Any]:
     return {address: check._test for seat in session.channel.seats for (address, number), check in seat._checks.items() if number == group}
 
 
-@pytest.mark.parametrize(("placement", "parts"), [("layers", parts_of("layers", 2, 2)), ("rows", parts_of("rows", 2, 2))])
+@pytest.mark.parametrize(
+    ("placement", "parts"), [pytest.param("layers", parts_of("layers", 2, 2), marks=pytest.mark.long), ("rows", parts_of("rows", 2, 2))]
+)
 def test_every_worker_has_its_own_secret_s(placement: str, parts: list[str], farm: Farm, impatient: None) -> None:
     bundle = tiny_bundle("llama")
     model = load(bundle.trusted)
@@ -307,11 +309,10 @@ def test_there_and_back_and_nowhere(farm: Farm, impatient: None) -> None:
         b.kill()
         assert greedy(model, PROMPT, TOKENS) == tokens and session.channel.address == a.address
         a.kill()
-        for _ in range(2):
-            started = time.monotonic()
-            with pytest.raises(WorkerUnreachable, match=r"no worker at ipc.*no replica of it answers either"):
-                greedy(model, PROMPT, TOKENS)
-            assert time.monotonic() - started < 4
+        started = time.monotonic()
+        with pytest.raises(WorkerUnreachable, match=r"model\.layers\.0.*no worker at ipc.*no replica of it answers either") as caught:
+            greedy(model, PROMPT, TOKENS)
+        assert time.monotonic() - started < 4 and "tensor" not in str(caught.value) + repr(session)
         assert not session.closed
         for one in (b, a):
             one.start()
@@ -327,9 +328,9 @@ def test_a_part_without_a_replica(farm: Farm) -> None:
     tokens, _ = expected("int8")
     model = load(bundle.trusted)
     with farm.workers(bundle.exposed, *parts) as workers, several(model, seats(workers, parts), placement="layers") as session:
-        session.channel.timeout = 1.0
+        session.channel.timeout = 0.6
         workers[1].kill()
-        with pytest.raises(WorkerUnreachable, match=rf"no worker at {workers[1].address} for 1 s: is `cloven worker` running") as caught:
+        with pytest.raises(WorkerUnreachable, match=rf"no worker at {workers[1].address} for 0\.6 s: is `cloven worker` running") as caught:
             greedy(model, PROMPT, TOKENS)
         assert "replica" not in str(caught.value)
         workers[1].start()
@@ -512,7 +513,7 @@ def of_version(version: int) -> Callable[[list[bytes]], list[list[bytes]]]:
     return answer
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_worker_of_another_version(
     version: int, farm: Farm, socket_folder: Path, context: zmq.Context[zmq.Socket[bytes]], cloven_here: Command, impatient: None
 ) -> None:
@@ -643,6 +644,7 @@ def test_generate_with_several_workers(farm: Farm, impatient: None, cloven_here:
     assert "Traceback" not in one_line_at_the_end.err
 
 
+@pytest.mark.long
 def test_generate_over_a_death(farm: Farm, cloven_here: Command) -> None:
     """The command, from outside: it is in the middle of a text when its worker is killed."""
     bundle = demo_bundle()
@@ -658,15 +660,3 @@ def test_generate_over_a_death(farm: Farm, cloven_here: Command) -> None:
         alone = cloven_here(*command[3:], "--worker", b.address)
     assert process.returncode == 0 and begin + out == alone.out
     assert errors.count("\n") == 1 and f"{a.address} is gone: its part of the bundle moves to {b.address}" in errors
-
-
-def test_errors_name_no_more_than_addresses_and_layers(farm: Farm, impatient: None) -> None:
-    bundle = tiny_bundle("llama")
-    model = load(bundle.trusted)
-    with farm.workers(bundle.exposed, WHOLE, WHOLE) as (a, b), several(model, [a.address, b.address]) as session:
-        assert "tensor" not in repr(session)
-        a.kill()
-        b.kill()
-        with pytest.raises(ClovenError) as caught:
-            logits(model, IDS)
-    assert "tensor" not in str(caught.value) and "model.layers.0" in str(caught.value)

@@ -276,8 +276,9 @@ def test_a_worker_that_restarts_goes_on(bundle: Bundle, socket_folder: Path) -> 
 
 def test_hello_says_what_is_held(bundle: Bundle, context: Context) -> None:
     for part in ("", "layers:1/2", "layers:2/2", "rows:3/4"):
-        with serving(bundle.folder, "inproc://part", context=context, part=part) as worker:
-            channel = Channel("inproc://part", bundle.id, timeout=5, context=context)
+        address = f"inproc://{part or 'everything'}"  # a name is free again some time after its socket was closed
+        with serving(bundle.folder, address, context=context, part=part) as worker:
+            channel = Channel(address, bundle.id, timeout=5, context=context)
             assert channel.part == ""
             assert channel.hello() == 2 and channel.part == part == str(worker.part)
             channel.close()
@@ -301,8 +302,8 @@ def test_rows_of_a_group(bundle: Bundle, context: Context) -> None:
     c = random_residues(3, 7)
     answers = []
     for number in (1, 2, 3):
-        with serving(bundle.folder, "inproc://part", context=context, part=f"rows:{number}/3"):
-            channel = Channel("inproc://part", bundle.id, timeout=5, context=context)
+        with serving(bundle.folder, f"inproc://part-{number}", context=context, part=f"rows:{number}/3"):
+            channel = Channel(f"inproc://part-{number}", bundle.id, timeout=5, context=context)
             answers.append(channel.multiply("layer", 1, c, 3, lambda: None))
             with pytest.raises(WorkerRefused, match="malformed"):  # whoever expects more rows than it holds does not get them
                 channel.multiply("layer", 1, c, 9, lambda: None)
