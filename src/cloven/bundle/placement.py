@@ -44,7 +44,7 @@ WHOLE = Part()
 
 
 def parse_part(text: str) -> Part:
-    """`KIND:NUMBER/OF`, or "" for everything.
+    """`KIND:NUMBER/OF`, or "" for everything, which the first part of one is too.
 
     Raises:
         BadInput: anything else.
@@ -54,7 +54,7 @@ def parse_part(text: str) -> Part:
     match = PART.fullmatch(text)
     if match is None or not 1 <= int(match[2]) <= int(match[3]) <= MOST_PARTS:
         raise BadInput(f"part {text!r}: give layers:NUMBER/OF or rows:NUMBER/OF, for example layers:1/2")
-    return Part(match[1], int(match[2]), int(match[3]))
+    return Part(match[1], int(match[2]), int(match[3])) if int(match[3]) > 1 else WHOLE
 
 
 def parts(kind: str, of: int, groups: Sequence[ExposedGroup]) -> list[Part]:

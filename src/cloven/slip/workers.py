@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from cloven.bundle.manifest import ExposedGroup
 from cloven.bundle.placement import WHOLE, Part, parts
-from cloven.errors import BadInput, ClovenError, ForeignBundle, RunError, WorkerTimeout, WorkerUnreachable
+from cloven.errors import BadInput, ClovenError, ForeignBundle, RunError, SecurityError, WorkerRefused, WorkerTimeout, WorkerUnreachable
 from cloven.field.freivalds import Freivalds
 from cloven.telemetry import logger
 from cloven.wire.channel import Channel, Exchanger
@@ -85,6 +85,7 @@ class Seat:
 
         Raises:
             WorkerUnreachable, WorkerTimeout, SessionClosed: the error that was given, where there is no other worker, or no session.
+            BadInput, ForeignBundle, WorkerRefused: the only ones that answer hold something else.
         """
         with self._moving:
             if gone is not self._channel:
@@ -94,6 +95,7 @@ class Seat:
             self._move(error)
 
     def _move(self, error: ClovenError) -> None:
+        unfit: ClovenError | None = None
         for step in range(1, len(self._addresses)):
             position = (self._position + step) % len(self._addresses)
             address = self._addresses[position]
@@ -101,11 +103,17 @@ class Seat:
                 channel = self._open(address)
             except (WorkerUnreachable, WorkerTimeout):
                 continue
+            except (BadInput, SecurityError, WorkerRefused) as other:  # it holds something else: perhaps the next one does not
+                logger.warning("%s cannot take over: %s", address, other)
+                unfit = other
+                continue
             logger.warning("%s is gone: its part of the bundle moves to %s", self.address, address)
             channel.timeout, channel.simulated_rtt = self._channel.timeout, self._channel.simulated_rtt
             self._channel.close()
             self._channel, self._position = channel, position
             return
+        if unfit is not None:
+            raise unfit from error
         if len(self._addresses) > 1:
             raise type(error)(f"{error}; no replica of it answers either") from error
         raise error
