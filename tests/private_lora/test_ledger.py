@@ -427,7 +427,7 @@ def test_no_answer_without_the_witness(path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(json, "dump", full)
+            patch.setattr("cloven.private_lora.witness.write_durably", full)
             with pytest.raises(LedgerUnusable, match=r"cannot be written .No space left"):
                 ledger.charge("g", "c", 1)
         assert ledger.accounts() == [Account("g", "c", BLOCK)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +75,7 @@ def slip(
     origin = "adapter" if adapter is not None else "public-base" if public_base is not None else "private"
     scrambled = scramble if scramble is not None else origin == "private"
     config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scrambled, origin)
-    with progress_bars() as progress:
+    with progress_bars() as progress, _going_on():
         bundle = prepare_slip(
             model,
             out,
@@ -161,6 +163,16 @@ def private_lora(
         typer.echo(
             f"WARNING: two int8 terms miss the adapter by {prepared.quantisation_error:.1%}: a few large columns leave the others few bits."
         )
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """Say that an interruption loses nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("cloven: interrupted; the same command goes on where it stopped", err=True)
+        raise
 
 
 def _print_summary(bundle: Bundle) -> None:
