@@ -298,6 +298,19 @@ def test_a_replica_gets_fresh_pads(error: ClovenError, late: bool) -> None:
     assert calls == [2] and len(dead.seen) == 1  # it stays with the replica
 
 
+def test_workers_that_greet_and_never_answer_do_not_use_up_pads_for_ever() -> None:
+    """Two of them would hand a product to each other: every move costs pads, out of a store that others need."""
+
+    class Circle(Seat):
+        def move(self, gone: Exchanger, error: ClovenError) -> None:
+            self.moved.append(error)
+
+    seat, masks = Circle(W, Failing(W, WorkerTimeout("silent"))), CountingPads(W)
+    with pytest.raises(WorkerTimeout, match="silent"):
+        matrix_of((6, seat), masks=masks).product(activations(2))
+    assert len(seat.moved) == offload.MOST_MOVES and masks.taken == [2] * (offload.MOST_MOVES + 1)
+
+
 @pytest.mark.parametrize("error", LOST, ids=["unreachable", "timeout"])
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_who_is_blamed(broken: int, error: ClovenError) -> None:

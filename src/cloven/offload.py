@@ -35,6 +35,8 @@ from cloven.masks.one_time import MaskSource
 from cloven.wire.channel import Exchanger
 from cloven.wire.limits import rows_per_exchange
 
+MOST_MOVES = 8  # to other workers, for one product
+
 
 class Holder(Protocol):
     """Who holds some rows of W now: a worker, or the one of several replicas that is in use."""
@@ -125,13 +127,17 @@ class OffloadedMatrix:
             if work:
                 work.pop()()
 
+        moved = 0
         while True:
             pads = self.masks.take(x_int.shape[0])
             c = pads.mask(x_int)  # 2
             try:
                 z = self._answers(c, self.shares, once)  # 3, 4
             except _Gone as gone:
+                if moved == MOST_MOVES:  # workers that greet and never answer must not use up pads for ever
+                    raise gone.error from gone
                 gone.holder.move(gone.channel, gone.error)
+                moved += 1
                 continue
             return pads.unmask(z)  # 5
 

@@ -546,7 +546,6 @@ DAMAGES: dict[str, tuple[Damage, type[ClovenError], str]] = {
     "checks a link": (linked(CHECKS_FILE), StoreUnusable, "checks cannot be read"),
     "pads a link": (linked(PADS), StoreUnusable, "cannot be read"),
     "marks a link": (linked(USED), StoreUnusable, "cannot be read"),
-    "lock a link": (linked("lock"), StoreUnusable, "cannot be locked"),
     "groups' files swapped": (swapped(PADS, "group-00002-000000.pads"), StoreUnusable, "is not what was written|cannot be read"),
     "groups' checks swapped": (swapped(CHECKS_FILE, "group-00002.checks"), StoreUnusable, "checks cannot be read or were altered"),
     "records swapped": (swapped_records, StoreUnusable, "is not what was written"),

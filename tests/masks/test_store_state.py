@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloven.bundle.durable import state_folder
 from cloven.errors import ForeignBundle, StoreUnusable
 from cloven.masks import store_state
 from cloven.masks.store_state import LOCK, STATE, STORE, State, StoreState, locked, machine_name
@@ -362,10 +363,43 @@ def test_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", none)
-        refused(folder, "cannot be locked: No locks available")
+        with pytest.raises(StoreUnusable, match="cannot be locked: No locks available"):
+            StoreState(folder)
+    place = state_folder() / "pads" / f"{StoreState(folder).identity.store}.{LOCK}"  # beside the witness: clones of the folder share it
+    assert place.exists()
+    place.unlink()
+    place.symlink_to(folder / STORE)
+    with pytest.raises(StoreUnusable, match="cannot be locked"):
+        StoreState(folder)
+
+
+def test_a_lock_whose_file_was_removed_excludes_nobody_and_is_taken_again(folder: Path) -> None:
+    """Otherwise the one who holds the removed file's lock and the one who made a new file would both be in."""
+    other = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    inside = threading.Event()
+
+    def enter() -> None:
+        with locked(folder):
+            inside.set()
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    assert not inside.wait(0.1)
     (folder / LOCK).unlink()
-    (folder / LOCK).symlink_to(folder / STORE)
-    refused(folder, "cannot be locked")
+    replacement = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(replacement, fcntl.LOCK_EX)
+    os.close(other)
+    assert not inside.wait(0.2)  # it has the old file's lock now, and waits for the new one's
+    os.close(replacement)
+    assert inside.wait(5)
+    thread.join()
+
+
+def test_a_folder_that_others_can_write_to(folder: Path) -> None:
+    folder.chmod(0o777)
+    with pytest.raises(StoreUnusable, match="others can write there"):
+        StoreState(folder)
 
 
 # --- copies and backups
@@ -507,7 +541,7 @@ def test_the_state_disappears_while_the_store_is_open(folder: Path) -> None:
     state = StoreState(folder)
     shutil.rmtree(folder)
     for act in (state.read, lambda: burn(state)):
-        with pytest.raises(StoreUnusable, match="cannot be locked"):
+        with pytest.raises(StoreUnusable, match="missing, so nobody knows"):
             act()
 
 

@@ -197,6 +197,8 @@ def test_what_peft_saves_and_cannot_be_served(settings: dict[str, Any], match: s
         ({"lora_alpha": math.inf}, "the alpha of"),
         ({"alpha_pattern": {"q_proj": None}}, "the alpha of"),
         ({"alpha_pattern": {"*": 3}}, "which is no pattern"),
+        ({"rank_pattern": {"(([a-z0-9_.]*)*)*!": 4}}, "repeated groups"),  # would take for ever to match
+        ({"rank_pattern": {".*.*.*.*.*q_proj": 4}}, "more than 4 repetitions"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -240,13 +240,16 @@ def test_all_dead(error: RunError) -> None:
 
 
 @pytest.mark.parametrize("error", [WorkerRefused("version"), PeerRefused("key"), ForeignBundle("another")])
-def test_a_replica_that_refuses_is_an_error(error: Exception) -> None:
+def test_a_replica_that_refuses_is_passed_over_and_an_error_if_there_is_no_other(error: Exception) -> None:
     network = Network()
     workers = network.workers("a,b,c")
-    network.answers = {"b": error}
+    network.answers = {"b": error, "c": WorkerUnreachable("c")}
     with pytest.raises(type(error)):
         workers.seats[0].move(workers.seats[0].channel(), GONE)
-    assert workers.address == "a" and network.addresses == ["a", "b"] and network.opened[1].closed
+    assert workers.address == "a" and network.addresses == ["a", "b", "c"] and network.opened[1].closed
+    network.answers = {"b": error}
+    workers.seats[0].move(workers.seats[0].channel(), GONE)
+    assert workers.address == "c"
 
 
 def test_a_move_that_another_thread_has_made_is_not_made_again() -> None:

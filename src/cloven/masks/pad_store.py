@@ -354,8 +354,9 @@ def _create(folder: Path, bundle: str, groups: tuple[tuple[int, int], ...]) -> N
 
 def _read_key(path: Path) -> bytes:
     try:
-        if path.lstat().st_mode & 0o077:
-            raise StoreUnusable(f"{path}: others can read the key; remove the store and fill a new one")
+        status = path.lstat()
+        if status.st_mode & 0o077 or status.st_uid != os.getuid():
+            raise StoreUnusable(f"{path}: others can read the key, or it is somebody else's; remove the store and fill a new one")
         key = read_small(path, KEY_BYTES)
     except (OSError, ValueError) as error:
         raise StoreUnusable(f"{path}: the key cannot be read; remove the store and fill a new one") from error

@@ -9,7 +9,8 @@ at most one generation ahead; it then holds the later truth, and the next commit
 is a copy, or was restored from a backup: its cursor has forgotten pads that were used, and it is refused. The machine and the folder's
 inode tell a copy of both.
 
-What cannot be detected: a machine, virtual or not, whose whole disk is rolled back, witness included.
+What cannot be detected: a machine, virtual or not, whose whole disk is rolled back; and a restore of both, the store's files in their place
+and its witness: neither may be in a backup.
 """
 
 from __future__ import annotations
@@ -110,7 +111,10 @@ class StoreState:
                 f"{folder}: this pad store was made elsewhere: a copy could use pads that the original uses too; "
                 "fill a store of its own here with `cloven pads fill`"
             )
-        with locked(folder):
+        status = folder.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise StoreUnusable(f"{folder}: belongs to another user, or others can write there; remove the store and fill a new one")
+        with self._locked():
             self._load()
 
     @classmethod
@@ -140,7 +144,7 @@ class StoreState:
         Raises:
             StoreUnusable: see the class.
         """
-        with locked(self.folder):
+        with self._locked():
             return self._load()[0]
 
     def commit(self, change: Callable[[State], State]) -> State:
@@ -149,7 +153,7 @@ class StoreState:
         Raises:
             StoreUnusable: the state cannot be read or written.
         """
-        with locked(self.folder):
+        with self._locked():
             state, behind = self._load()
             new = replace(change(state), generation=state.generation + 1)
             data = new.to_bytes()
@@ -161,6 +165,17 @@ class StoreState:
             except OSError as error:
                 raise StoreUnusable(f"{self.folder}: the store's state cannot be written ({error.strerror}); no pad was used") from error
             return new
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The lock is beside the witness: a clone of the store's file system that is mounted elsewhere has the same one."""
+        witness = _witness(self.identity.store)
+        try:
+            witness.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreUnusable(f"{witness.parent}: cannot be made: {error.strerror}; no pad was used") from error
+        with locked(witness.parent, f"{self.identity.store}.{LOCK}"):
+            yield
 
     def _load(self) -> tuple[State, bool]:
         """The state, and whether state.json is a generation behind it: a commit was interrupted."""
@@ -190,23 +205,32 @@ def locked(folder: Path, name: str = LOCK, wait: bool = True) -> Iterator[None]:
     Raises:
         StoreUnusable: there can be no lock.  BlockingIOError: somebody has it, and `wait` is false.
     """
+    descriptor = _lock(folder / name, wait)
     try:
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StoreUnusable(f"{folder}: the store cannot be locked: {error.strerror}") from error
-    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile holds the descriptor as well
+        os.close(descriptor)
+
+
+def _lock(path: Path, wait: bool) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StoreUnusable(f"{path.parent}: the store cannot be locked: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                    return descriptor
+            os.close(descriptor)  # somebody removed the file meanwhile: a lock on it excludes nobody
         except BlockingIOError:
+            os.close(descriptor)
             raise
         except OSError as error:
-            raise StoreUnusable(f"{folder}: the store cannot be locked: {error.strerror}") from error
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile holds the descriptor as well
-    finally:
-        os.close(descriptor)
+            os.close(descriptor)
+            raise StoreUnusable(f"{path.parent}: the store cannot be locked: {error.strerror}") from error
 
 
 def machine_name(store: str) -> str:

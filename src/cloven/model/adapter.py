@@ -24,6 +24,7 @@ from cloven.errors import BadInput
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 2**20
+_MOST_REPETITIONS = 4  # in a pattern
 _KEY = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_(?P<part>[AB])\.weight")
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base
 _INERT = {  # fields that say nothing about what the saved factors do
@@ -151,6 +152,8 @@ def _of_pattern(pattern: object, module: str, default: object, what: str) -> int
     value = default
     if isinstance(pattern, Mapping):
         for key, special in pattern.items():
+            if re.search(r"\)[*+{]", key) or len(re.findall(r"[*+{]", key)) > _MOST_REPETITIONS:  # they may take for ever to match
+                raise BadInput(f"{CONFIG}: {what}_pattern holds {key!r}: repeated groups, or more than {_MOST_REPETITIONS} repetitions")
             try:
                 if len(key) <= 512 and re.fullmatch(rf"(.*\.)?({key})", module):
                     value = special
