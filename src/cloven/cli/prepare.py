@@ -88,7 +88,7 @@ def slip(
             engine=engine,
             device=device,
         )
-    _print_summary(bundle)
+    _print_summary(bundle, calibrated=calibration is not None)
 
 
 @app.command("kv-shield")
@@ -175,7 +175,7 @@ def _going_on() -> Iterator[None]:
         raise
 
 
-def _print_summary(bundle: Bundle) -> None:
+def _print_summary(bundle: Bundle, calibrated: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -198,7 +198,8 @@ def _print_summary(bundle: Bundle) -> None:
     console.print(table)
     console.print(f"Quantisation error of the exposed part: {summary['quantisation_error']:.2e} (relative, Frobenius).")
     if parameters["origin"] == "adapter":
-        console.print("The secret part is exactly the adapter; the exposed half is a function of the public base alone.")
+        text = " and of the calibration text" if calibrated else " alone"
+        console.print(f"The secret part is exactly the adapter; the exposed half is a function of the public base{text}.")
     elif parameters["origin"] == "public-base":
         exposed = 1 - summary["secret_energy"]
         console.print(f"{exposed:.1%} of the fine-tune (energy of its difference from the public base) is exposed; keep more to hide more.")
