@@ -94,7 +94,9 @@ class SecurityError(ClovenError):
 
 
 class VerificationFailed(SecurityError):
-    """An answer or a pad failed its Freivalds check; the message names the layer."""
+    """An answer or a pad failed its Freivalds check; the message names the layer, `worker` who answered ("" for a pad)."""
+
+    worker: str = ""
 
 
 class TamperedBundle(SecurityError):

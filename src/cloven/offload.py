@@ -28,7 +28,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from cloven.errors import ClovenError, SessionClosed, WorkerTimeout, WorkerUnreachable
+from cloven.errors import ClovenError, SessionClosed, VerificationFailed, WorkerTimeout, WorkerUnreachable
 from cloven.field.codec import RowBounds, decode, encode
 from cloven.field.freivalds import Freivalds
 from cloven.masks.one_time import MaskSource
@@ -157,5 +157,9 @@ class OffloadedMatrix:
             z = channel.multiply(self.name, self.group, c, share.rows, then)
         except (WorkerUnreachable, WorkerTimeout, SessionClosed) as error:
             raise _Gone(share.holder, channel, error) from error
-        freivalds.check(c, z, f"{self.name}: the worker's answer")
+        try:
+            freivalds.check(c, z, f"{self.name}: the worker's answer")
+        except VerificationFailed as error:
+            error.worker = str(getattr(channel, "address", ""))  # whose secret S must be dropped
+            raise
         return torch.cat([z, *others], dim=1) if others else z

@@ -36,7 +36,7 @@ from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session, open_
 from cloven.offload import OffloadedMatrix, Share
 from cloven.slip.layer import Product, SplitGroup
 from cloven.slip.split_model import groups_of
-from cloven.slip.workers import Seat, Workers
+from cloven.slip.workers import Workers
 from cloven.telemetry import Telemetry
 
 
@@ -176,7 +176,7 @@ def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Wor
         checks = [seat.freivalds(group.index) for seat in seats]  # 2, 3
         pads = given.pads(group, checks, lambda: session.closed)  # 4
         offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, shares)
-        group.attach(_guarded_product(session, offloaded, seats, given))
+        group.attach(_guarded_product(session, offloaded, given))
         session.pads.append(pads)
         session.offloaded.append(offloaded)
         session.on_close(pads.forget)
@@ -187,14 +187,14 @@ def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Wor
     session.on_close(session.look_ahead.stop)
 
 
-def _guarded_product(session: Session, offloaded: OffloadedMatrix, seats: list[Seat], given: _Secrets) -> Product:
+def _guarded_product(session: Session, offloaded: OffloadedMatrix, given: _Secrets) -> Product:
     def compute(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         try:
             return offloaded.product(x, meanwhile)
         except VerificationFailed as error:
             try:
-                for seat in seats:
-                    given.rejected(seat.address)
+                if error.worker:
+                    given.rejected(error.worker)
             except ClovenError as kept:
                 raise VerificationFailed(f"{error}; the secret that it met cannot be dropped: {kept}") from error
             raise
