@@ -210,6 +210,8 @@ def test_files_that_were_half_written(tmp_path: Path) -> None:
         partial / "trusted" / "other-00001.safetensors",
         partial / "trusted" / "other-00007.safetensors",
         partial / "trusted" / "split.key.partial",
+        partial / "exposed" / ".tmpvHQVA2",
+        partial / "trusted" / ".tmpaB3xYz",
         partial / "trusted" / "config.json",
         partial / "trusted" / "manifest.json",
         partial / "exposed" / "manifest.json",

@@ -165,6 +165,8 @@ def _write(source: Source, plan: Plan, given: SplitKey | None, partial: Path, pr
 
     # 5
     progress("write", 0, 1)
+    for half in ("trusted", "exposed"):
+        _remove_unfinished(partial / half)
     others = _write_others(plan, partial / "trusted")
 
     # 6
@@ -208,6 +210,13 @@ def _ranks(plan: Plan, spectra: list[torch.Tensor]) -> list[list[int]]:
         ranks = allocate_ranks(spectra, shapes, plan.config.secret_fraction)
     of_linear = iter(ranks)
     return [[next(of_linear) for _ in group] for group in plan.groups]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what jobs that were killed have left: our unfinished files, and those that safetensors writes before it renames them."""
+    for pattern in (".tmp*", "*.partial"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _write_others(plan: Plan, trusted: Path) -> ShardWriter:
