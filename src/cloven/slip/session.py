@@ -89,7 +89,7 @@ def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
     session = SlipSession(model, workers, telemetry)
     session.on_close(secrets_of_session.destroy)
     try:
-        _connect_groups(session, groups, workers, secrets_of_session, options)
+        _connect_groups(session, groups, workers, secrets_of_session)
     except BaseException:
         session.close("it could not be opened")
         raise
@@ -104,10 +104,10 @@ class _Secrets:
         self._backend = select_backend("cpu")
         self._key = PadKey()
         self._stream = SecretStream(secrets.token_bytes(KEY_BYTES), "freivalds")
-        self._store = PadStore(options.pads, manifest.bundle) if options.pads is not None else None
         folder = options.exposed or trusted.parent / "exposed"
-        wanted = self._store is None or options.on_empty == "compute" or options.placement == "rows"
+        wanted = options.pads is None or options.on_empty == "compute" or options.placement == "rows"
         self._copy = ExposedCopy(folder, manifest) if wanted else None
+        self._store = PadStore(options.pads, manifest.bundle) if options.pads is not None else None  # last: nothing fails after it
 
     def __repr__(self) -> str:
         return "_Secrets(<secret>)"
@@ -168,12 +168,12 @@ class _Secrets:
 
 
 @torch.no_grad()
-def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Workers, given: _Secrets, options: RuntimeOptions) -> None:
+def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Workers, given: _Secrets) -> None:
     session.pads, session.offloaded = [], []
     for group, record, bounds in zip(groups, given.manifest.exposed.groups, given.manifest.bounds, strict=True):
-        shares = tuple(Share(rows, seat) for rows, seat in workers.shares(group.index))
-        seats = [seat for _, seat in workers.shares(group.index)]
-        checks = [seat.freivalds(group.index) for seat in seats]  # 2, 3
+        held = workers.shares(group.index)
+        shares = tuple(Share(rows, seat) for rows, seat in held)
+        checks = [seat.freivalds(group.index) for _, seat in held]  # 2, 3
         pads = given.pads(group, checks, lambda: session.closed)  # 4
         offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, shares)
         group.attach(_guarded_product(session, offloaded, given))
