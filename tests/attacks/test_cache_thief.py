@@ -19,6 +19,7 @@ from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.enclave import Enclave
 from cloven.kv_shield.messages import NO_SESSION
 from cloven.kv_shield.prepare import prepare_kv_shield
+from cloven.model.cache_argument import cache_of, with_cache
 from cloven.wire.schema import MalformedMessage
 from cloven.zoo.demo import demo_model_path
 from cloven.zoo.text import sample_text
@@ -122,7 +123,7 @@ def plain_rows() -> tuple[Tensor, Tensor]:
     ids = text()[None, :96]
     cache = DynamicCache(config=demo_model().config)
     with torch.no_grad():
-        demo_model()(input_ids=ids, past_key_values=cache)
+        demo_model()(input_ids=ids, **with_cache(cache))
     return ids, cache.layers[0].values[0].transpose(0, 1)
 
 
@@ -135,7 +136,7 @@ def stolen(mode: str, ids: Tensor) -> Tensor:
         model = load(out)
         with cloven.attach(model, address, timeout=10), torch.no_grad():
             cache = DynamicCache(config=model.config)
-            logits = model(input_ids=ids, past_key_values=cache).logits
+            logits = model(input_ids=ids, **with_cache(cache)).logits
             expected = demo_model()(input_ids=ids).logits
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4  # it does compute the model
     rows: Tensor = cache.layers[0].values[0].transpose(0, 1)
@@ -204,7 +205,7 @@ def test_whoever_holds_a_live_session_undoes_its_cache() -> None:
     """Shown, not hidden: the session's name and its connection give the keys, in (d + ρ)·G / H rows."""
     with attached("llama", "session") as a:
         ids = ids_of(1, 40)
-        keyed, plain = (model(input_ids=ids, use_cache=True).past_key_values for model in (a.model, a.plain))
+        keyed, plain = (cache_of(model(input_ids=ids, use_cache=True)) for model in (a.model, a.plain))
         (name, session), *_ = a.enclave._sessions.items()
         for layer in range(a.enclave.layers):
             assert session.restored[layer] == session.keyed[layer] == 40  # no row is left to be restored
@@ -219,7 +220,7 @@ def test_whoever_holds_a_live_session_undoes_its_cache() -> None:
 def test_another_peer_and_another_session_undo_nothing() -> None:
     """The same calls, without what they need: the session."""
     with attached("llama", "session") as a:
-        keyed, plain = (model(input_ids=ids_of(1, 40), use_cache=True).past_key_values for model in (a.model, a.plain))
+        keyed, plain = (cache_of(model(input_ids=ids_of(1, 40), use_cache=True)) for model in (a.model, a.plain))
         (name, _), *_ = a.enclave._sessions.items()
         for held_name, peer in ((name, "another"), (bytes(16), "local")):
             with pytest.raises(MalformedMessage, match="no such session of yours"):

@@ -22,6 +22,7 @@ from cloven.audit.kv_shield import (
     shared_spaces,
     snapshot,
 )
+from cloven.model.cache_argument import with_cache
 from tests.split_models import tiny
 
 TOKENS, HEADS, D, NOISE = 50, 2, 8, 4
@@ -163,7 +164,7 @@ def test_layer_0_depends_on_the_token_alone(family: str) -> None:
     ids = torch.randint(1, 97, (1, 10), generator=generator(2))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **with_cache(cache))
     rows = cache.layers[0].values[0].transpose(0, 1)
     assert layer.table.shape == (97, layer.shape.kv_heads, layer.shape.head_dim)
     expected = layer.table[ids[0]]

@@ -12,6 +12,7 @@ import torch
 import cloven
 from cloven.cluster.enclave_process import EnclaveProcess
 from cloven.errors import ClovenError, RunError
+from cloven.model.cache_argument import cache_of, with_cache
 from tests.cluster.test_worker_process import gone
 from tests.kv_bundles import MODES, deviation, ids_of, kv_bundle, load
 from tests.split_models import logits, tiny
@@ -50,10 +51,10 @@ def test_an_enclave_that_dies_ends_the_session_with_a_clear_error(socket_folder:
     model, ids = load(out), ids_of(1, 4)
     with EnclaveProcess(out / "trusted", address, "--threads", "2") as first:
         with cloven.attach(model, address, timeout=1), torch.no_grad():
-            cache = model(input_ids=ids, use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids, use_cache=True))
             first.kill()
             with pytest.raises(ClovenError):
-                model(input_ids=ids[:, :1], past_key_values=cache)
+                model(input_ids=ids[:, :1], **with_cache(cache))
         assert first.process.returncode == -signal.SIGKILL
         with EnclaveProcess(out / "trusted", address) as second, cloven.attach(model, address, timeout=10):
             assert deviation(logits(model, ids), logits(tiny("llama"), ids)) < 1e-4

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cloven.cluster.worker_process import WorkerProcess
 from cloven.demo.slip import all_products_exact
+from cloven.model.cache_argument import cache_of, with_cache
 from cloven.zoo.text import PROMPTS
 from cloven.zoo.tiny import FAMILIES
 from tests.end_to_end.serve_many import Workers
@@ -41,7 +42,7 @@ def cached_decode(model: PreTrainedModel, ids: Tensor, prefill: int) -> Tensor:
     output = model(input_ids=ids[:, :prefill], use_cache=True)
     steps = [output.logits]
     for position in range(prefill, ids.shape[1]):
-        output = model(input_ids=ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=ids[:, position : position + 1], **with_cache(cache_of(output)), use_cache=True)
         steps.append(output.logits)
     return torch.cat(steps, dim=1)
 

@@ -16,6 +16,7 @@ from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.preallocated import PreallocatedCache
 from cloven.kv_shield.prepare import prepare_kv_shield
 from cloven.kv_shield.session import KvSession
+from cloven.model.cache_argument import with_cache
 from tests.kv_bundles import Attached, enclave, load
 from tests.split_models import scratch, tiny
 
@@ -50,7 +51,5 @@ def attached_sealing(family: str, mode: str) -> Iterator[Attached]:
 
 def greedy_ids(model: Any, ids: Tensor, tokens: int, cache: Any = None) -> Tensor:
     """Exactly so many new tokens: [1, T + tokens]."""
-    output: Tensor = model.generate(
-        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, past_key_values=cache, pad_token_id=0
-    )
+    output: Tensor = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **with_cache(cache), pad_token_id=0)
     return output

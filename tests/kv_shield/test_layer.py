@@ -16,6 +16,7 @@ import cloven
 from cloven.errors import BadInput, NotAttached
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.prepare import prepare_kv_shield
+from cloven.model.cache_argument import cache_of, with_cache
 from cloven.zoo.tiny import tiny_config, tiny_model
 from tests.kv_bundles import (
     FAMILIES,
@@ -84,7 +85,7 @@ def test_cached_decode_token_by_token(a: Attached) -> None:
                     input_ids=ids[:, t : t + 1],
                     attention_mask=mask[:, : t + 1],
                     position_ids=position,
-                    past_key_values=out.past_key_values,
+                    **with_cache(cache_of(out)),
                     use_cache=True,
                 )
                 steps.append(out.logits[:, -1])
@@ -96,7 +97,7 @@ def test_chunks_of_several_tokens(a: Attached) -> None:
     ids, out = ids_of(2, 24, 3), None
     with torch.no_grad():
         for start, end in ((0, 5), (5, 6), (6, 16), (16, 24)):
-            out = a.model(input_ids=ids[:, start:end], past_key_values=out.past_key_values if out else None, use_cache=True)
+            out = a.model(input_ids=ids[:, start:end], **with_cache(cache_of(out) if out else None), use_cache=True)
             assert deviation(out.logits, logits(a.plain, ids[:, :end])[:, start:]) < FLOAT32_TOLERANCE
 
 
@@ -195,7 +196,7 @@ def layers_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
 def caches(a: Attached, ids: Tensor, **more: Any) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]], Any]:
     """The plain model's cache, the keyed one, and what must live as long as the latter's session."""
     with torch.no_grad():
-        plain, keyed = (model(input_ids=ids, use_cache=True, **more).past_key_values for model in (a.plain, a.model))
+        plain, keyed = (cache_of(model(input_ids=ids, use_cache=True, **more)) for model in (a.plain, a.model))
     return layers_of(plain), layers_of(keyed), keyed
 
 
@@ -233,10 +234,10 @@ def test_the_cache_is_keyed(a: Attached) -> None:
 def test_decoded_rows_are_keyed_too(a: Attached) -> None:
     ids = ids_of(1, 9, 6)
     with torch.no_grad():
-        plain, keyed = (model(input_ids=ids[:, :6], use_cache=True).past_key_values for model in (a.plain, a.model))
+        plain, keyed = (cache_of(model(input_ids=ids[:, :6], use_cache=True)) for model in (a.plain, a.model))
         for t in range(6, 9):
             for model, cache in ((a.plain, plain), (a.model, keyed)):
-                model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+                model(input_ids=ids[:, t : t + 1], **with_cache(cache), use_cache=True)
     for true, held in zip(layers_of(plain), layers_of(keyed), strict=True):
         for x, y in zip(true, held, strict=True):
             assert x.shape[2] == y.shape[2]
@@ -282,8 +283,8 @@ def test_a_quantised_cache_in_permute_mode(family: str) -> None:
         with torch.no_grad():
             for name, model in (("plain", a.plain), ("keyed", a.model)):
                 cache = QuantizedCache("fp8", model.config)
-                model(input_ids=ids[:, :8], past_key_values=cache, use_cache=True)
-                out[name] = model(input_ids=ids[:, 8:], past_key_values=cache, use_cache=True).logits
+                model(input_ids=ids[:, :8], **with_cache(cache), use_cache=True)
+                out[name] = model(input_ids=ids[:, 8:], **with_cache(cache), use_cache=True).logits
         exact = logits(a.plain, ids)[:, 8:]
         assert deviation(out["plain"], exact) > 1e-3  # it does round
         assert deviation(out["keyed"], out["plain"]) < 0.2 * deviation(out["plain"], exact)

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from cloven.errors import BadInput
 from cloven.kv_shield.preallocated import PreallocatedCache
+from cloven.model.cache_argument import with_cache
 from tests.kv_bundles import ids_of, random_rows
 from tests.kv_shield.sealing import greedy_ids
 from tests.split_models import tiny
@@ -79,7 +80,7 @@ def test_copies_for_beams_are_refused() -> None:
 def test_no_beam_search() -> None:
     with pytest.raises(BadInput, match="no beam search"):
         tiny("llama").generate(
-            ids_of(1, 4), max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0, past_key_values=PreallocatedCache(CONFIG, 20)
+            ids_of(1, 4), max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0, **with_cache(PreallocatedCache(CONFIG, 20))
         )
 
 

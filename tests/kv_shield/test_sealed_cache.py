@@ -385,6 +385,7 @@ def test_an_enclave_that_was_restarted_under_a_session(mode: str, socket_folder:
 
 SCAN = """
 import json, sys, torch
+from cloven.model.cache_argument import with_cache
 from transformers import AutoModelForCausalLM
 import cloven
 from cloven.kv_shield.preallocated import PreallocatedCache
@@ -430,7 +431,7 @@ def copies(needles):
 with cloven.attach(model, address, timeout=20) as session:
     cache = PreallocatedCache(model.config, 64)
     ids = torch.randint(1, 97, (1, 24), generator=torch.Generator().manual_seed(0))
-    text = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, past_key_values=cache, pad_token_id=0)
+    text = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, **with_cache(cache), pad_token_id=0)
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     storages = [tensor.untyped_storage() for tensor in tensors]  # kept: what is freed can be used again
     own = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
@@ -449,7 +450,7 @@ with cloven.attach(model, address, timeout=20) as session:
     sealed = session.seal(cache)
     after = counted()
     session.resume(sealed)
-    again = model.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False, past_key_values=cache, pad_token_id=0)
+    again = model.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False, **with_cache(cache), pad_token_id=0)
     print(json.dumps({"before": before, "after": after, "text": again[0].tolist(), "ids": ids[0].tolist()}))
 """
 

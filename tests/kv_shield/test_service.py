@@ -35,6 +35,7 @@ from cloven.kv_shield.messages import (
     tensor_of,
 )
 from cloven.kv_shield.service import EnclaveServer
+from cloven.model.cache_argument import cache_of, with_cache
 from cloven.wire.keys import TrustedKeys
 from cloven.wire.schema import ErrorAnswer, Hello, Welcome
 from tests.helpers import Context, free_port
@@ -289,8 +290,8 @@ def needles(server: RecordingServer, trusted: Path) -> list[bytes]:
 @pytest.mark.parametrize("mode", ["permute", "session"])
 def test_no_message_holds_a_key(mode: str) -> None:
     with attached_model("llama", mode, RecordingServer) as a:
-        cache = a.model(input_ids=ids_of(2, 7), use_cache=True).past_key_values
-        logits(a.model, ids_of(2, 1), past_key_values=cache)
+        cache = cache_of(a.model(input_ids=ids_of(2, 7), use_cache=True))
+        logits(a.model, ids_of(2, 1), **with_cache(cache))
         a.model.generate(ids_of(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
         sent = b"|".join(b"|".join(frames) for frames in a.server.sent)
         keys = needles(a.server, kv_bundle("llama", mode) / "trusted")

@@ -32,6 +32,7 @@ from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.messages import ENCLAVE, Close, Key, Open
 from cloven.kv_shield.prepare import prepare_kv_shield
 from cloven.kv_shield.service import EnclaveServer
+from cloven.model.cache_argument import cache_of, with_cache
 from cloven.model.registration import ClovenConfig
 from cloven.zoo.tiny import tiny_model
 from tests.kv_bundles import (
@@ -180,12 +181,12 @@ def test_bundles_that_differ_in_the_noise_only(tmp_path: Path) -> None:
 
 def test_every_cache_has_a_session_of_its_own() -> None:
     with attached("llama", "session") as a:
-        caches = [a.model(input_ids=ids_of(1, 5), use_cache=True).past_key_values for _ in range(3)]
+        caches = [cache_of(a.model(input_ids=ids_of(1, 5), use_cache=True)) for _ in range(3)]
         assert len(a.enclave._sessions) == 3
         values = [cache.layers[0].values for cache in caches]
         assert deviation(values[0], values[1]) > 0.1  # the same tokens
         for cache in caches:  # interleaved
-            ours = logits(a.model, ids_of(1, 1, 1), past_key_values=cache)
+            ours = logits(a.model, ids_of(1, 1, 1), **with_cache(cache))
             expected = logits(a.plain, torch.cat([ids_of(1, 5), ids_of(1, 1, 1)], 1))[:, -1:]
             assert deviation(ours, expected) < FLOAT32_TOLERANCE
 
@@ -243,14 +244,14 @@ def test_closing_ends_the_sessions_of_other_threads() -> None:
 
 def test_closing_drops_the_keys_in_the_enclave() -> None:
     with attached("llama", "session") as a:
-        cache = a.model(input_ids=ids_of(1, 5), use_cache=True).past_key_values
+        cache = cache_of(a.model(input_ids=ids_of(1, 5), use_cache=True))
         a.session.close()
         assert cache is not None and not a.enclave._sessions
 
 
 def test_one_session_for_a_batch_and_keys_for_every_row() -> None:
     with attached("llama", "session") as a:
-        cache = a.model(input_ids=ids_of(1, 5).expand(3, 5), use_cache=True).past_key_values
+        cache = cache_of(a.model(input_ids=ids_of(1, 5).expand(3, 5), use_cache=True))
         assert len(a.enclave._sessions) == 1 and len(a.keys(0)) == 3
         values = cache.layers[0].values
         assert deviation(values[0], values[1]) > 0.1 and deviation(values[1], values[2]) > 0.1
@@ -258,41 +259,41 @@ def test_one_session_for_a_batch_and_keys_for_every_row() -> None:
 
 def test_a_copied_cache_is_refused() -> None:
     with attached("llama", "session") as a:
-        cache = a.model(input_ids=ids_of(1, 5), use_cache=True).past_key_values
+        cache = cache_of(a.model(input_ids=ids_of(1, 5), use_cache=True))
         with pytest.raises(WorkerRefused, match="each is keyed once"):
-            logits(a.model, ids_of(1, 1), past_key_values=copy.deepcopy(cache))
-        logits(a.model, ids_of(1, 1), past_key_values=cache)  # the true one goes on
+            logits(a.model, ids_of(1, 1), **with_cache(copy.deepcopy(cache)))
+        logits(a.model, ids_of(1, 1), **with_cache(cache))  # the true one goes on
 
 
 def test_a_cropped_cache_is_refused() -> None:
     with attached("llama", "session") as a:
-        cache = a.model(input_ids=ids_of(1, 5), use_cache=True).past_key_values
+        cache = cache_of(a.model(input_ids=ids_of(1, 5), use_cache=True))
         cache.crop(-2)
         with pytest.raises(WorkerRefused, match="each is keyed once"):
-            logits(a.model, ids_of(1, 1), past_key_values=cache)
+            logits(a.model, ids_of(1, 1), **with_cache(cache))
 
 
 @pytest.mark.parametrize("change", ["reorder", "select"])
 def test_a_reordered_cache_is_refused(change: str) -> None:
     with attached("llama", "session") as a:
-        cache = a.model(input_ids=ids_of(2, 5), use_cache=True).past_key_values
+        cache = cache_of(a.model(input_ids=ids_of(2, 5), use_cache=True))
         with pytest.raises(ClovenError):
             if change == "reorder":
                 cache.reorder_cache(torch.tensor([1, 0]))
             else:
                 cache.batch_select_indices(torch.tensor([1, 1]))
-            logits(a.model, ids_of(2, 1), past_key_values=cache)
+            logits(a.model, ids_of(2, 1), **with_cache(cache))
 
 
 def test_another_batch_on_the_same_cache_is_refused() -> None:
     with attached("llama", "session") as a:
-        cache = a.model(input_ids=ids_of(2, 5), use_cache=True).past_key_values
+        cache = cache_of(a.model(input_ids=ids_of(2, 5), use_cache=True))
         with pytest.raises(BadInput, match="no beam search"):
             cache.batch_repeat_interleave(2)
         for layer in cache.layers:  # behind the session's back
             layer.batch_repeat_interleave(2)
         with pytest.raises(WorkerRefused, match="the session was opened for 2"):
-            logits(a.model, ids_of(4, 1), past_key_values=cache)
+            logits(a.model, ids_of(4, 1), **with_cache(cache))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -325,8 +326,8 @@ def test_a_static_cache_given_by_hand_is_exact_or_refused() -> None:
     with attached("llama", "session") as a:
         ids, cache = ids_of(1, 8), StaticCache(a.model.config, max_cache_len=20)
         try:
-            logits(a.model, ids[:, :5], past_key_values=cache)
-            ours = logits(a.model, ids[:, 5:], past_key_values=cache)
+            logits(a.model, ids[:, :5], **with_cache(cache))
+            ours = logits(a.model, ids[:, 5:], **with_cache(cache))
         except ClovenError:
             return
         assert deviation(ours, logits(a.plain, ids)[:, 5:]) < FLOAT32_TOLERANCE
@@ -340,7 +341,7 @@ def in_pieces(model: Any, ids: Tensor, mask: Tensor, cache: Any, grows: bool = F
     rows = []
     for start, end in ((0, 5), (5, 8), (8, 10)):
         so_far = torch.where(torch.arange(mask.shape[1]) < end, mask, 0) if grows else mask
-        rows.append(logits(model, ids[:, start:end], attention_mask=so_far, past_key_values=cache))
+        rows.append(logits(model, ids[:, start:end], attention_mask=so_far, **with_cache(cache)))
     return torch.cat(rows, 1)
 
 
@@ -375,7 +376,7 @@ def test_tokens_with_a_mask_of_the_whole_conversation_to_come() -> None:
             cache, x, mask, tokens = DynamicCache(config=model.config), ids_of(1, 8, 3), torch.zeros(1, 24, dtype=torch.long), []
             mask[:, :8] = 1
             for place in range(8, 14):
-                x = logits(model, x, attention_mask=mask, past_key_values=cache)[:, -1:].argmax(-1)
+                x = logits(model, x, attention_mask=mask, **with_cache(cache))[:, -1:].argmax(-1)
                 mask[:, place] = 1
                 tokens.append(int(x))
             chosen.append(tokens)
@@ -398,9 +399,9 @@ def test_the_pads_of_every_piece_are_the_masks() -> None:
 
 def test_a_mask_that_is_too_short_is_refused() -> None:
     with attached("llama", "session") as a:
-        cache = a.model(input_ids=ids_of(1, 5), use_cache=True).past_key_values
+        cache = cache_of(a.model(input_ids=ids_of(1, 5), use_cache=True))
         with pytest.raises(BadInput, match="a mask of 6 rows: the cache has 5 and the call 2 more"):
-            logits(a.model, ids_of(1, 2), attention_mask=torch.ones(1, 6, dtype=torch.long), past_key_values=cache)
+            logits(a.model, ids_of(1, 2), attention_mask=torch.ones(1, 6, dtype=torch.long), **with_cache(cache))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -512,12 +513,12 @@ def test_an_enclave_that_was_restarted_refuses_old_caches(socket_folder: Path) -
     with enclave_at(trusted, address):
         model = load(kv_bundle("llama", "session"))
         session = cloven.attach(model, address, timeout=5)
-        cache = model(input_ids=ids_of(1, 5), use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids_of(1, 5), use_cache=True))
     with enclave_at(trusted, address), session:
         with pytest.raises(WorkerRefused, match="the enclave was restarted"):
-            logits(model, ids_of(1, 1), past_key_values=cache)
+            logits(model, ids_of(1, 1), **with_cache(cache))
         fresh = DynamicCache()  # a new conversation works
-        assert deviation(logits(model, ids_of(1, 4), past_key_values=fresh), logits(tiny("llama"), ids_of(1, 4))) < FLOAT32_TOLERANCE
+        assert deviation(logits(model, ids_of(1, 4), **with_cache(fresh)), logits(tiny("llama"), ids_of(1, 4))) < FLOAT32_TOLERANCE
 
 
 def test_a_cache_that_ended_while_the_enclave_was_away(socket_folder: Path) -> None:

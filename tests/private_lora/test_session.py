@@ -28,6 +28,7 @@ from cloven.errors import (
     TamperedBundle,
     WorkerUnreachable,
 )
+from cloven.model.cache_argument import cache_of, with_cache
 from cloven.private_lora.manifest import fingerprint
 from cloven.private_lora.messages import ADAPTER, Query
 from cloven.private_lora.names import CLIENT_FILE, hint_name
@@ -111,8 +112,8 @@ def test_cached_decoding(family: str, tmp_path: Path) -> None:
         parts: list[Tensor] = []
         with torch.no_grad():
             for part in ids.split([8, 1, 1, 3, 1], 1):
-                output = a.model(input_ids=part, past_key_values=cache, use_cache=True)
-                cache, parts = output.past_key_values, [*parts, output.logits]
+                output = a.model(input_ids=part, **with_cache(cache), use_cache=True)
+                cache, parts = cache_of(output), [*parts, output.logits]
         assert relative_error(torch.cat(parts, 1), logits(a.merged, ids)) < 1e-3
 
 

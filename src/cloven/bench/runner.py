@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cloven
 from cloven.engine.memory import anonymous_bytes
+from cloven.model.cache_argument import cache_of, with_cache
 from cloven.model.quiet import quiet_transformers
 from cloven.model.runtime import Session
 from cloven.slip.session import SlipSession
@@ -99,7 +100,7 @@ class Runner:
         """One greedy step after `output`: its seconds, and its output."""
         started = time.perf_counter()
         token = output.logits[:, -1].argmax(-1, keepdim=True)
-        output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = self.model(input_ids=token, **with_cache(cache_of(output)), use_cache=True)
         return time.perf_counter() - started, output
 
     def _reset(self) -> None:

@@ -21,6 +21,7 @@ from cloven.kv_shield.preallocated import PreallocatedCache
 from cloven.kv_shield.prepare import prepare_kv_shield
 from cloven.kv_shield.session import KvSession
 from cloven.model.attach import attach
+from cloven.model.cache_argument import with_cache
 from cloven.zoo.demo import demo_model_path
 from cloven.zoo.text import PROMPTS, sample_text
 
@@ -105,7 +106,7 @@ def run_kv_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: int
 
 
 def _generate(model: Any, ids: Tensor, new_tokens: int, cache: Any = None) -> Tensor:
-    output: Tensor = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, past_key_values=cache, pad_token_id=0)
+    output: Tensor = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **with_cache(cache), pad_token_id=0)
     return output
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cloven.errors import BadInput, NotAttached
 from cloven.kv_shield.shapes import AttentionShape
+from cloven.model.cache_argument import CACHE_NAMES
 from cloven.model.shared_input import SharedInput
 
 
@@ -88,7 +89,7 @@ class KeyedAttention:
         return self._shared.output(position, x)
 
     def _enter(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
         if cache is None and len(args) > 1 and hasattr(args[1], "get_seq_length"):  # GPT-2 passes it by position
             cache = args[1]
         self._call.cache = cache

@@ -67,7 +67,7 @@ def _appended(old: Tensor, new: Tensor, length: int) -> Tensor:
 
 
 class PreallocatedCache(Cache):  # type: ignore[misc]
-    """For `generate(past_key_values=…)`, where an idle cache will be sealed.
+    """For `generate(cache=…)` (`past_key_values=…` in transformers 5.23), where an idle cache will be sealed.
 
     Args:
         config: the model's configuration.

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from cloven.errors import BadBundle, BadInput, ClovenError, RunError, WorkerRefused
 from cloven.kv_shield.layer import KeyedAttention
@@ -108,7 +109,7 @@ class KvSession(Session):
             self.on_close(rotary.register_forward_pre_hook(_Hook(self._rotate), with_kwargs=True).remove)
 
     def _enter(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._noise and kwargs.get("cache") is not None:
+        if self._noise and not isinstance(kwargs.get("cache"), Cache | None):
             raise BadInput("a shared paged cache (continuous batching) is one key domain: prepare the model with --mode permute for it")
         mask = kwargs.get("attention_mask")
         if self._noise and isinstance(mask, Tensor) and mask.dim() != 2:

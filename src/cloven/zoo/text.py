@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cloven.model.cache_argument import cache_of, with_cache
+
 PROMPTS = (
     "ROMEO:",
     "JULIET:\nO Romeo,",
@@ -39,8 +41,8 @@ def sample_text(model: PreTrainedModel, sequences: int, tokens: int, seed: int =
     ids = torch.full((sequences, 1), int(model.config.bos_token_id or 0))
     cache = None
     for _ in range(tokens - 1):
-        output = model(input_ids=ids[:, -1:] if cache is not None else ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids[:, -1:] if cache is not None else ids, **with_cache(cache), use_cache=True)
+        cache = cache_of(output)
         probabilities = torch.softmax(output.logits[:, -1].double(), dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
     return ids
