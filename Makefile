@@ -25,7 +25,7 @@ lint: install
 install: $(STAMP)
 
 # Runs again when the dependencies or the kernels change.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/cloven/field/native/*.?pp)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/cloven/*/native/*.?pp)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cloven needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

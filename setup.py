@@ -1,4 +1,4 @@
-"""The optional C++ kernels; everything else is in pyproject.toml."""
+"""The optional C++ parts; everything else is in pyproject.toml."""
 
 from setuptools import Extension, setup
 
@@ -11,6 +11,20 @@ setup(
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a compiler, PyTorch's product does the work
-        )
+        ),
+        Extension(
+            "cloven.kv_shield.native._step",
+            ["src/cloven/kv_shield/native/step.cpp"],
+            depends=["src/cloven/wire/native/lane.hpp"],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            optional=True,  # without it, PyTorch does the work
+        ),
+        Extension(
+            "cloven.wire.native._bell",
+            ["src/cloven/wire/native/bell.cpp"],
+            depends=["src/cloven/wire/native/lane.hpp"],
+            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],
+            optional=True,  # without it, sockets carry everything
+        ),
     ]
 )

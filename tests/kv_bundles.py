@@ -125,7 +125,7 @@ class Attached:
         """The keys of the newest (or another) session in a layer, by sequence."""
         keys = list(self.enclave._sessions.values())[session].keys[layer]
         assert keys is not None
-        return keys
+        return [SessionKeys(*both) for both in zip(keys.kv, keys.inverse, strict=True)]
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def frames_of(message: Message) -> list[bytes]:
 
 def header(**changes: object) -> bytes:
     """A hello with fields changed; a value of `...` removes one."""
-    fields: dict[str, object] = {"v": 2, "type": "hello", "id": 5, "bundle": BUNDLE, **changes}
+    fields: dict[str, object] = {"v": 3, "type": "hello", "id": 5, "bundle": BUNDLE, **changes}
     return bytes(msgpack.packb({key: value for key, value in fields.items() if value is not ...}))
 
 
@@ -73,7 +73,7 @@ def test_the_longest_text_fits_in_a_header() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_vectors(name: str) -> None:
-    # the bytes of wire version 2: a change here is a change of version
+    # the bytes of wire version 3: a change here is a change of version
     assert pack(EXAMPLES[name]).hex() == VECTORS[name]
     assert unpack([bytes.fromhex(VECTORS[name]), *frames_of(EXAMPLES[name])[1:]])[0] == EXAMPLES[name]
 
@@ -131,7 +131,7 @@ def test_truncated_or_changed_bytes(message: Message, data: st.DataObject) -> No
         assert error.code in ERROR_CODES
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, -1, True, 1.0, "1", None, ..., [1], 2**64 - 1])
+@pytest.mark.parametrize("version", [0, 1, 2, -1, True, 1.0, "1", None, ..., [1], 2**64 - 1])
 def test_another_version(version: object) -> None:
     error = refusal(header(v=version))
     assert error.code == "version"
@@ -171,11 +171,11 @@ def test_schema(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {"v": 2, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 0},
-        {"v": 2, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": -1, "rows": 1},
-        {"v": 2, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 2**63},
-        {"v": 2, "type": "product", "id": 1, "rows": 0},
-        {"v": 2, "type": "product", "id": 1, "rows": True},
+        {"v": 3, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 0},
+        {"v": 3, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": -1, "rows": 1},
+        {"v": 3, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 2**63},
+        {"v": 3, "type": "product", "id": 1, "rows": 0},
+        {"v": 3, "type": "product", "id": 1, "rows": True},
     ],
 )
 def test_schema_of_messages_with_a_payload(content: dict[str, object]) -> None:
@@ -184,11 +184,11 @@ def test_schema_of_messages_with_a_payload(content: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("code", ["", "fatal", 3, None])
 def test_unknown_error_code(code: object) -> None:
-    refusal(msgpack.packb({"v": 2, "type": "error", "id": 1, "code": code, "text": ""}))
+    refusal(msgpack.packb({"v": 3, "type": "error", "id": 1, "code": code, "text": ""}))
 
 
 def test_long_error_text() -> None:
-    refusal(msgpack.packb({"v": 2, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
+    refusal(msgpack.packb({"v": 3, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
 
 
 def test_payload_where_there_is_none_and_the_reverse() -> None:

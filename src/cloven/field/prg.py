@@ -10,6 +10,8 @@ Two uses, never with the same key:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -98,6 +100,16 @@ class SecretStream:
         count = rows * columns
         radius = np.sqrt(-2 * np.log(self.uniform(count)))
         return torch.from_numpy(radius * np.cos(2 * np.pi * self.uniform(count))).view(rows, columns)
+
+    def noise(self, *shape: int) -> Tensor:
+        """Standard Gaussians in float32 by Box–Muller, both of each pair, |x| < 6.8: for masking noise, many at a time."""
+        count = math.prod(shape)
+        half = (count + 1) // 2
+        words = np.frombuffer(self._encryptor.update(bytes(8 * half)), dtype="<u4").astype(np.float32)
+        radius = np.sqrt(np.float32(-2) * np.log((words[:half] + np.float32(0.5)) * np.float32(2.0**-32)))
+        angle = words[half:] * np.float32(2 * math.pi * 2.0**-32)
+        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        return torch.from_numpy(both[:count]).view(shape)
 
     def orthogonal(self, n: int) -> Tensor:
         """A Haar-random orthogonal matrix, float64 [n, n]: QR of a Gaussian with the signs of R's diagonal taken out."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle
 from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.kv_shield.enclave_step import DTYPES, MOST_ROWS, EnclaveStep, StepTemplate, library
 from cloven.kv_shield.keys import SessionKeys, session_keys
 from cloven.kv_shield.manifest import KEYS_FILE, TRUSTED, KvManifest
 from cloven.kv_shield.messages import SESSION_BYTES
@@ -56,9 +57,10 @@ class _Session:
     stream: SecretStream
     keyed: list[int]
     restored: list[int]
-    keys: list[list[SessionKeys] | None] = field(repr=False)  # by layer, then sequence; drawn when a layer first keys
+    keys: list[SessionKeys | None] = field(repr=False)  # by layer; drawn when a layer first keys
     used: float
     vault: Vault
+    steps: int = 0  # passes under way, whose rows are counted already
 
 
 @dataclass(frozen=True, repr=False)  # its indices are the permutations
@@ -111,6 +113,7 @@ class Enclave:
         self._most_bytes = max(MAX_KEY_BYTES, 2 * self._sequence_bytes)  # one sequence is never too many
         self._sessions: dict[bytes, _Session] = {}
         self._tables: _Tables | None = None
+        self._templates: dict[torch.dtype, StepTemplate] = {}
 
     def __repr__(self) -> str:
         return "Enclave(<secret>)"
@@ -160,7 +163,10 @@ class Enclave:
         """
         if not self.config.seal_idle:
             raise MalformedMessage("session", "this bundle was prepared without --seal-idle")
-        return self._session(name, peer).vault
+        session = self._session(name, peer)
+        if session.steps:
+            raise MalformedMessage("session", "a pass over the model is under way: its rows would be keyed after the sealing")
+        return session.vault
 
     def close(self, name: bytes, peer: str) -> None:
         """Drop a session's keys: what was keyed with them stays keyed for ever."""
@@ -206,18 +212,67 @@ class Enclave:
         if a.shape[0] != session.sequences or session.restored[layer] + a.shape[1] > session.keyed[layer]:
             raise MalformedMessage("session", "more rows, or other sequences, than were keyed there")
         shape, size = place.shape, place.shape.head_dim + self.noise
-        keys = torch.stack([one.v_inverse for one in self._keys(session, layer)])  # [B, G, D, D]
         b, s = a.shape[:2]
-        grouped = a.view(b, s, shape.kv_heads, -1, size).permute(0, 2, 1, 3, 4).reshape(b, shape.kv_heads, -1, size).float()
+        grouped = a.view(b, s, shape.kv_heads, -1, size).transpose(1, 2).reshape(b, shape.kv_heads, -1, size).float()
         session.restored[layer] += a.shape[1]
-        true = (grouped @ keys)[..., : shape.head_dim]  # [B, G, S·(H/G), d]
-        return true.view(b, shape.kv_heads, s, -1, shape.head_dim).permute(0, 2, 1, 3, 4).reshape(b, s, -1).to(a.dtype)
+        true = grouped @ self._keys(session, layer).v_inverse[..., : shape.head_dim]  # [B, G, S·(H/G), d]
+        out = torch.empty(b, s, shape.widths()[0], dtype=a.dtype)
+        out.view(b, s, shape.kv_heads, -1, shape.head_dim).copy_(true.view(b, shape.kv_heads, s, -1, shape.head_dim).transpose(1, 2))
+        return out
+
+    def begin(self, name: bytes, first: int, positions: Tensor, dtype: torch.dtype, peer: str) -> EnclaveStep | None:
+        """Authorise a pass over all layers: every row is counted as keyed and restored before the first one is.
+
+        Args:
+            name, first, peer: as for `key`; the place is the same in every layer's cache.
+            positions: int32 [B, S].
+
+        Returns:
+            None where C++ cannot serve it: too many rows, pads among them, another type, or no compiler built the library.
+
+        Raises:
+            MalformedMessage: as `key` and `restore` do.
+        """
+        if library() is None or dtype not in DTYPES or positions.numel() > MOST_ROWS or (self.noise and int(positions.min()) < 0):
+            return None
+        tables = self._tables_for(positions, dtype).tables
+        template = self._templates.get(dtype)
+        if template is None:
+            template = self._templates[dtype] = StepTemplate(self._layers, self.noise, dtype)
+        if not self.noise:
+            return template.step(name, first, positions.shape, tables, (), ())
+        session = self._session(name, peer)
+        for layer in range(self.layers):
+            self._next(layer, positions.shape, name, first, peer)
+        keys = [self._keys(session, layer) for layer in range(self.layers)]
+        b, s = positions.shape
+        sizes = [b * 2 * layer.shape.kv_heads * s * self.noise for layer in self._layers]
+        step = template.step(
+            name, first, positions.shape, tables, [(key.kv, key.inverse) for key in keys], session.stream.noise(sum(sizes)).split(sizes)
+        )
+        for count in (session.keyed, session.restored):
+            count[:] = [rows + s for rows in count]
+        session.steps += 1
+        return step
+
+    def end(self, step: EnclaveStep) -> None:
+        """A pass has ended: rows that no call was made for were neither keyed nor restored."""
+        session = self._sessions.get(step.name)
+        if session is None or not self.noise:
+            return
+        session.steps -= 1
+        for layer, key in step.calls[step.state.call :]:
+            if not key:
+                session.restored[layer] -= step.rows
+            elif session.keyed[layer] == step.first + step.rows:  # else another pass went on from there
+                session.keyed[layer] -= step.rows
 
     def _layer(self, shape: AttentionShape, index: int, stored: dict[str, Tensor]) -> _Layer:
         per_kv, d = shape.heads // shape.kv_heads, shape.head_dim
         identity = torch.arange(d).expand(shape.kv_heads, d)
         pi = _permutation(stored[f"{index}.qk"], shape) if not self.noise else identity
-        of_heads = torch.cat([pi.repeat_interleave(per_kv, 0), pi])  # π of every head of q ‖ k
+        # π of every head of q ‖ k; where none is permuted, one head stands for all
+        of_heads = torch.cat([pi.repeat_interleave(per_kv, 0), pi]) if not self.noise else identity[:1]
         if shape.rotary and self._rotary is None:
             raise ValueError("no frequencies for a layer that rotates")
         gather = self._rotary.gather(of_heads) if shape.rotary and self._rotary is not None else None
@@ -266,11 +321,10 @@ class Enclave:
             raise MalformedMessage("size", f"{first + shape[1]} rows in a cache: the model has {self.manifest.limit} positions")
         return session
 
-    def _keys(self, session: _Session, layer: int) -> list[SessionKeys]:
+    def _keys(self, session: _Session, layer: int) -> SessionKeys:
         keys, shape = session.keys[layer], self._layers[layer].shape
         if keys is None:
-            size = shape.head_dim + self.noise
-            keys = session.keys[layer] = [session_keys(session.stream, shape.kv_heads, size) for _ in range(session.sequences)]
+            keys = session.keys[layer] = session_keys(session.stream, shape.kv_heads, shape.head_dim + self.noise, session.sequences)
         return keys
 
     def _normed(self, place: _Layer, qk: Tensor) -> Tensor:
@@ -299,27 +353,32 @@ class Enclave:
         return kept
 
     def _keyed(self, session: _Session, layer: int, shape: AttentionShape, qk: Tensor, v: Tensor, pads: Tensor) -> Tensor:
-        b, s = qk.shape[:2]
-        keys, d, size = self._keys(session, layer), shape.head_dim, shape.head_dim + self.noise
-        f_k, f_q, f_v = (torch.stack([getattr(key, name) for key in keys]) for name in ("k", "k_inverse", "v"))  # [B, G, D, D]
-        q_width = shape.heads * d
-        q = qk[..., :q_width].float().reshape(b, s, shape.kv_heads, -1, d).permute(0, 2, 1, 3, 4)  # [B, G, S, H/G, d]
-        keyed_q = q.reshape(b, shape.kv_heads, -1, d) @ f_q.transpose(2, 3)[:, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
-        keyed_q = keyed_q.view(b, shape.kv_heads, s, -1, size).permute(0, 2, 1, 3, 4).reshape(b, s, -1)
-        parts = [keyed_q]
-        for plain, matrix in ((qk[..., q_width:], f_k), (v, f_v)):
-            rows = plain.float().reshape(b, s, shape.kv_heads, d).transpose(1, 2)  # [B, G, S, d]
-            level = rows.pow(2).mean(-1, keepdim=True).sqrt()
-            noise = session.stream.normal(b * shape.kv_heads * s, self.noise).float().view(b, shape.kv_heads, s, self.noise) * level
-            parts.append((torch.cat([rows, noise], -1) @ matrix).transpose(1, 2).reshape(b, s, -1))
-        keyed = torch.cat(parts, -1)
-        widths = [part.shape[-1] for part in parts]
-        for row in pads.any(1).nonzero().flatten().tolist():  # what stood there must not show that it is padding, nor be worth anything
+        (b, s), g, d = qk.shape[:2], shape.kv_heads, shape.head_dim
+        size, q_width = d + self.noise, shape.widths()[0]
+        keys = self._keys(session, layer)
+        keyed = torch.empty(b, s, sum(shape.widths(self.noise)), dtype=qk.dtype)
+        wide = g * size * (shape.heads // g)
+        q = qk[..., :q_width].view(b, s, g, -1, d).transpose(1, 2).reshape(b, g, -1, d).float()  # [B, G, S·(H/G), d]
+        keyed_q = q @ keys.k_inverse.transpose(2, 3)[:, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
+        keyed[..., :wide].view(b, s, g, -1, size).copy_(keyed_q.view(b, g, s, -1, size).transpose(1, 2))
+        rows = torch.empty(b, 2, g, s, size)  # [k, ν] and [v, ν]
+        for part, plain in enumerate((qk[..., q_width:], v)):
+            rows[:, part, ..., :d] = plain.view(b, s, g, d).transpose(1, 2)
+        level = torch.linalg.vector_norm(rows[..., :d], dim=-1, keepdim=True) * d**-0.5
+        torch.mul(session.stream.noise(b, 2, g, s, self.noise), level, out=rows[..., d:])
+        keyed[..., wide:].view(b, s, 2, g, size).copy_((rows @ keys.kv).permute(0, 3, 1, 2, 4))
+        if int(pads.any()):
+            self._cover(session, keyed, pads, (wide, g * size, g * size))
+        return keyed
+
+    def _cover(self, session: _Session, keyed: Tensor, pads: Tensor, widths: tuple[int, int, int]) -> None:
+        """What stood at a pad must not show that it is padding, nor be worth anything: random rows of the others' level."""
+        for row in pads.any(1).nonzero().flatten().tolist():
             where = pads[row]
             like = keyed[row, ~where] if not bool(where.all()) else keyed[~pads]
-            random = session.stream.normal(int(where.sum()), keyed.shape[-1]).float().split(widths, -1)
-            keyed[row, where] = torch.cat([part * _level(of) for part, of in zip(random, like.split(widths, -1), strict=True)], -1)
-        return keyed.to(qk.dtype)
+            random = session.stream.noise(int(where.sum()), keyed.shape[-1]).split(widths, -1)
+            covered = [part * _level(of) for part, of in zip(random, like.split(widths, -1), strict=True)]
+            keyed[row, where] = torch.cat(covered, -1).to(keyed.dtype)
 
 
 def _idle_limit(session: _Session) -> float:

@@ -28,32 +28,56 @@ def permutations(stream: SecretStream, kv_heads: int, head_dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SessionKeys:
-    """One sequence's keys in one layer: float32 [G, D, D] each, D = d + ρ."""
+    """The keys of sequences in one layer, k's and v's one after the other: float32, D = d + ρ.
 
-    k: Tensor
-    k_inverse: Tensor
-    v: Tensor
-    v_inverse: Tensor
+    Args:
+        kv: F and F_v [*batch, 2, G, D, D].
+        inverse: F⁻¹ and F_v⁻¹, alike.
+    """
+
+    kv: Tensor
+    inverse: Tensor
 
     def __repr__(self) -> str:
         return "SessionKeys(<secret>)"
 
+    @property
+    def k(self) -> Tensor:
+        """F [*batch, G, D, D]."""
+        return self.kv.select(-4, 0)
 
-def session_keys(stream: SecretStream, kv_heads: int, size: int) -> SessionKeys:
-    """Draw the keys of one sequence in one layer."""
-    pairs = [_invertible(stream, kv_heads, size) for _ in range(2)]
-    return SessionKeys(*pairs[0], *pairs[1])
+    @property
+    def k_inverse(self) -> Tensor:
+        """F⁻¹."""
+        return self.inverse.select(-4, 0)
+
+    @property
+    def v(self) -> Tensor:
+        """F_v."""
+        return self.kv.select(-4, 1)
+
+    @property
+    def v_inverse(self) -> Tensor:
+        """F_v⁻¹."""
+        return self.inverse.select(-4, 1)
+
+
+def session_keys(stream: SecretStream, kv_heads: int, size: int, *batch: int) -> SessionKeys:
+    """Draw keys: one for k and one for v for every sequence of the batch and every kv head."""
+    shape = (*batch, 2, kv_heads, size, size)
+    return SessionKeys(*(part.view(shape) for part in _invertible(stream, math.prod(shape[:-2]), size)))
 
 
 def _invertible(stream: SecretStream, count: int, size: int) -> tuple[Tensor, Tensor]:
     """`count` random matrices [D, D] of condition ≤ 10, and their inverses, float32."""
     half = 0.5 * math.log(CONDITION)
-    u, v = (_haar(stream, count, size) for _ in range(2))
-    s = torch.exp((2 * torch.from_numpy(stream.uniform(count * size)).view(count, 1, size) - 1) * half)
-    return ((u * s) @ v.transpose(1, 2)).float(), ((v / s) @ u.transpose(1, 2)).float()
+    u, v = _haar(stream, 2 * count, size).split(count)
+    s = torch.exp((2 * torch.from_numpy(stream.uniform(count * size)).view(count, 1, size) - 1) * half).float()
+    return (u * s) @ v.transpose(1, 2), (v / s) @ u.transpose(1, 2)
 
 
 def _haar(stream: SecretStream, count: int, size: int) -> Tensor:
-    q, r = torch.linalg.qr(stream.normal(count * size, size).view(count, size, size))
+    """Orthogonal up to 10^-6, as float32 is."""
+    q, r = torch.linalg.qr(stream.noise(count, size, size))
     haar: Tensor = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None, :]
     return haar

@@ -118,7 +118,7 @@ class KeyedAttention:
         elif self.shape.rotary:
             keyed = peer.key(self.index, torch.cat(parts[:2], -1), self._call.cache)
             parts = [*keyed.split(self.shape.widths()[:2], -1), parts[2]]
-        return [torch.cat(parts, -1)] if len(self._plain) == 1 else [part.contiguous() for part in parts]
+        return [torch.cat(parts, -1)] if len(self._plain) == 1 else parts
 
     def _output(self, a: Tensor) -> Tensor:
         y: Tensor = self._out(self._require_peer().restore(self.index, a, self._call.cache))

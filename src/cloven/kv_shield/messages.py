@@ -3,13 +3,16 @@
     open     {id, bundle, sequences}                                        -> opened   {id, session}
     key      {id, bundle, session, layer, batch, rows, first, dtype} + x    -> keyed    {id, batch, rows} + x'
     restore  {id, bundle, session, layer, batch, rows, dtype} + a'          -> restored {id, batch, rows} + a
+    step     {id, bundle, session, batch, rows, first, dtype} + positions   -> stepped  {id, calls}
     seal     {id, bundle, session, layer, part, block, shape, dtype} + rows -> sealed   {id, epoch} + ciphertext
     seal_end {id, bundle, session, blocks}                                  -> seal_ended {id, epoch}
     unseal   {id, bundle, session, epoch, layer, part, block, shape, dtype} + ciphertext -> unsealed {id, left} + rows
     close    {id, bundle, session}                                          -> closed   {id}
 
 The payload of `key` is the positions, int32 [batch, rows] (−1: a pad), then q ‖ k (‖ v in session mode) [batch, rows, W]; `first` is the
-place of its first row in the cache. Tensors are little-endian, row-major. `session` is 16 bytes; zeros in permute mode, which keeps none.
+place of its first row in the cache. After `step`, through a lane, `calls` rows of every layer's `key` and `restore` follow, without headers
+(see `enclave_step`); 0 where this enclave cannot. Tensors are little-endian, row-major. `session` is 16 bytes; zeros in permute mode, which
+keeps none.
 """
 
 from __future__ import annotations
@@ -109,6 +112,27 @@ class Restored:
 
 
 @dataclass(frozen=True)
+class Step:
+    """Asks for one pass over all layers, for a few rows; their positions follow as a frame."""
+
+    id: int
+    bundle: bytes
+    session: bytes
+    batch: int
+    rows: int
+    first: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """The lane is open for so many calls."""
+
+    id: int
+    calls: int
+
+
+@dataclass(frozen=True)
 class Seal:
     """Asks for the ciphertext of a block of an idle cache; the block follows as a frame."""
 
@@ -200,7 +224,7 @@ def _valid(name: str, value: object) -> bool:
         return valid_count(value, lowest=1) and isinstance(value, int) and value <= MAX_BATCH
     if name in ("rows", "first"):
         return valid_count(value, lowest=int(name == "rows")) and isinstance(value, int) and value <= MAX_POSITION
-    return valid_count(value)  # layer, block, blocks, left, epoch
+    return valid_count(value)  # layer, block, blocks, left, epoch, calls
 
 
 ENCLAVE = Schema(
@@ -211,6 +235,8 @@ ENCLAVE = Schema(
         "keyed": Keyed,
         "restore": Restore,
         "restored": Restored,
+        "step": Step,
+        "stepped": Stepped,
         "seal": Seal,
         "sealed": Sealed,
         "seal_end": SealEnd,
@@ -220,7 +246,7 @@ ENCLAVE = Schema(
         "close": Close,
         "closed": Closed,
     },
-    (Key, Keyed, Restore, Restored, Seal, Sealed, Unseal, Unsealed),
+    (Key, Keyed, Restore, Restored, Step, Seal, Sealed, Unseal, Unsealed),
     _valid,
 )
 

@@ -57,21 +57,26 @@ class Rotary:
 
 @dataclass(frozen=True, repr=False)  # its indices are the permutations
 class RotaryGather:
-    """Where every output of a layer's q ‖ k comes from: its partner, and its columns in the tables of cos and ± sin; int64 [W]."""
+    """Where every output of a layer's q ‖ k comes from: its partner, and its columns in the tables of cos and ± sin; int64 [W].
+
+    Of one head alone, [d], where all heads are alike.
+    """
 
     partner: Tensor
     cosine: Tensor
     sine: Tensor
 
     def columns(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and ± sin for every column of x: [B, S, W] each."""
+        """cos and ± sin for every column of x: [B, S, W or d] each."""
         cos, sin = tables
         return gather_columns(cos, self.cosine), gather_columns(sin, self.sine)
 
     def rotate(self, x: Tensor, columns: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, S, W] -> rotated, same shape and dtype."""
-        cos, sin = columns
-        return x * cos + gather_columns(x, self.partner) * sin
+        cos, sin = (part.unsqueeze(-2) for part in columns)
+        heads = x.unflatten(-1, (-1, len(self.partner)))
+        rotated: Tensor = heads * cos + gather_columns(heads, self.partner) * sin
+        return rotated.flatten(-2)
 
 
 def gather_columns(x: Tensor, columns: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
+from torch import Tensor
 
 from cloven.kv_shield.enclave import Enclave
 from cloven.kv_shield.messages import (
@@ -27,12 +29,16 @@ from cloven.kv_shield.messages import (
     Sealed,
     SealEnd,
     SealEnded,
+    Step,
+    Stepped,
     Unseal,
     Unsealed,
     frame_of,
     tensor_of,
 )
 from cloven.wire.keys import WorkerKeys
+from cloven.wire.lane import Lane
+from cloven.wire.lane_service import Handover
 from cloven.wire.schema import Hello, MalformedMessage, Welcome
 from cloven.wire.server import Frame, Server
 
@@ -65,7 +71,7 @@ class EnclaveServer(Server):
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """See `Server.answer`."""
         message, payload = ENCLAVE.unpack(frames)
-        if message.__class__ not in (Hello, Open, Key, Restore, Seal, SealEnd, Unseal, Close):
+        if message.__class__ not in (Hello, Open, Key, Restore, Step, Seal, SealEnd, Unseal, Close):
             raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
         if message.bundle != self.enclave.bundle:
             raise MalformedMessage("bundle", f"this enclave holds the keys of bundle {self.enclave.bundle.hex()}", message.id)
@@ -86,6 +92,24 @@ class EnclaveServer(Server):
         plain = vault.unseal(label, message.epoch, payload)
         return [ENCLAVE.pack(Unsealed(message.id, vault.left)), plain]
 
+    def _step(self, message: Step, positions: Tensor, peer: str) -> list[Frame]:
+        step = self.enclave.begin(message.session, message.first, positions, DTYPES[message.dtype], peer)
+        if step is None:
+            return [ENCLAVE.pack(Stepped(message.id, 0))]
+
+        def then(lane: Lane, going_on: Callable[[], bool]) -> None:
+            try:
+                step.serve(lane, going_on)
+            finally:
+                otherwise()
+
+        def otherwise() -> list[Frame]:
+            with self._one_at_a_time:
+                self.enclave.end(step)
+            return [ENCLAVE.pack(Stepped(message.id, 0))]
+
+        return Handover([ENCLAVE.pack(Stepped(message.id, len(step.calls)))], then, otherwise)
+
     def _answer(self, message: Any, payload: memoryview | None, peer: str) -> list[Frame]:
         if isinstance(message, Hello):
             return [ENCLAVE.pack(Welcome(message.id, self.enclave.bundle, self.enclave.layers))]
@@ -104,6 +128,8 @@ class EnclaveServer(Server):
             raise MalformedMessage("malformed", f"KV-Shield computes in {', '.join(DTYPES)}")
         self._rows += message.batch * message.rows
         dtype, place = DTYPES[message.dtype], (message.batch, message.rows)
+        if isinstance(message, Step):
+            return self._step(message, tensor_of(payload, place, torch.int32), peer)
         if isinstance(message, Key):
             split = _POSITION_BYTES * message.batch * message.rows
             positions = tensor_of(payload[:split], place, torch.int32)

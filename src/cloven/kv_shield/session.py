@@ -8,6 +8,7 @@ object is gone; a call without a cache gets one for itself, closed when its thre
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cloven.errors import BadBundle, BadInput, ClovenError, RunError, WorkerRefused
+from cloven.kv_shield.client_step import DTYPES as DTYPES_OF_STEPS
+from cloven.kv_shield.client_step import MOST_ROWS, ClientStep, calls_of
 from cloven.kv_shield.layer import KeyedAttention
 from cloven.kv_shield.manifest import EXPOSED, KvManifest
 from cloven.kv_shield.messages import (
@@ -38,6 +41,8 @@ from cloven.kv_shield.messages import (
     Sealed,
     SealEnd,
     SealEnded,
+    Step,
+    Stepped,
     Unseal,
     Unsealed,
     frame_of,
@@ -69,6 +74,7 @@ class _Call(threading.local):
         self.positions: Tensor | None = None  # as given to the rotary embedding
         self.known: Tensor | None = None  # as sent to the enclave
         self.alone: _Alone | None = None
+        self.step: ClientStep | None = None
 
 
 class _Hook:
@@ -100,6 +106,8 @@ class KvSession(Session):
         self._of_cache: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
         self._sealed: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sealing = threading.Lock()
+        self._calls = calls_of(self._layers, self._noise)
+        self._steps = True  # until the enclave says that it cannot
         self._alone: set[bytes] = set()  # of calls without a cache, of all threads
         self._gone: list[bytes] = []  # of caches and threads that no longer exist: closed at the next call
         self._call = _Call()
@@ -119,6 +127,7 @@ class KvSession(Session):
         self._call.mask = mask if isinstance(mask, Tensor) else None
         self._call.positions = self._call.known = None
         self._call.alone = None  # the last call's, which ends by that
+        self._call.step = None
 
     def _rotate(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
@@ -176,6 +185,9 @@ class KvSession(Session):
         rows, positions = _on_cpu(x), self._positions_once(x, first)
         name = self._session_for(cache, x.shape[0]) if self._noise else NO_SESSION
         width = sum(self._layers[layer].widths(self._noise)[: 3 if self._noise else 2])
+        keyed = self._stepped(self._layers[layer].name, layer, True, rows, width, lambda: (name, first, positions))
+        if keyed is not None:
+            return keyed.to(x.device)
         parts = []
         for start, end in _pieces(rows, max(rows.shape[-1], width)):
             shape = (rows.shape[0], end - start, width)
@@ -188,6 +200,9 @@ class KvSession(Session):
         rows = _on_cpu(a)
         name = self._session_for(cache, a.shape[0]) if self._noise else NO_SESSION
         where = self._layers[layer]
+        restored = self._stepped(f"{where.name}.{where.output}", layer, False, rows, where.widths()[0], None)
+        if restored is not None:
+            return restored.to(a.device)
         parts = []
         for start, end in _pieces(rows, rows.shape[-1]):
             shape = (rows.shape[0], end - start, where.widths()[0])
@@ -195,6 +210,33 @@ class KvSession(Session):
             frame = frame_of(rows[:, start:end])
             parts.append(self._answered(f"{where.name}.{where.output}", request, frame, Restored, shape, rows.dtype))
         return _joined(parts, a.device)
+
+    def _stepped(
+        self, name: str, layer: int, key: bool, rows: Tensor, width: int, begin: Callable[[], tuple[bytes, int, Tensor]] | None
+    ) -> Tensor | None:
+        """The answer of a call that is part of a pass in one go; None where it has to be asked for by itself.
+
+        Args:
+            begin: session, first place and positions of a pass that begins with this call.
+        """
+        if begin is not None and (layer, key) == self._calls[0] and self._steps and rows.dtype in DTYPES_OF_STEPS:
+            self._call.step = self._begun(rows, *begin()) if rows.shape[0] * rows.shape[1] <= MOST_ROWS else None
+        return self._call.step.call(name, layer, key, rows, width) if self._call.step is not None else None
+
+    def _begun(self, rows: Tensor, session: bytes, first: int, positions: Tensor) -> ClientStep | None:
+        """Ask for a pass over all layers; None where it cannot be had."""
+        if not self.channel.lane_generation or (self._noise and bool((positions < 0).any())):
+            return None
+        places = rows.shape[:2]
+        request = Step(self.channel.next_id(), self.channel.bundle, session, places[0], places[1], first, _NAMES[rows.dtype])
+        try:
+            calls = self.channel.exchange(
+                "step", request, [frame_of(positions)], lambda m, _: m.calls if isinstance(m, Stepped) else None, expected=0
+            )
+        except WorkerRefused:  # the single calls are refused too, and say why; or they are not
+            return None
+        self._steps = calls > 0
+        return ClientStep(self.channel, self._calls, places) if calls == len(self._calls) else None
 
     def _answered(
         self,
@@ -212,7 +254,7 @@ class KvSession(Session):
                 return None
             return tensor_of(payload, shape, dtype)
 
-        return self.channel.exchange(layer, request, [frame], parse)
+        return self.channel.exchange(layer, request, [frame], parse, expected=math.prod(shape) * dtype.itemsize)
 
     def require_open(self, cache: Any) -> None:
         """See `kv_shield.layer.Peer`."""

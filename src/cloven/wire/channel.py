@@ -6,6 +6,8 @@ An exchange is
     3. wait for the answer with this request's id; drop answers with another id;
     4. when the connection was lost and is back, send the identical bytes once more (the worker keeps no state);
     5. after the timeout, give up: the request's pads are burnt.
+On one host, messages go through shared memory where both sides can and they fit (`cloven.wire.lane`): no thread stands between. When the
+other side is gone, the identical bytes go through the socket, as in 4.
 Only masked residues ever enter a send buffer.
 """
 
@@ -37,11 +39,13 @@ from cloven.errors import (
 from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
+from cloven.wire.lane import Lane, LaneGone, fits, lanes_available
 from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, QUEUED_MESSAGES
 from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, residues_of_frame
-from cloven.wire.schema import ErrorAnswer, Hello, MalformedMessage, Schema, Welcome
+from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Welcome
 
 Frame = bytes | memoryview
+_LOOK_SECONDS = 0.1  # how often, while a lane is silent, its other end is looked at
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
 _LONGEST_RTT = 60.0
@@ -161,6 +165,8 @@ class Channel:
         self._lost = None if self._connected else time.monotonic()  # since when there is no connection
         self._reconnected = False
         self._unsent: list[Frame] | None = None
+        self._lane: Lane | None = None
+        self._lane_wanted = False  # the last one was lost, and the connection is back
         self._handshake_failures = 0
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -186,6 +192,8 @@ class Channel:
         if welcome.bundle != self.bundle:
             raise ForeignBundle(f"{self.address}: the {self._peer} holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
         check_socket_folder(self.address, create=False)  # again: it may have been made since
+        if self.address.scheme == "ipc" and lanes_available():
+            self._join_lane()
         return welcome.groups
 
     def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
@@ -203,7 +211,7 @@ class Channel:
                 return None
             return residues_of_frame(payload, rows, columns_out)
 
-        return self.exchange(layer, request, [residue_frame(c)], parse, meanwhile)
+        return self.exchange(layer, request, [residue_frame(c)], parse, meanwhile, expected=4 * rows * columns_out)
 
     def next_id(self) -> int:
         """The number of the next request."""
@@ -212,6 +220,7 @@ class Channel:
     def close(self) -> None:
         """Close the connection; later calls raise SessionClosed."""
         with self._lock:
+            self._leave_lane()
             if not self._socket.closed:
                 self._socket.disable_monitor()
                 self._monitor.close(linger=0)
@@ -225,7 +234,8 @@ class Channel:
         request: Any,
         payload: list[Frame],
         parse: Callable[[Any, memoryview | None], _M | None],
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] | None = None,
+        expected: int | None = None,
     ) -> _M:
         """One exchange: a request of the schema, with at most one payload frame, -> what `parse` makes of the answer.
 
@@ -233,7 +243,10 @@ class Channel:
             layer: name for statistics and errors.
             parse: the answer -> a result, or None where it is not an answer to this request.
             meanwhile: trusted work to do while the other side computes.
+            expected: bytes of the answer's payload, at most; None: not known, or nothing that hurries.
         """
+        if self._lane_wanted and expected is not None:
+            self._join_lane()
         frames: list[Frame] = [self._schema.pack(request), *payload]
         size = sum(memoryview(frame).nbytes for frame in frames)
         record = LayerStatistics(exchanges=1, rows=getattr(request, "rows", 0))
@@ -242,10 +255,21 @@ class Channel:
                 raise SessionClosed(f"the connection to {self.address} is closed")
             started = time.monotonic()
             self._reconnected = False
-            self._send(frames)
-            meanwhile()
+            lane = self._lane if fits(frames, expected) else None
+            if lane is not None:
+                lane.send(frames)
+            else:
+                self._send(frames)
+            if meanwhile is not None:
+                if lane is not None:
+                    lane.ring()
+                meanwhile()
             waiting = time.monotonic()
-            while (answer := self._receive(layer, request.id, started, record)) is None:
+            answer = self._from_lane(lane, layer, request.id, started, record) if lane is not None else None
+            if lane is not None and answer is None:
+                self._send(frames)
+                record.resent += 1
+            while answer is None and (answer := self._receive(layer, request.id, started, record)) is None:
                 if not self._reconnected:
                     raise self._silence(layer)
                 self._reconnected = False
@@ -301,21 +325,123 @@ class Channel:
                 if self._reconnected:
                     return None
                 continue
-            frames: list[Any] = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
-            record.bytes_down += sum(memoryview(frame).nbytes for frame in frames)
-            try:
-                message, payload = self._schema.unpack(frames)
-            except MalformedMessage as error:
-                if error.code == "version":
-                    raise WorkerRefused(
-                        f"{layer}: the {self._peer} at {self.address} speaks another wire version ({error}): "
-                        "install the same cloven on both sides"
-                    ) from error
-                raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: {error}") from error
-            if message.id == request or (isinstance(message, ErrorAnswer) and message.id == 0):
-                return message, payload
-            logger.info("dropped a late answer from %s", self.address)
+            answer = self._unpacked([frame.buffer for frame in self._socket.recv_multipart(copy=False)], layer, request, record)
+            if answer is not None:
+                return answer
         return None
+
+    def _unpacked(self, frames: list[Any], layer: str, request: int, record: LayerStatistics) -> tuple[Any, memoryview | None] | None:
+        """An answer to this request; None for an answer to another one."""
+        record.bytes_down += sum(memoryview(frame).nbytes for frame in frames)
+        try:
+            message, payload = self._schema.unpack(frames)
+        except MalformedMessage as error:
+            if error.code == "version":
+                raise WorkerRefused(
+                    f"{layer}: the {self._peer} at {self.address} speaks another wire version ({error}): "
+                    "install the same cloven on both sides"
+                ) from error
+            raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: {error}") from error
+        if message.id == request or (isinstance(message, ErrorAnswer) and message.id == 0):
+            return message, payload
+        logger.info("dropped a late answer from %s", self.address)
+        return None
+
+    def _join_lane(self) -> None:
+        """Ask for a lane, once for every connection; without one, the socket carries everything."""
+        self._lane_wanted = False
+        request = AskLane(self.next_id(), self.bundle)
+        try:
+            segment = self.exchange("lane", request, [], lambda message, _: message.segment if isinstance(message, Laned) else None)
+            lane = Lane.join(segment) if segment else None
+        except (LaneGone, WorkerRefused) as error:
+            logger.info("no lane to %s: %s", self.address, error)
+            return
+        with self._lock:
+            self._leave_lane()
+            self._lane = lane
+
+    def _from_lane(
+        self, lane: Lane, layer: str, request: int, started: float, record: LayerStatistics
+    ) -> tuple[Any, memoryview | None] | None:
+        """The answer that comes through a lane; None where the other side has gone, and the lane with it.
+
+        Raises:
+            WorkerTimeout: no answer in time; one that comes later finds nobody.
+        """
+        deadline = started + self.timeout
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                frames = lane.receive(min(left, _LOOK_SECONDS))
+                if frames is not None:
+                    answer = self._unpacked(frames, layer, request, record)
+                    if answer is None:
+                        raise LaneGone("an answer to something else")
+                    return answer
+                if left <= 0:
+                    self._leave_lane()
+                    self._lane_wanted = True
+                    raise self._silence(layer)
+                if lane.other_is_gone():
+                    raise LaneGone("the other side has ended")
+        except LaneGone as error:
+            logger.info("the lane to %s is gone: %s", self.address, error)
+            self._leave_lane()
+            return None
+        except BaseException:  # an interrupt, say: the answer that is to come would be taken for the next request's
+            self._leave_lane()
+            self._lane_wanted = True
+            raise
+
+    @property
+    def lane_generation(self) -> int:
+        """How many messages the lane has carried; 0: there is none. A step that a message began lasts until the next message."""
+        return self._lane.generation if self._lane is not None else 0
+
+    def raw(self, layer: str, generation: int, x: Tensor, out: Tensor) -> bool:
+        """One call of a step, through the lane that began it: dense x goes, and out, dense, gets the answer.
+
+        Args:
+            generation: the lane's, when the step began.
+
+        Returns:
+            False where the step has ended, or its lane: nothing was asked, or nothing came.
+
+        Raises:
+            WorkerTimeout: no answer in time.
+        """
+        sent = time.monotonic()
+        with self._lock:
+            lane = self._lane
+            if lane is None or lane.generation != generation:
+                return False
+            deadline, again = sent + self.timeout, False
+            try:
+                while not lane.raw(x.data_ptr(), x.nbytes, out.data_ptr(), out.nbytes, _LOOK_SECONDS, again=again):
+                    again = True
+                    if time.monotonic() > deadline:
+                        raise self._silence(layer)
+                    if lane.other_is_gone():
+                        raise LaneGone("the other side has ended")
+            except LaneGone as error:
+                logger.info("the lane to %s is gone: %s", self.address, error)
+                self._leave_lane()
+                return False
+            except BaseException:  # the answer that is to come would be taken for the next call's
+                self._leave_lane()
+                self._lane_wanted = True
+                raise
+            if self.simulated_rtt:
+                _delay(self.simulated_rtt)
+        seconds = time.monotonic() - sent
+        self.telemetry.record(layer, LayerStatistics(1, x.shape[-2], x.nbytes, out.nbytes, seconds, seconds))
+        return True
+
+    def _leave_lane(self) -> None:
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
 
     def _look(self, until: float) -> None:
         """Wait for an answer without sleeping, not even for no time: that takes 50 µs."""
@@ -336,6 +462,7 @@ class Channel:
                 )
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._reconnected = self._ever_connected
+            self._lane_wanted = self.address.scheme == "ipc" and self._ever_connected and lanes_available()
             self._connected = self._ever_connected = True
             self._lost = None
         elif kind == zmq.EVENT_DISCONNECTED:

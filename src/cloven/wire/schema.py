@@ -1,6 +1,7 @@
 """How messages look on every wire of cloven: a msgpack header and at most one raw frame; strict schema, exact version, no negotiation.
 
     hello     {v, type, id, bundle}            -> welcome {v, type, id, bundle, groups, holds}
+    lane      {v, type, id, bundle}            -> laned   {v, type, id, segment}
     …         what the scheme adds             -> error   {v, type, id, code, text}
 
 A `Schema` knows a scheme's messages. `id` numbers the requests of a session; an answer repeats it, so that a late answer can be told and
@@ -19,9 +20,10 @@ import msgpack
 from cloven.errors import ClovenError
 from cloven.wire.limits import MAX_FRAMES, MAX_HEADER_BYTES, MAX_TEXT
 
-VERSION = 2
+VERSION = 3
 BUNDLE_ID_BYTES = 16
 ERROR_CODES = ("malformed", "version", "bundle", "group", "size", "session", "budget", "ledger", "internal")
+_SEGMENT = re.compile(r"(cloven-[0-9a-f]{32})?")
 _PART = re.compile(r"(layers|rows):[1-9][0-9]{0,3}/[1-9][0-9]{0,3}")
 
 
@@ -53,6 +55,22 @@ class Welcome:
 
 
 @dataclass(frozen=True)
+class AskLane:
+    """Asks for shared memory, on one host: see `cloven.wire.lane`."""
+
+    id: int
+    bundle: bytes
+
+
+@dataclass(frozen=True)
+class Laned:
+    """The name of the shared memory; "" where there is none."""
+
+    id: int
+    segment: str
+
+
+@dataclass(frozen=True)
 class ErrorAnswer:
     """Why there is no other answer."""
 
@@ -61,7 +79,7 @@ class ErrorAnswer:
     text: str
 
 
-_COMMON: dict[str, type] = {"hello": Hello, "welcome": Welcome, "error": ErrorAnswer}
+_COMMON: dict[str, type] = {"hello": Hello, "welcome": Welcome, "lane": AskLane, "laned": Laned, "error": ErrorAnswer}
 
 
 def valid_count(value: object, lowest: int = 0) -> bool:
@@ -78,13 +96,15 @@ def _valid_common(name: str, value: object) -> bool | None:
         return type(value) is str and value in ERROR_CODES
     if name == "holds":
         return type(value) is str and (value == "" or _PART.fullmatch(value) is not None)
+    if name == "segment":
+        return type(value) is str and _SEGMENT.fullmatch(value) is not None
     if name == "text":
         return type(value) is str and len(value) <= MAX_TEXT
     return None
 
 
 class Schema:
-    """The messages of one scheme, besides hello, welcome and error.
+    """The messages of one scheme, besides those that all schemes have.
 
     Args:
         types: frozen dataclasses by the name on the wire; every one has an `id`.

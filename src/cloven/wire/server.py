@@ -16,8 +16,9 @@ from cloven.telemetry import logger
 from cloven.wire.address import check_socket_folder, parse_address, require_free_path
 from cloven.wire.admission import Admission
 from cloven.wire.keys import WorkerKeys
+from cloven.wire.lane_service import Handover, LaneService
 from cloven.wire.limits import HANDSHAKE_MILLISECONDS, LINGER_MILLISECONDS, MAX_FRAME_BYTES, QUEUED_MESSAGES
-from cloven.wire.schema import ErrorAnswer, MalformedMessage, Schema
+from cloven.wire.schema import AskLane, ErrorAnswer, Laned, MalformedMessage, Schema
 
 _POLL_MILLISECONDS = 100
 _REPORT_SECONDS = 60.0
@@ -63,6 +64,8 @@ class Server(ABC):
         self.answered = 0
         self.refused = 0
         self._rows = 0
+        self._one_at_a_time = threading.Lock()
+        self._lanes = LaneService(self._answered) if parsed.scheme == "ipc" else None
         self._stop = threading.Event()
         self._given_context = context
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -138,6 +141,8 @@ class Server(ABC):
         """Close the socket; no more connections."""
         if self._socket is not None and not self._socket.closed:
             self._socket.close()
+            if self._lanes is not None:
+                self._lanes.close()
             if self._admission is not None:
                 self._admission.stop()
             if self._context is not None and self._given_context is None:
@@ -146,17 +151,36 @@ class Server(ABC):
 
     def _one_request(self, socket: zmq.Socket[bytes]) -> None:
         peer, *frames = socket.recv_multipart(copy=False)
-        try:
-            answer = self.answer([frame.buffer for frame in frames], self._name_of(frames))
-            self.answered += 1
-        except MalformedMessage as error:
-            self.refused += 1
-            answer = [self._schema.pack(ErrorAnswer(error.request, error.code, str(error)))]
-        except Exception:  # the server lives on; the traceback names code lines, never values
-            self.refused += 1
-            logger.exception("a request failed")
-            answer = [self._schema.pack(ErrorAnswer(0, "internal", f"the {self._what} failed on this request; its log says why"))]
+        buffers, name = [frame.buffer for frame in frames], self._name_of(frames)
+        answer = self._offered(buffers, name) or self._answered(buffers, name)
+        if isinstance(answer, Handover):  # a socket cannot be handed over
+            answer = answer.otherwise()
         socket.send_multipart([peer.bytes, *answer], copy=False)
+
+    def _offered(self, frames: list[Any], peer: str) -> list[Frame] | None:
+        """The answer to a peer that asks for a lane; None where it asks for something else."""
+        if self._lanes is None or len(frames) != 1 or b"\xa4lane" not in bytes(frames[0]):
+            return None
+        try:
+            message, _ = self._schema.unpack(frames)
+        except MalformedMessage:
+            return None
+        return [self._schema.pack(Laned(message.id, self._lanes.offer(peer)))] if isinstance(message, AskLane) else None
+
+    def _answered(self, frames: list[Any], peer: str) -> list[Frame]:
+        """The frames of an answer, whatever came: from the socket or a lane, one request at a time."""
+        with self._one_at_a_time:
+            try:
+                answer = self.answer(frames, peer)
+                self.answered += 1
+            except MalformedMessage as error:
+                self.refused += 1
+                answer = [self._schema.pack(ErrorAnswer(error.request, error.code, str(error)))]
+            except Exception:  # the server lives on; the traceback names code lines, never values
+                self.refused += 1
+                logger.exception("a request failed")
+                answer = [self._schema.pack(ErrorAnswer(0, "internal", f"the {self._what} failed on this request; its log says why"))]
+        return answer
 
     def _name_of(self, frames: list[Any]) -> str:
         if self._admission is None or not frames:

@@ -1,0 +1,184 @@
+"""A pass of the model over a few rows, as the enclave serves it: authorised at once, then computed call by call in C++.
+
+    1. `Enclave.begin` checks and counts the rows of all layers, as `key` and `restore` would one by one
+    2. the lane is handed to native/step.cpp: the calls of every layer, in order, each once, with sizes that follow from the shapes
+    3. what comes instead of the next call ends the pass; `Enclave.end` gives back the rows that no call was made for
+
+Where it stands in for Python, results agree up to the order of sums. Tensors that C++ points into are held until the pass has ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cloven.kv_shield.rotary import RotaryGather
+from cloven.kv_shield.shapes import AttentionShape
+from cloven.wire.lane import Lane
+
+MOST_ROWS = 16  # of a pass: more are better served by PyTorch
+DTYPES = (torch.float32, torch.bfloat16)
+_INTERFACE = 1
+_LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
+_NOT_YET = 0
+_P, _I = ctypes.c_void_p, ctypes.c_int64
+
+
+class _CLayer(ctypes.Structure):
+    _fields_ = (
+        *((name, _I) for name in ("heads", "kv_heads", "head_dim", "noise", "keyed", "period")),
+        *((name, _P) for name in ("partner", "cosine", "sine", "norms")),
+        ("epsilon", ctypes.c_double),
+        *((name, _P) for name in ("restore", "kv", "inverse", "random")),
+    )
+
+
+class _CStep(ctypes.Structure):
+    _fields_ = (
+        *((name, _I) for name in ("bfloat16", "batch", "rows", "layers")),
+        *((name, _P) for name in ("cos", "sin")),
+        *((name, _I) for name in ("cos_width", "sin_width")),
+        ("layer", _P),
+    )
+
+
+class _CState(ctypes.Structure):
+    _fields_ = (("call", _I), ("seen", ctypes.c_uint32), ("due", ctypes.c_uint32))
+
+
+@cache
+def library() -> Any:
+    """The compiled library, or None where it was not built."""
+    found = importlib.util.find_spec("cloven.kv_shield.native._step")
+    if found is None or found.origin is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(found.origin)
+        if loaded.cloven_step_interface() != _INTERFACE:
+            return None
+        loaded.cloven_step_serve.argtypes = [_P, _P, _P, _I]
+        loaded.cloven_step_compute.argtypes = [_P, _I, ctypes.c_int, _P, _P]
+    except (OSError, AttributeError):  # built for another machine, or another version
+        return None
+    return loaded
+
+
+class LayerOfStep(Protocol):
+    """What a pass needs of a layer of the enclave."""
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Heads and their width."""
+
+    @property
+    def norms(self) -> Tensor | None:
+        """Weights of the heads' norms [H + G, d]."""
+
+    @property
+    def gather(self) -> RotaryGather | None:
+        """How it rotates."""
+
+    @property
+    def restore(self) -> Tensor | None:
+        """π_v⁻¹ over all heads; None in session mode."""
+
+
+@dataclass(repr=False)
+class EnclaveStep:
+    """One authorised pass.
+
+    Args:
+        name: the session's; `first` is the place of its first row in the caches.
+        step: for C++.
+        calls: layer and kind (whether it keys) of every call, in order.
+        held: what C++ points into.
+    """
+
+    name: bytes
+    first: int
+    rows: int
+    step: _CStep
+    calls: Sequence[tuple[int, bool]]
+    held: Any
+    state: _CState = field(default_factory=_CState)
+
+    def serve(self, lane: Lane, going_on: Callable[[], bool]) -> None:
+        """Answer the calls that come through the lane, until all are answered, something else comes, or `going_on` says no."""
+        with lane.handed_over(self.state) as base:
+            while (
+                library().cloven_step_serve(ctypes.byref(self.step), base, ctypes.byref(self.state), int(_LOOK_SECONDS * 1e9)) == _NOT_YET
+            ):
+                if not going_on():
+                    return
+
+    def compute(self, layer: int, key: bool, x: Tensor, width: int) -> Tensor:
+        """One call by itself: x [B, S, W] -> [B, S, width]."""
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:2], width, dtype=x.dtype)
+        library().cloven_step_compute(ctypes.byref(self.step), layer, int(key), x.data_ptr(), out.data_ptr())
+        return out
+
+
+class StepTemplate:
+    """What all passes in one dtype have in common: the layers without keys.
+
+    Args:
+        layers: the enclave's.
+        noise: ρ.
+    """
+
+    def __init__(self, layers: Sequence[LayerOfStep], noise: int, dtype: torch.dtype) -> None:
+        self._held: list[Tensor] = []
+        self._dtype = dtype
+        self.calls = [(i, key) for i, layer in enumerate(layers) for key in ((True, False) if noise or layer.shape.rotary else (False,))]
+        self._layers = [self._layer(layer, noise) for layer in layers]
+
+    def _layer(self, layer: LayerOfStep, noise: int) -> _CLayer:
+        shape, gather = layer.shape, layer.gather
+        made = _CLayer(shape.heads, shape.kv_heads, shape.head_dim, noise, int(bool(noise or shape.rotary)))
+        if gather is not None:
+            made.period = len(gather.partner)
+            made.partner, made.cosine, made.sine = (self._at(part.int()) for part in (gather.partner, gather.cosine, gather.sine))
+        if layer.norms is not None and shape.norm_epsilon is not None:
+            made.norms, made.epsilon = self._at(layer.norms.to(self._dtype).float()), shape.norm_epsilon
+        if layer.restore is not None:
+            made.restore = self._at(layer.restore.int())
+        return made
+
+    def _at(self, tensor: Tensor) -> int:
+        self._held.append(tensor.contiguous())
+        return self._held[-1].data_ptr()
+
+    def step(
+        self,
+        name: bytes,
+        first: int,
+        places: torch.Size,
+        tables: tuple[Tensor, Tensor] | None,
+        keys: Sequence[tuple[Tensor, Tensor]],
+        noise: Sequence[Tensor],
+    ) -> EnclaveStep:
+        """A pass over `places` = [B, S] rows.
+
+        Args:
+            tables: cos and ± sin for their positions, in the dtype of the template.
+            keys: kv and inverse of every layer's `SessionKeys`; none in permute mode.
+            noise: ν for every layer [B, 2, G, S, ρ]; none in permute mode.
+        """
+        layers = (_CLayer * len(self._layers))(*self._layers)
+        for made, (kv, inverse), random in zip(layers, keys, noise, strict=False):
+            made.kv, made.inverse, made.random = kv.data_ptr(), inverse.data_ptr(), random.data_ptr()
+        step = _CStep(int(self._dtype == torch.bfloat16), places[0], places[1], len(layers))
+        step.layer = ctypes.addressof(layers)
+        floats = tuple(part.float().contiguous() for part in tables) if tables is not None else ()
+        if floats:
+            step.cos, step.sin = (part.data_ptr() for part in floats)
+            step.cos_width, step.sin_width = (part.shape[-1] for part in floats)
+        return EnclaveStep(name, first, places[1], step, self.calls, (self, layers, floats, keys, noise))

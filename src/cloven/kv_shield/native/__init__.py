@@ -1,0 +1,1 @@
+"""The enclave's arithmetic for a few rows, in C++; optional."""

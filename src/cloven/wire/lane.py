@@ -1,0 +1,264 @@
+"""A lane: memory that two processes on one host share, for exchanges that need no socket.
+
+    offset 0      numbers and lengths of the request and of the answer, 32 bits each
+    offset 256    request: header [2048], payload [CAPACITY]        then the answer, alike
+
+    1. the client writes header and payload, their lengths, and rings number n
+    2. the server takes private copies and overwrites what it took with zeros; only then it looks at them
+    3. the server writes the answer and rings n; the client takes it likewise
+
+A server offers a lane to a peer that its ZeroMQ socket has admitted (see `wire.admission`); messages, schema and limits are those of the
+socket. What does not fit goes through the socket, and so does everything after either side has gone: each holds a lock on a byte of the
+memory's file, which the kernel releases when the process ends. The file is in /dev/shm, mode 0600, and unlinked as soon as both have it.
+
+Guarantee: what is parsed cannot change while it is parsed; waiting is bounded. Not hidden: anything, from this user's other processes, who
+could read a socket's traffic just as well. Source: futexes (futex(7)); the lane is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import importlib.util
+import mmap
+import os
+import secrets
+import stat
+import struct
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cloven.wire.limits import MAX_HEADER_BYTES
+
+CAPACITY = 4 * 2**20  # bytes of one payload, either way
+CLIENT, SERVER = 0, 1  # who writes: the request, the answer
+INTERFACE = 1  # of the library
+PREFIX = "cloven-"
+_FOLDER = Path("/dev") / "shm"  # memory, not a place on disk
+_SECRET_BYTES = 16
+_BOX = MAX_HEADER_BYTES + CAPACITY
+_FIRST = 256
+_SIZE = _FIRST + 2 * _BOX
+_WORDS = (16, 32)  # index of a side's number; the lengths of its header and payload follow
+_ZEROS = memoryview(bytes(CAPACITY))
+_LOCK = "hhqqi4x"  # struct flock of 64-bit Linux
+Frame = bytes | memoryview
+
+
+class LaneGone(Exception):
+    """The lane cannot be used any more; the socket can."""
+
+
+@cache
+def _bell() -> Any:
+    """The compiled library, or None where it was not built."""
+    found = importlib.util.find_spec("cloven.wire.native._bell")
+    if found is None or found.origin is None or sys.platform != "linux":
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+        if library.cloven_bell_interface() != INTERFACE:
+            return None
+        library.cloven_bell_ring.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        library.cloven_bell_call.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64]
+        library.cloven_bell_raw.argtypes = [*(ctypes.c_void_p, ctypes.c_uint32) * 3, ctypes.c_int64]
+        library.cloven_bell_wait.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64]
+        library.cloven_bell_wait.restype = ctypes.c_int
+    except (OSError, AttributeError):  # built for another machine, or another version
+        return None
+    return library
+
+
+def lanes_available() -> bool:
+    """Whether this process can share memory with another: Linux, the library, and nobody said CLOVEN_LANES=0."""
+    return _bell() is not None and _FOLDER.is_dir() and os.environ.get("CLOVEN_LANES", "1") != "0"
+
+
+def fits(frames: list[Frame], expected: int | None) -> bool:
+    """Whether a request and its answer of `expected` payload bytes (None: not known) go through a lane."""
+    return expected is not None and expected <= CAPACITY and (len(frames) < 2 or memoryview(frames[1]).nbytes <= CAPACITY)
+
+
+class Lane:
+    """One side's end of a lane.
+
+    Args:
+        descriptor: of the shared file; the lane closes it.
+        side: CLIENT or SERVER.
+        name: the file's name, until it is unlinked.
+
+    Raises:
+        LaneGone: the file is not what a lane is made of.
+    """
+
+    def __init__(self, descriptor: int, side: int, name: str) -> None:
+        self._descriptor, self._side, self._other, self.name = descriptor, side, 1 - side, name
+        try:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077 or status.st_size != _SIZE:
+                raise LaneGone("another user's, or not a lane")
+            self._lock(fcntl.F_OFD_SETLK)
+            self._map = mmap.mmap(descriptor, _SIZE)
+        except OSError as error:
+            os.close(descriptor)
+            raise LaneGone(f"not a lane: {error.strerror}") from error
+        except LaneGone:
+            os.close(descriptor)
+            raise
+        whole = memoryview(self._map)
+        self._words = whole[:_FIRST].cast("I")
+        self._boxes = [whole[_FIRST + box * _BOX : _FIRST + (box + 1) * _BOX] for box in range(2)]
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._bells = [self._start + 4 * word for word in _WORDS]
+        self._seen = 0
+        self._due = (
+            False  # a message is written, and the bell not yet rung: that is done when the answer, or the next request, is waited for
+        )
+        self.generation = 0  # of messages with a header: a step lasts until the next one
+        self._library = _bell()
+
+    @classmethod
+    def create(cls) -> Lane:
+        """The server's end of a new lane.
+
+        Raises:
+            LaneGone: no memory for it.
+        """
+        name = PREFIX + secrets.token_hex(_SECRET_BYTES)
+        try:
+            descriptor = os.open(_FOLDER / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise LaneGone(f"no shared memory: {error.strerror}") from error
+        try:
+            os.posix_fallocate(descriptor, 0, _SIZE)  # now or never: memory that is missing later is a signal that kills
+        except OSError as error:
+            os.close(descriptor)
+            (_FOLDER / name).unlink()
+            raise LaneGone(f"no shared memory: {error.strerror}") from error
+        return cls(descriptor, SERVER, name)
+
+    @classmethod
+    def join(cls, name: str) -> Lane:
+        """The client's end of a lane that a server has made.
+
+        Raises:
+            LaneGone: there is none of that name.
+        """
+        try:
+            descriptor = os.open(_FOLDER / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise LaneGone(f"no shared memory of that name: {error.strerror}") from error
+        lane = cls(descriptor, CLIENT, name)
+        lane.unlink()
+        return lane
+
+    def unlink(self) -> None:
+        """Take the file's name away; both sides keep the memory."""
+        with contextlib.suppress(OSError):
+            (_FOLDER / self.name).unlink()
+
+    def send(self, frames: list[Frame]) -> None:
+        """Write a message of this side, for `ring` or `receive` to ring: a request has the next number, an answer the last request's."""
+        box, word = self._boxes[self._side], _WORDS[self._side]
+        header = frames[0]
+        payload = memoryview(frames[1]).cast("B") if len(frames) > 1 else None
+        box[: len(header)] = header
+        if payload is not None:
+            box[MAX_HEADER_BYTES : MAX_HEADER_BYTES + payload.nbytes] = payload
+        self._words[word + 1] = len(header)
+        self._words[word + 2] = payload.nbytes + 1 if payload is not None else 0
+        if self._side == CLIENT:
+            self._seen = (self._seen + 1) & 0xFFFFFFFF
+        self._due = True
+        self.generation += 1
+
+    def ring(self) -> None:
+        """Wake the other side for what `send` wrote, without waiting for it."""
+        if self._due:
+            self._due = False
+            self._library.cloven_bell_ring(self._bells[self._side], self._seen)
+
+    def raw(self, x: int, size: int, out: int, out_size: int, seconds: float, *, again: bool) -> bool:
+        """A client's call without a header: `size` bytes at x go, `out_size` bytes come to `out`.
+
+        Args:
+            again: it was sent by a call that returned False; look once more.
+
+        Returns:
+            Whether the answer came within so many seconds.
+
+        Raises:
+            LaneGone: something else came.
+        """
+        if not again:
+            self._seen = (self._seen + 1) & 0xFFFFFFFF
+        came = self._library.cloven_bell_raw(self._start, self._seen, None if again else x, size, out, out_size, max(0, int(1e9 * seconds)))
+        if came < 0:
+            raise LaneGone("an answer of another kind")
+        return bool(came)
+
+    @contextlib.contextmanager
+    def handed_over(self, state: Any) -> Iterator[int]:
+        """The server's end in the hands of C++, which goes on with `state.seen` and `state.due`: gives the address of the memory."""
+        state.seen, state.due, self._due = self._seen, int(self._due), False
+        try:
+            yield self._start
+        finally:
+            self._seen = state.seen
+
+    def receive(self, seconds: float) -> list[Any] | None:
+        """The other side's message, as private copies of its frames: the answer to the request sent last, or the next request.
+
+        Returns:
+            None where there is none within so many seconds, or a signal came.
+
+        Raises:
+            LaneGone: its lengths are impossible.
+        """
+        word = _WORDS[self._other]
+        expected = (self._seen - 1) & 0xFFFFFFFF if self._side == CLIENT else self._seen
+        nanoseconds, other = max(0, int(1e9 * seconds)), self._bells[self._other]
+        if self._due:
+            self._due = False
+            came = self._library.cloven_bell_call(self._bells[self._side], self._seen, other, expected, nanoseconds)
+        else:
+            came = self._library.cloven_bell_wait(other, expected, nanoseconds)
+        if not came:
+            return None
+        number, header, payload = self._words[word : word + 3]
+        if (self._side == CLIENT and number != self._seen) or header > MAX_HEADER_BYTES or payload > CAPACITY + 1:
+            raise LaneGone("an impossible number or length")
+        self._seen = number
+        box = self._boxes[self._other]
+        frames: list[Any] = [bytes(box[:header])]
+        box[:header] = _ZEROS[:header]
+        if payload:
+            end = MAX_HEADER_BYTES + payload - 1
+            frames.append(bytearray(box[MAX_HEADER_BYTES:end]))
+            box[MAX_HEADER_BYTES:end] = _ZEROS[: payload - 1]
+        return frames
+
+    def other_is_gone(self) -> bool:
+        """Whether no process holds the other end."""
+        kind: int = struct.unpack(_LOCK, self._lock(fcntl.F_OFD_GETLK))[0]
+        return kind == fcntl.F_UNLCK
+
+    def close(self) -> None:
+        """Give this end up: the other side sees that, and so does the kernel."""
+        self.unlink()
+        self.ring()
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK)  # the mapping has a descriptor of its own, which would keep the lock
+                os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _lock(self, command: int, kind: int = fcntl.F_WRLCK) -> bytes:
+        """Take or give up this side's byte of the file, or ask who has the other's."""
+        byte = self._side if command == fcntl.F_OFD_SETLK else self._other
+        answer: Any = fcntl.fcntl(self._descriptor, command, struct.pack(_LOCK, kind, os.SEEK_SET, byte, 1, 0))
+        return bytes(answer)

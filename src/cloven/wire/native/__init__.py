@@ -1,0 +1,1 @@
+"""The bell of a shared-memory lane: C++, optional."""
