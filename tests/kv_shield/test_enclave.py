@@ -22,7 +22,7 @@ from cloven.kv_shield.manifest import KEYS_FILE
 from cloven.kv_shield.messages import NO_SESSION, Label
 from cloven.model.attention import rotary_module, rotation_function
 from cloven.wire.schema import MalformedMessage
-from tests.kv_bundles import FAMILIES, deviation, kv_bundle, positions_of, random_rows, small_enclave, stored_keys, tensors
+from tests.kv_bundles import FAMILIES, by_sequence, deviation, kv_bundle, positions_of, random_rows, small_enclave, stored_keys, tensors
 from tests.kv_shield.sealing import sealing_bundle
 from tests.split_models import tiny
 
@@ -52,7 +52,8 @@ class Caller:
         return self.enclave.restore(layer, a, change.get("name", self.name), change.get("peer", ME))
 
     def drawn(self, layer: int = 0) -> Any:
-        return self.enclave._sessions[self.name].keys[layer]
+        keys = self.enclave._sessions[self.name].keys[layer]
+        return by_sequence(keys) if keys is not None else None
 
 
 def refused(code: str, match: str, call: Any, *arguments: Any, **options: Any) -> None:

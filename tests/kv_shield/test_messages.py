@@ -30,12 +30,14 @@ from cloven.kv_shield.messages import (
     Sealed,
     SealEnd,
     SealEnded,
+    Step,
+    Stepped,
     Unseal,
     Unsealed,
     frame_of,
     tensor_of,
 )
-from cloven.wire.schema import ERROR_CODES, ErrorAnswer, Hello, MalformedMessage, Welcome
+from cloven.wire.schema import ERROR_CODES, AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Welcome
 
 BUNDLE, SESSION = bytes(range(16)), bytes(range(16, 32))
 NUMBER, NAMES = st.integers(0, 2**63 - 1), st.binary(min_size=16, max_size=16)
@@ -51,6 +53,8 @@ MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.builds(Restored, NUMBER, BATCH, ROWS),
     st.builds(Close, NUMBER, NAMES, NAMES),
     st.builds(Closed, NUMBER),
+    st.builds(Step, NUMBER, NAMES, NAMES, BATCH, ROWS, FIRST, DTYPE),
+    st.builds(Stepped, NUMBER, NUMBER),
     st.builds(Seal, NUMBER, NAMES, NAMES, NUMBER, PART, NUMBER, SHAPE, DTYPE),
     st.builds(Sealed, NUMBER, NUMBER),
     st.builds(SealEnd, NUMBER, NAMES, NAMES, NUMBER),
@@ -76,9 +80,13 @@ EXAMPLES: dict[str, Any] = {
     "seal_ended": SealEnded(10, 3),
     "unseal": Unseal(11, BUNDLE, SESSION, 3, 7, "values", 300, [1, 8, 16, 64], "float32"),
     "unsealed": Unsealed(11, 2),
+    "lane": AskLane(5, BUNDLE),
+    "laned": Laned(5, "cloven-" + "0f" * 16),
+    "step": Step(11, BUNDLE, SESSION, 1, 2, 40, "bfloat16"),
+    "stepped": Stepped(11, 32),
 }
 VECTORS: dict[str, str] = json.loads((Path(__file__).parents[1] / "vectors" / "kv_messages.json").read_text(encoding="utf-8"))
-WITH_PAYLOAD = (Key, Keyed, Restore, Restored, Seal, Sealed, Unseal, Unsealed)
+WITH_PAYLOAD = (Key, Keyed, Restore, Restored, Step, Seal, Sealed, Unseal, Unsealed)
 
 
 def frames_of(message: Any) -> list[bytes]:

@@ -30,6 +30,7 @@ from cloven.kv_shield.messages import (
     Restored,
     Seal,
     SealEnd,
+    Stepped,
     Unseal,
     frame_of,
     tensor_of,
@@ -39,7 +40,7 @@ from cloven.model.cache_argument import cache_of, with_cache
 from cloven.wire.keys import TrustedKeys
 from cloven.wire.schema import ErrorAnswer, Hello, Welcome
 from tests.helpers import Context, free_port
-from tests.kv_bundles import RecordingServer, enclave_at, ids_of, kv_bundle, positions_of, random_rows, tensors
+from tests.kv_bundles import RecordingServer, by_sequence, enclave_at, ids_of, kv_bundle, positions_of, random_rows, tensors
 from tests.kv_bundles import attached as attached_model
 from tests.split_models import logits
 from tests.wire.test_server import two_clients
@@ -280,7 +281,7 @@ def needles(server: RecordingServer, trusted: Path) -> list[bytes]:
                 ]
     for session in server.enclave._sessions.values():
         for keys in session.keys:
-            for key in keys or []:
+            for key in by_sequence(keys) if keys is not None else []:
                 for matrix in (key.k, key.k_inverse, key.v, key.v_inverse):
                     for rows in (matrix, matrix.transpose(1, 2)):
                         found += [bytes(frame_of(row[:4])) for head in rows for row in head]
@@ -300,7 +301,7 @@ def test_no_message_holds_a_key(mode: str) -> None:
         # the search finds what it looks for
         assert keys[0] in sent + keys[0] + b"|"
         kinds = {type(ENCLAVE.unpack(frames)[0]) for frames in a.server.sent}
-        assert kinds <= {Welcome, Opened, Keyed, Restored, Closed}
+        assert kinds <= {Welcome, Opened, Keyed, Restored, Closed, Stepped}
         for frames in a.server.sent:  # outside payloads: a name, a bundle, and counts
             assert len(frames[0]) < 80
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cloven.field.residues import H
 from cloven.private_lora.messages import ADAPTER, Answer, Encrypted, EncryptedAnswer, Query, rounded, unrounded
-from cloven.wire.schema import ERROR_CODES, ErrorAnswer, Hello, MalformedMessage, Welcome
+from cloven.wire.schema import ERROR_CODES, AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Welcome
 from tests.helpers import random_residues
 
 BUNDLE = bytes(range(16))
@@ -36,6 +36,8 @@ EXAMPLES: dict[str, Any] = {
     "encrypted": Encrypted(5, BUNDLE, 3),
     "encrypted_answer": EncryptedAnswer(5),
     "error": ErrorAnswer(9, "budget", "the budget of answers is used up"),
+    "lane": AskLane(5, BUNDLE),
+    "laned": Laned(5, "cloven-" + "0f" * 16),
 }
 WITH_PAYLOAD = (Query, Answer, Encrypted, EncryptedAnswer)
 VECTORS: dict[str, str] = json.loads((Path(__file__).parents[1] / "vectors" / "adapter_messages.json").read_text(encoding="utf-8"))

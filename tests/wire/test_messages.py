@@ -15,7 +15,7 @@ from cloven.field.residues import H
 from cloven.wire import messages
 from cloven.wire.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_TEXT
 from cloven.wire.messages import Message, Multiply, Product, pack, residue_frame, residues_of_frame, unpack
-from cloven.wire.schema import ERROR_CODES, ErrorAnswer, Hello, MalformedMessage, Welcome
+from cloven.wire.schema import ERROR_CODES, AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Welcome
 
 BUNDLE = bytes(range(16))
 NUMBER = st.integers(0, 2**63 - 1)
@@ -29,12 +29,14 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Product, NUMBER, ROWS),
     st.builds(ErrorAnswer, NUMBER, st.sampled_from(ERROR_CODES), TEXT),
 )
-EXAMPLES: dict[str, Message] = {
+EXAMPLES: dict[str, Any] = {
     "hello": Hello(1, BUNDLE),
     "welcome": Welcome(2, BUNDLE, 29),
     "multiply": Multiply(2**40, BUNDLE, 7, 128),
     "product": Product(2**63 - 1, 128),
     "error": ErrorAnswer(0, "size", "a payload of 3 bytes"),
+    "lane": AskLane(5, BUNDLE),
+    "laned": Laned(5, "cloven-" + "0f" * 16),
 }
 VECTORS: dict[str, str] = json.loads((Path(__file__).parents[1] / "vectors" / "messages.json").read_text(encoding="utf-8"))
 

@@ -12,7 +12,7 @@ def enclave(
     trusted: Annotated[Path, typer.Argument(help="OUT/trusted of a KV-Shield bundle.")],
     listen: Annotated[str, typer.Option(help="ipc://PATH on one host, tcp://HOST:PORT between hosts.")],
     keys: Annotated[Path | None, typer.Option(help="The server's folder of keys, from `cloven keygen`; needed for tcp.")] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as PyTorch takes.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as PyTorch takes.")] = 0,
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Listen on tcp without keys. INSECURE.")] = False,
 ) -> None:
     """Hold the keys of a KV cache: rotate, key and restore for the accelerator's process, until SIGTERM or SIGINT."""

@@ -29,14 +29,13 @@ class ClientStep:
     """One pass under way.
 
     Args:
-        channel: its lane has just carried the request.
+        channel, generation: the lane that has carried the request, when it did.
         calls: see `calls_of`.
         places: [B, S] of the pass.
     """
 
-    def __init__(self, channel: Channel, calls: Sequence[tuple[int, bool]], places: torch.Size) -> None:
-        self._channel, self._calls, self._places = channel, calls, places
-        self._generation = channel.lane_generation
+    def __init__(self, channel: Channel, generation: int, calls: Sequence[tuple[int, bool]], places: torch.Size) -> None:
+        self._channel, self._generation, self._calls, self._places = channel, generation, calls, places
         self._done = 0
 
     def call(self, name: str, layer: int, key: bool, x: Tensor, width: int) -> Tensor | None:

@@ -113,6 +113,7 @@ class Enclave:
         self._most_bytes = max(MAX_KEY_BYTES, 2 * self._sequence_bytes)  # one sequence is never too many
         self._sessions: dict[bytes, _Session] = {}
         self._tables: _Tables | None = None
+        self._ahead: list[SessionKeys] = []  # keys for one sequence, layer by layer: for the next session, whoever opens it
         self._templates: dict[torch.dtype, StepTemplate] = {}
 
     def __repr__(self) -> str:
@@ -152,8 +153,17 @@ class Enclave:
         name = secrets.token_bytes(SESSION_BYTES)
         stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/session")
         vault = Vault(self.bundle, name)
-        self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [0] * self.layers, [None] * self.layers, now, vault)
+        keys: list[SessionKeys | None] = [None] * self.layers
+        if sequences == 1:
+            keys[: len(self._ahead)], self._ahead = self._ahead, []  # handed out once
+        self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [0] * self.layers, keys, now, vault)
         return name
+
+    def draw_ahead(self) -> None:
+        """Draw the keys of one more layer for a session to come, of one sequence: drawing all takes long enough to be noticed."""
+        if self.noise and len(self._ahead) < self.layers:
+            stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/ahead")
+            self._ahead.append(self._drawn(stream, len(self._ahead), 1))
 
     def vault(self, name: bytes, peer: str) -> Vault:
         """Where a session's idle cache is sealed.
@@ -322,10 +332,14 @@ class Enclave:
         return session
 
     def _keys(self, session: _Session, layer: int) -> SessionKeys:
-        keys, shape = session.keys[layer], self._layers[layer].shape
+        keys = session.keys[layer]
         if keys is None:
-            keys = session.keys[layer] = session_keys(session.stream, shape.kv_heads, shape.head_dim + self.noise, session.sequences)
+            keys = session.keys[layer] = self._drawn(session.stream, layer, session.sequences)
         return keys
+
+    def _drawn(self, stream: SecretStream, layer: int, sequences: int) -> SessionKeys:
+        shape = self._layers[layer].shape
+        return session_keys(stream, shape.kv_heads, shape.head_dim + self.noise, sequences)
 
     def _normed(self, place: _Layer, qk: Tensor) -> Tensor:
         """RMS norms of q and k per head, as transformers computes them: in float32, then the weight in the vectors' dtype."""

@@ -68,6 +68,10 @@ class EnclaveServer(Server):
         self.enclave = Enclave(Path(folder))
         self.bind()
 
+    def idle(self) -> None:
+        """Draw keys ahead."""
+        self.enclave.draw_ahead()
+
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """See `Server.answer`."""
         message, payload = ENCLAVE.unpack(frames)

@@ -192,7 +192,7 @@ class KvSession(Session):
         for start, end in _pieces(rows, max(rows.shape[-1], width)):
             shape = (rows.shape[0], end - start, width)
             request = Key(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], first + start, _NAMES[rows.dtype])
-            frame = frame_of(positions[:, start:end], rows[:, start:end])
+            frame = [frame_of(positions[:, start:end]), frame_of(rows[:, start:end])]
             parts.append(self._answered(self._layers[layer].name, request, frame, Keyed, shape, rows.dtype))
         return _joined(parts, x.device)
 
@@ -207,7 +207,7 @@ class KvSession(Session):
         for start, end in _pieces(rows, rows.shape[-1]):
             shape = (rows.shape[0], end - start, where.widths()[0])
             request = Restore(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], _NAMES[rows.dtype])
-            frame = frame_of(rows[:, start:end])
+            frame = [frame_of(rows[:, start:end])]
             parts.append(self._answered(f"{where.name}.{where.output}", request, frame, Restored, shape, rows.dtype))
         return _joined(parts, a.device)
 
@@ -225,24 +225,30 @@ class KvSession(Session):
 
     def _begun(self, rows: Tensor, session: bytes, first: int, positions: Tensor) -> ClientStep | None:
         """Ask for a pass over all layers; None where it cannot be had."""
-        if not self.channel.lane_generation or (self._noise and bool((positions < 0).any())):
+        if self.channel.lane_generation < 0 or (self._noise and bool((positions < 0).any())):
             return None
         places = rows.shape[:2]
         request = Step(self.channel.next_id(), self.channel.bundle, session, places[0], places[1], first, _NAMES[rows.dtype])
+        generation: list[int] = []  # read before another thread can use the lane
         try:
             calls = self.channel.exchange(
-                "step", request, [frame_of(positions)], lambda m, _: m.calls if isinstance(m, Stepped) else None, expected=0
+                "step",
+                request,
+                [frame_of(positions)],
+                lambda m, _: m.calls if isinstance(m, Stepped) else None,
+                lambda: generation.append(self.channel.lane_generation),
+                expected=0,
             )
         except WorkerRefused:  # the single calls are refused too, and say why; or they are not
             return None
         self._steps = calls > 0
-        return ClientStep(self.channel, self._calls, places) if calls == len(self._calls) else None
+        return ClientStep(self.channel, generation[0], self._calls, places) if calls == len(self._calls) else None
 
     def _answered(
         self,
         layer: str,
         request: Key | Restore,
-        frame: memoryview,
+        frame: list[memoryview],
         kind: type[Keyed | Restored],
         shape: tuple[int, int, int],
         dtype: torch.dtype,
@@ -254,7 +260,7 @@ class KvSession(Session):
                 return None
             return tensor_of(payload, shape, dtype)
 
-        return self.channel.exchange(layer, request, [frame], parse, expected=math.prod(shape) * dtype.itemsize)
+        return self.channel.exchange(layer, request, [*frame], parse, expected=math.prod(shape) * dtype.itemsize)
 
     def require_open(self, cache: Any) -> None:
         """See `kv_shield.layer.Peer`."""

@@ -40,7 +40,7 @@ from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
 from cloven.wire.lane import Lane, LaneGone, fits, lanes_available
-from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, QUEUED_MESSAGES
+from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, MAX_FRAMES, QUEUED_MESSAGES
 from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, residues_of_frame
 from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Welcome
 
@@ -241,13 +241,14 @@ class Channel:
 
         Args:
             layer: name for statistics and errors.
+            payload: the frame, in pieces.
             parse: the answer -> a result, or None where it is not an answer to this request.
             meanwhile: trusted work to do while the other side computes.
             expected: bytes of the answer's payload, at most; None: not known, or nothing that hurries.
         """
         if self._lane_wanted and expected is not None:
             self._join_lane()
-        frames: list[Frame] = [self._schema.pack(request), *payload]
+        frames: list[Frame] = [self._schema.pack(request), *payload]  # as a lane takes them; the socket gets the payload in one
         size = sum(memoryview(frame).nbytes for frame in frames)
         record = LayerStatistics(exchanges=1, rows=getattr(request, "rows", 0))
         with self._lock:
@@ -301,7 +302,9 @@ class Channel:
         return self.timeout if self._given_patience is None else self._given_patience
 
     def _send(self, frames: list[Frame]) -> None:
-        """Queue the frames; where the queue to an absent worker is full, `_receive` queues them when there is room."""
+        """Queue the frames, the payload in one; where the queue to an absent worker is full, `_receive` queues them when there is room."""
+        if len(frames) > MAX_FRAMES:
+            frames = [frames[0], b"".join(frames[1:])]
         try:
             self._socket.send_multipart(frames, copy=False, flags=zmq.NOBLOCK)
             self._unsent = None
@@ -396,8 +399,8 @@ class Channel:
 
     @property
     def lane_generation(self) -> int:
-        """How many messages the lane has carried; 0: there is none. A step that a message began lasts until the next message."""
-        return self._lane.generation if self._lane is not None else 0
+        """How many messages the lane has carried; −1: there is none. A step that a message began lasts until the next message."""
+        return self._lane.generation if self._lane is not None else -1
 
     def raw(self, layer: str, generation: int, x: Tensor, out: Tensor) -> bool:
         """One call of a step, through the lane that began it: dense x goes, and out, dense, gets the answer.

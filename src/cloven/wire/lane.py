@@ -80,7 +80,7 @@ def lanes_available() -> bool:
 
 def fits(frames: list[Frame], expected: int | None) -> bool:
     """Whether a request and its answer of `expected` payload bytes (None: not known) go through a lane."""
-    return expected is not None and expected <= CAPACITY and (len(frames) < 2 or memoryview(frames[1]).nbytes <= CAPACITY)
+    return expected is not None and expected <= CAPACITY and sum(memoryview(frame).nbytes for frame in frames[1:]) <= CAPACITY
 
 
 class Lane:
@@ -164,13 +164,14 @@ class Lane:
     def send(self, frames: list[Frame]) -> None:
         """Write a message of this side, for `ring` or `receive` to ring: a request has the next number, an answer the last request's."""
         box, word = self._boxes[self._side], _WORDS[self._side]
-        header = frames[0]
-        payload = memoryview(frames[1]).cast("B") if len(frames) > 1 else None
+        header, *payload = frames
         box[: len(header)] = header
-        if payload is not None:
-            box[MAX_HEADER_BYTES : MAX_HEADER_BYTES + payload.nbytes] = payload
+        end = MAX_HEADER_BYTES
+        for piece in (memoryview(frame).cast("B") for frame in payload):
+            box[end : end + piece.nbytes] = piece
+            end += piece.nbytes
         self._words[word + 1] = len(header)
-        self._words[word + 2] = payload.nbytes + 1 if payload is not None else 0
+        self._words[word + 2] = end - MAX_HEADER_BYTES + 1 if payload else 0
         if self._side == CLIENT:
             self._seen = (self._seen + 1) & 0xFFFFFFFF
         self._due = True

@@ -114,6 +114,9 @@ class Server(ABC):
             MalformedMessage: becomes an error answer.
         """
 
+    def idle(self) -> None:  # noqa: B027  # most servers have nothing to do then
+        """Called now and then while nobody asks anything: for some milliseconds of work that would make somebody wait otherwise."""
+
     def serve(self) -> None:
         """Answer requests until `stop`; then close."""
         assert self._socket is not None, "bind comes first"
@@ -121,8 +124,12 @@ class Server(ABC):
         try:
             while not self._stop.is_set():
                 try:
+                    before = self.answered
                     if self._socket.poll(_POLL_MILLISECONDS):
                         self._one_request(self._socket)
+                    elif self.answered == before:
+                        with self._one_at_a_time:
+                            self.idle()
                 except zmq.ZMQError as error:
                     if error.errno == zmq.ETERM:
                         break

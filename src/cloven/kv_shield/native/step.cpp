@@ -13,7 +13,7 @@
 #include <cmath>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)  // whose start the choice would precede
 #define CLOVEN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLOVEN_CLONES
