@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import cloven
 from cloven.errors import WorkerUnreachable
+from cloven.kv_shield import enclave as enclave_module
 from cloven.kv_shield import enclave_step
 from cloven.kv_shield.client_step import calls_of
 from cloven.kv_shield.enclave import Enclave
@@ -219,17 +221,35 @@ def test_what_is_refused() -> None:
     assert counts(enclave, name) == ([0, 0], [0, 0], 0)
 
 
-def test_keys_drawn_ahead_are_handed_out_once() -> None:
+def test_keys_drawn_ahead_are_handed_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     enclave = small_enclave("session")
-    for _ in range(5):
-        enclave.draw_ahead()
-    assert len(enclave._ahead) == LAYERS
-    ahead = list(enclave._ahead)
-    first, second, pair = (enclave._sessions[enclave.open(sequences, ME)] for sequences in (1, 1, 2))
-    assert all(a is b for a, b in zip(first.keys, ahead, strict=True))
-    assert second.keys == pair.keys == [None, None] and enclave._ahead == []
+    monkeypatch.setattr(enclave_module, "AHEAD_BYTES", 2 * enclave._sequence_bytes)
+    assert [enclave.draw_ahead() for _ in range(6)] == [True] * 2 * LAYERS + [False] * 2
+    ahead = [list(keys) for keys in enclave._ahead]
+    first, pair, second, third = (enclave._sessions[enclave.open(sequences, ME)] for sequences in (1, 2, 1, 1))
+    for session, keys in ((first, ahead[0]), (second, ahead[1])):
+        assert all(a is b for a, b in zip(session.keys, keys, strict=True))
+    assert third.keys == pair.keys == [None, None] and enclave._ahead == []
     enclave.draw_ahead()
-    assert not torch.equal(enclave._ahead[0].kv, ahead[0].kv)
+    fourth = enclave._sessions[enclave.open(1, ME)]  # half drawn
+    assert fourth.keys[0] is not None and fourth.keys[1] is None
+    drawn = [keys.kv for session in (first, second, fourth) for keys in session.keys if keys is not None]
+    assert len({float(kv.flatten()[0]) for kv in drawn}) == 5
+
+
+def test_nothing_is_drawn_ahead_in_permute_mode() -> None:
+    assert not small_enclave("permute").draw_ahead()
+
+
+def test_an_idle_enclave_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloven.wire.server._IDLE_SECONDS", 0.05)
+    with attached("llama", "session") as a:
+        deadline = time.monotonic() + 10
+        while len(a.enclave._ahead) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(a.enclave._ahead) >= 3
+        ours, _ = decoded(a.model, ids_of(1, 3), 3)
+        assert deviation(ours, whole(a.plain, ids_of(1, 3))) < FLOAT32_TOLERANCE
 
 
 # --- through a lane

@@ -42,6 +42,7 @@ from cloven.wire.schema import MalformedMessage
 
 MAX_KEY_BYTES = 2**30  # of the keys of all sessions, drawn or still to be drawn; one peer may have half of it
 LEAST_BYTES = 2**20  # what a sequence counts for at least, so that sessions of small or no keys are bounded too
+AHEAD_BYTES = 2**26  # of keys drawn before anybody has asked
 IDLE_SECONDS = 3600.0
 SEALED_SECONDS = 30 * 86_400.0  # of a sealed cache, whose rows are lost with its session
 _FLOAT_BYTES, _MATRICES = 4, 4  # of `SessionKeys`
@@ -113,7 +114,7 @@ class Enclave:
         self._most_bytes = max(MAX_KEY_BYTES, 2 * self._sequence_bytes)  # one sequence is never too many
         self._sessions: dict[bytes, _Session] = {}
         self._tables: _Tables | None = None
-        self._ahead: list[SessionKeys] = []  # keys for one sequence, layer by layer: for the next session, whoever opens it
+        self._ahead: list[list[SessionKeys | None]] = []  # keys of sequences to come, whoever opens them; the last may lack layers
         self._templates: dict[torch.dtype, StepTemplate] = {}
 
     def __repr__(self) -> str:
@@ -153,17 +154,27 @@ class Enclave:
         name = secrets.token_bytes(SESSION_BYTES)
         stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/session")
         vault = Vault(self.bundle, name)
-        keys: list[SessionKeys | None] = [None] * self.layers
-        if sequences == 1:
-            keys[: len(self._ahead)], self._ahead = self._ahead, []  # handed out once
+        none: list[SessionKeys | None] = [None] * self.layers
+        keys = self._ahead.pop(0) if sequences == 1 and self._ahead else none  # handed out once
         self._sessions[name] = _Session(peer, sequences, stream, [0] * self.layers, [0] * self.layers, keys, now, vault)
         return name
 
-    def draw_ahead(self) -> None:
-        """Draw the keys of one more layer for a session to come, of one sequence: drawing all takes long enough to be noticed."""
-        if self.noise and len(self._ahead) < self.layers:
-            stream = SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/ahead")
-            self._ahead.append(self._drawn(stream, len(self._ahead), 1))
+    def draw_ahead(self) -> bool:
+        """Draw the keys of one more layer for a session to come, of one sequence; drawing all of them takes long enough to be noticed.
+
+        Returns:
+            Whether there is room for more.
+        """
+        if not self.noise:
+            return False
+        if not self._ahead or None not in self._ahead[-1]:
+            if (len(self._ahead) + 1) * self._sequence_bytes > AHEAD_BYTES:
+                return False
+            self._ahead.append([None] * self.layers)
+        keys = self._ahead[-1]
+        layer = keys.index(None)
+        keys[layer] = self._drawn(SecretStream(secrets.token_bytes(KEY_BYTES), "kv-shield/ahead"), layer, 1)
+        return True
 
     def vault(self, name: bytes, peer: str) -> Vault:
         """Where a session's idle cache is sealed.

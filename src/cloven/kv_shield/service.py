@@ -68,9 +68,9 @@ class EnclaveServer(Server):
         self.enclave = Enclave(Path(folder))
         self.bind()
 
-    def idle(self) -> None:
+    def idle(self) -> bool:
         """Draw keys ahead."""
-        self.enclave.draw_ahead()
+        return self.enclave.draw_ahead()
 
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """See `Server.answer`."""

@@ -22,6 +22,7 @@ from cloven.wire.schema import AskLane, ErrorAnswer, Laned, MalformedMessage, Sc
 
 _POLL_MILLISECONDS = 100
 _REPORT_SECONDS = 60.0
+_IDLE_SECONDS = 1.0  # without a request
 Frame = bytes | memoryview
 
 PLAIN_TCP_BANNER = (
@@ -114,22 +115,28 @@ class Server(ABC):
             MalformedMessage: becomes an error answer.
         """
 
-    def idle(self) -> None:  # noqa: B027  # most servers have nothing to do then
-        """Called now and then while nobody asks anything: for some milliseconds of work that would make somebody wait otherwise."""
+    def idle(self) -> bool:
+        """Called while nobody asks anything: some milliseconds of work that would make somebody wait otherwise; whether there is more."""
+        return False
+
+    def _idle_work(self) -> bool:
+        with self._one_at_a_time:
+            return not self._stop.is_set() and self.idle()
 
     def serve(self) -> None:
         """Answer requests until `stop`; then close."""
         assert self._socket is not None, "bind comes first"
-        reported = time.monotonic()
+        reported = busy = time.monotonic()
+        asked = self.answered
         try:
             while not self._stop.is_set():
                 try:
-                    before = self.answered
                     if self._socket.poll(_POLL_MILLISECONDS):
                         self._one_request(self._socket)
-                    elif self.answered == before:
-                        with self._one_at_a_time:
-                            self.idle()
+                    if self.answered != asked:
+                        asked, busy = self.answered, time.monotonic()
+                    while time.monotonic() - busy > _IDLE_SECONDS and self.answered == asked and self._idle_work():
+                        pass
                 except zmq.ZMQError as error:
                     if error.errno == zmq.ETERM:
                         break
