@@ -234,9 +234,10 @@ class Enclave:
             raise MalformedMessage("session", "more rows, or other sequences, than were keyed there")
         shape, size = place.shape, place.shape.head_dim + self.noise
         b, s = a.shape[:2]
-        grouped = a.view(b, s, shape.kv_heads, -1, size).transpose(1, 2).reshape(b, shape.kv_heads, -1, size).float()
+        grouped = torch.empty(b, shape.kv_heads, s, shape.heads // shape.kv_heads, size)
+        grouped.copy_(a.view(b, s, shape.kv_heads, -1, size).transpose(1, 2))
         session.restored[layer] += a.shape[1]
-        true = grouped @ self._keys(session, layer).v_inverse[..., : shape.head_dim]  # [B, G, S·(H/G), d]
+        true = grouped.flatten(2, 3) @ self._keys(session, layer).v_inverse[..., : shape.head_dim]  # [B, G, S·(H/G), d]
         out = torch.empty(b, s, shape.widths()[0], dtype=a.dtype)
         out.view(b, s, shape.kv_heads, -1, shape.head_dim).copy_(true.view(b, shape.kv_heads, s, -1, shape.head_dim).transpose(1, 2))
         return out
@@ -383,8 +384,9 @@ class Enclave:
         keys = self._keys(session, layer)
         keyed = torch.empty(b, s, sum(shape.widths(self.noise)), dtype=qk.dtype)
         wide = g * size * (shape.heads // g)
-        q = qk[..., :q_width].view(b, s, g, -1, d).transpose(1, 2).reshape(b, g, -1, d).float()  # [B, G, S·(H/G), d]
-        keyed_q = q @ keys.k_inverse.transpose(2, 3)[:, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
+        q = torch.empty(b, g, s, shape.heads // g, d)
+        q.copy_(qk[..., :q_width].view(b, s, g, -1, d).transpose(1, 2))
+        keyed_q = q.flatten(2, 3) @ keys.k_inverse.transpose(2, 3)[:, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
         keyed[..., :wide].view(b, s, g, -1, size).copy_(keyed_q.view(b, g, s, -1, size).transpose(1, 2))
         rows = torch.empty(b, 2, g, s, size)  # [k, ν] and [v, ν]
         for part, plain in enumerate((qk[..., q_width:], v)):

@@ -65,6 +65,7 @@ def library() -> Any:
             return None
         loaded.cloven_step_serve.argtypes = [_P, _P, _P, _I]
         loaded.cloven_step_compute.argtypes = [_P, _I, ctypes.c_int, _P, _P]
+        loaded.cloven_step_compute.restype = None
     except (OSError, AttributeError):  # built for another machine, or another version
         return None
     return loaded
@@ -119,7 +120,7 @@ class EnclaveStep:
                     return
 
     def compute(self, layer: int, key: bool, x: Tensor, width: int) -> Tensor:
-        """One call by itself: x [B, S, W] -> [B, S, width]."""
+        """One call by itself, for tests: x [B, S, W] -> [B, S, width]."""
         x = x.contiguous()
         out = torch.empty(*x.shape[:2], width, dtype=x.dtype)
         library().cloven_step_compute(ctypes.byref(self.step), layer, int(key), x.data_ptr(), out.data_ptr())

@@ -10,6 +10,7 @@
 
 #include "../../wire/native/lane.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -54,31 +55,63 @@ struct State {
 
 }  // extern "C"
 
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// To the nearest bfloat16, ties to even, without a branch: loops over this use the CPU's vectors.
+inline std::uint32_t bfloat16_bits(float x) {
+  const std::uint32_t bits = bits_of(x), nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
+  return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC00000 : nearest;
+}
+
 struct Float32 {
   using Stored = float;
   static float load(Stored x) { return x; }
   static Stored store(float x) { return x; }
+  static float rounded(float x) { return x; }
 };
 
 struct BFloat16 {
   using Stored = std::uint16_t;
-  static float load(Stored x) {
-    const std::uint32_t bits = std::uint32_t{x} << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-  static Stored store(float x) {  // to the nearest, ties to even
-    if (std::isnan(x)) return 0x7FC0;
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return static_cast<Stored>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-  }
+  static float load(Stored x) { return float_of(std::uint32_t{x} << 16); }
+  static Stored store(float x) { return static_cast<Stored>(bfloat16_bits(x) >> 16); }
+  static float rounded(float x) { return float_of(bfloat16_bits(x)); }
 };
 
-template <class T>
-float rounded(float x) {
-  return T::load(T::store(x));
+// y_j = x_j·cos_j + x_partner(j)·sin_j for `period` columns, every operation rounded
+#define CLOVEN_ROTATED(T)                                                                                                                     \
+  for (i64 j = 0; j < period; ++j) y[j] = T::rounded(T::rounded(x[j] * cos[j]) + T::rounded(x[partner[j]] * sin[j]));
+
+CLOVEN_CLONES void rotated(Float32, const float* x, const std::int32_t* partner, const float* cos, const float* sin, float* y, i64 period) {
+  CLOVEN_ROTATED(Float32)
+}
+
+CLOVEN_CLONES void rotated(BFloat16, const float* x, const std::int32_t* partner, const float* cos, const float* sin, float* y, i64 period) {
+  CLOVEN_ROTATED(BFloat16)
+}
+
+CLOVEN_CLONES void loaded(const std::uint16_t* x, float* y, i64 n) {
+  for (i64 j = 0; j < n; ++j) y[j] = BFloat16::load(x[j]);
+}
+
+CLOVEN_CLONES void stored(const float* x, std::uint16_t* y, i64 n) {
+  for (i64 j = 0; j < n; ++j) y[j] = BFloat16::store(x[j]);
+}
+
+void loaded(const float* x, float* y, i64 n) { std::memcpy(y, x, sizeof(float) * n); }
+void stored(const float* x, float* y, i64 n) { std::memcpy(y, x, sizeof(float) * n); }
+
+CLOVEN_CLONES void gathered(const float* x, const std::int32_t* index, float* y, i64 n) {
+  for (i64 j = 0; j < n; ++j) y[j] = x[index[j]];
 }
 
 // y [width] = x [n] M, with M's rows `stride` apart
@@ -125,13 +158,13 @@ class Pass {
     const i64 from = width_in(at, key), to = width_out(at, key);
     for (i64 row = 0; row < step_.batch * step_.rows; ++row) {
       x_.resize(from);
-      for (i64 j = 0; j < from; ++j) x_[j] = T::load(x[row * from + j]);
+      loaded(x + row * from, x_.data(), from);
       y_.resize(to);
       if (key)
         keyed(at, row);
       else
         restored(at, row);
-      for (i64 j = 0; j < to; ++j) y[row * to + j] = T::store(y_[j]);
+      stored(y_.data(), y + row * to, to);
     }
   }
 
@@ -146,19 +179,19 @@ class Pass {
         float sum = 0;
         for (i64 j = 0; j < d; ++j) sum += x[j] * x[j];
         const float scale = 1 / std::sqrt(sum / static_cast<float>(d) + static_cast<float>(at.epsilon));
-        for (i64 j = 0; j < d; ++j) x[j] = rounded<T>(at.norms[h * d + j] * rounded<T>(x[j] * scale));
+        for (i64 j = 0; j < d; ++j) x[j] = T::rounded(at.norms[h * d + j] * T::rounded(x[j] * scale));
       }
     if (at.period != 0) {
       const float *cos = step_.cos + row * step_.cos_width, *sin = step_.sin + row * step_.sin_width;
-      rotated_.resize(width);
+      for (auto* part : {&rotated_, &cos_, &sin_}) part->resize(width);
+      gathered(cos, at.cosine, cos_.data(), at.period);
+      gathered(sin, at.sine, sin_.data(), at.period);
       for (i64 base = 0; base < width; base += at.period)
-        for (i64 j = 0; j < at.period; ++j)
-          rotated_[base + j] =
-              rounded<T>(rounded<T>(x_[base + j] * cos[at.cosine[j]]) + rounded<T>(x_[base + at.partner[j]] * sin[at.sine[j]]));
-      for (i64 j = 0; j < width; ++j) x_[j] = rotated_[j];
+        rotated(T{}, x_.data() + base, at.partner, cos_.data(), sin_.data(), rotated_.data() + base, at.period);
+      std::copy(rotated_.begin(), rotated_.begin() + width, x_.begin());
     }
     if (at.noise == 0) {
-      for (i64 j = 0; j < width; ++j) y_[j] = x_[j];
+      std::copy(x_.begin(), x_.begin() + width, y_.begin());
       return;
     }
     const i64 size = d + at.noise, g = at.kv_heads, per = at.heads / g, sequence = row / step_.rows, place = row % step_.rows;
@@ -183,7 +216,7 @@ class Pass {
   void restored(const Layer& at, i64 row) {
     const i64 d = at.head_dim, size = d + at.noise, g = at.kv_heads, per = at.heads / g;
     if (at.restore != nullptr) {
-      for (i64 j = 0; j < at.heads * d; ++j) y_[j] = x_[at.restore[j]];
+      gathered(x_.data(), at.restore, y_.data(), at.heads * d);
       return;
     }
     const float* inverse = at.inverse + ((row / step_.rows) * 2 + 1) * g * size * size;
@@ -191,7 +224,7 @@ class Pass {
   }
 
   const Step& step_;
-  std::vector<float> x_, y_, rotated_, with_noise_;
+  std::vector<float> x_, y_, rotated_, cos_, sin_, with_noise_;
 };
 
 // The layer and the kind of a call's number; false behind the last one.
