@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# The tests start hundreds of Python processes: without this, each would compile the package again where somebody has set it.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-long install lint package clean
 
 demo: install
 	$(BIN)/cloven demo slip
 
 test: install lint
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n auto --dist worksteal
 	$(BIN)/python scripts/check_package.py
 
 test-long: install lint

@@ -107,16 +107,27 @@ PLACEMENTS = {
 }
 
 
+# The short form: every placement, each once, in turn over both precisions and both transports; the long one has all combinations.
+SHORT = {
+    "replicas": ("int8", "ipc"),
+    "two layers": ("int8x2", "tcp"),
+    "three layers": ("int8", "ipc"),
+    "two rows": ("int8", "ipc"),
+    "three rows": ("int8x2", "tcp"),
+    "layers with replicas": ("int8", "tcp"),
+    "rows with replicas": ("int8x2", "ipc"),
+}
+
+
 @pytest.mark.parametrize(
-    ("precision", "transport"),
+    ("name", "precision", "transport"),
     [
-        ("int8", "ipc"),
-        ("int8x2", "tcp"),
-        pytest.param("int8x2", "ipc", marks=pytest.mark.long),
-        pytest.param("int8", "tcp", marks=pytest.mark.long),
+        pytest.param(name, precision, transport, marks=() if SHORT.get(name) == (precision, transport) else pytest.mark.long)
+        for name in PLACEMENTS
+        for precision in ("int8", "int8x2")
+        for transport in ("ipc", "tcp")
     ],
 )
-@pytest.mark.parametrize("name", [*list(PLACEMENTS)[:-1], pytest.param(list(PLACEMENTS)[-1], marks=pytest.mark.long)])
 def test_every_placement_writes_what_one_worker_writes(name: str, precision: str, transport: str, farm: Farm, keys: Path) -> None:
     """Bit for bit: the workers' sums are exact, whoever computes which."""
     (placement, parts), bundle = PLACEMENTS[name], demo_bundle(precision)
