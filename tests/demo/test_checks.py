@@ -18,7 +18,7 @@ def by_name() -> dict[str, checks.Check]:
 
 def test_all_is_well_here() -> None:
     found = by_name()
-    assert list(found) == ["versions", "platform", "exact product on cpu", "encryption", "sockets"]
+    assert list(found) == ["versions", "platform", "exact product on cpu", "encryption", "sockets", "shared memory"]
     assert all(check.ok for check in found.values())
     assert "torch" in found["versions"].result and "self-check passed" in found["exact product on cpu"].result
 
@@ -65,3 +65,9 @@ def test_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.platform, "system", lambda: "Darwin")
     check = by_name()["platform"]
     assert check.ok and "untested" in check.advice
+
+
+def test_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "lanes_available", lambda: False)
+    check = by_name()["shared memory"]
+    assert check.ok and "sockets carry everything" in check.result and "compiler" in check.advice

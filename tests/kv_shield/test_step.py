@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from cloven.kv_shield import enclave_step
 from cloven.kv_shield.client_step import calls_of
 from cloven.kv_shield.enclave import Enclave
 from cloven.kv_shield.enclave_step import MOST_ROWS, EnclaveStep, StepTemplate, library
-from cloven.kv_shield.messages import NO_SESSION
+from cloven.kv_shield.messages import NO_SESSION, Step, Stepped, frame_of
 from cloven.kv_shield.session import KvSession
 from cloven.model.cache_argument import cache_of, with_cache
 from cloven.wire.channel import Channel
@@ -40,7 +41,9 @@ from tests.kv_bundles import (
     small_enclave,
     stored_keys,
 )
+from tests.kv_shield.sealing import sealing_bundle
 from tests.kv_shield.test_service import needles
+from tests.split_models import tiny
 
 pytestmark = pytest.mark.skipif(library() is None or not lanes_available(), reason="no compiler built the libraries")
 ME, YOU = "a" * 64, "b" * 64
@@ -183,8 +186,6 @@ def test_the_noise_of_two_passes_differs() -> None:
 
 
 def test_no_sealing_during_a_pass() -> None:
-    from tests.kv_shield.sealing import sealing_bundle
-
     enclave = Enclave(sealing_bundle("llama", "session") / "trusted")
     name = enclave.open(1, ME)
     step = begun(enclave, name)
@@ -369,8 +370,6 @@ def test_a_call_of_another_size_ends_the_lane(size: int) -> None:
         _, cache = decoded(a.model, ids_of(1, 2), 2)
         channel = a.session.channel
         name = next(iter(a.enclave._sessions))
-        from cloven.kv_shield.messages import Step, Stepped, frame_of
-
         request = Step(channel.next_id(), channel.bundle, name, 1, 1, 2, "float32")
         calls = channel.exchange(
             "step", request, [frame_of(positions_of(1, 1, 2))], lambda m, _: m.calls if isinstance(m, Stepped) else None, expected=0
@@ -390,9 +389,6 @@ def test_an_enclave_that_is_killed_and_comes_back(tmp_path: Path) -> None:
     code = "import sys; from cloven.kv_shield.service import EnclaveServer; EnclaveServer(sys.argv[1], sys.argv[2]).serve()"
 
     def start() -> subprocess.Popen[bytes]:
-        import sys
-        import time
-
         process = subprocess.Popen([sys.executable, "-c", code, str(trusted), address])
         while not (tmp_path / "s" / "e").exists():
             time.sleep(0.02)
@@ -416,8 +412,6 @@ def test_an_enclave_that_is_killed_and_comes_back(tmp_path: Path) -> None:
         hook = model.model.layers[1].register_forward_pre_hook(kill)
         ours, _ = decoded(model, ids_of(1, 6)[:, 2:], 4, cache)
         hook.remove()
-        from tests.split_models import tiny
-
         assert deviation(ours, whole(tiny("llama"), torch.cat([ids_of(1, 2), ids_of(1, 6)[:, 2:]], 1))[:, 2:]) < FLOAT32_TOLERANCE
         killed[1].kill()
         killed[1].wait()
@@ -440,3 +434,15 @@ def test_a_lane_that_the_server_gives_up_in_a_pass(monkeypatch: pytest.MonkeyPat
         ours, _ = decoded(a.model, ids_of(1, 3)[:, 2:], 1, cache)
         hook.remove()
         assert deviation(ours, whole(a.plain, torch.cat([ids_of(1, 2), ids_of(1, 3)[:, 2:]], 1))[:, 2:]) < FLOAT32_TOLERANCE
+
+
+def test_a_step_through_the_socket_ends_before_it_began() -> None:
+    with attached("llama", "session") as a:
+        decoded(a.model, ids_of(1, 2), 2)
+        (name,) = a.enclave._sessions
+        channel = a.session.channel
+        request = Step(channel.next_id(), channel.bundle, name, 1, 1, 2, "float32")
+        calls = channel.exchange(
+            "step", request, [frame_of(positions_of(1, 1, 2))], lambda m, _: m.calls if isinstance(m, Stepped) else None
+        )
+        assert calls == 0 and counts(a.enclave, name) == ([2, 2], [2, 2], 0)

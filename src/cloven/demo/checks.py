@@ -16,7 +16,9 @@ from cloven.errors import BadInput, ClovenError
 from cloven.field.native.product import load_kernels
 from cloven.field.products import Float64
 from cloven.field.selection import KERNELS, select_backend
+from cloven.kv_shield.enclave_step import library
 from cloven.wire.admission import Admission
+from cloven.wire.lane import lanes_available
 
 _PACKAGES = ("torch", "transformers", "safetensors", "pyzmq", "cryptography")
 
@@ -33,7 +35,7 @@ class Check:
 
 def run_checks() -> list[Check]:
     """All checks, in order."""
-    return [_versions(), _platform(), *_products(), _curve(), _ipc()]
+    return [_versions(), _platform(), *_products(), _curve(), _ipc(), _lanes()]
 
 
 def _versions() -> Check:
@@ -106,3 +108,12 @@ def _ipc() -> Check:
     return Check(
         "sockets", arrived, "ipc round trip" if arrived else "no ipc round trip", "" if arrived else "check TMPDIR and its permissions"
     )
+
+
+def _lanes() -> Check:
+    """Whether processes of one host exchange messages through shared memory, and the enclave serves single tokens in C++."""
+    if not lanes_available():
+        return Check(
+            "shared memory", True, "not used: sockets carry everything", "slower on one host: needs Linux, /dev/shm and a compiler (g++)"
+        )
+    return Check("shared memory", True, "used between processes of one host" + (", with the enclave in C++" if library() else ""))

@@ -130,5 +130,5 @@ class RemoteMatrix:
             return unrounded(payload, rows, self.rows, self.bits)
 
         request = Query(self.channel.next_id(), self.channel.bundle, self.group, rows)
-        z = self.channel.exchange(self.name, request, [residue_frame(c)], parse, meanwhile)  # 3
+        z = self.channel.exchange(self.name, request, [residue_frame(c)], parse, meanwhile, expected=4 * rows * self.rows)  # 3
         return decode(pads.unmask(z), alpha)  # 4, 5
