@@ -336,7 +336,7 @@ def test_what_fill_refuses(tmp_path: Path, cloven_here: Command, monkeypatch: py
     one_line(cloven_here("pads", "fill", str(tmp_path / "nowhere"), "--tokens", "1"), 2, "is no bundle half")
     one_line(cloven_here("pads", "fill", str(tiny_bundle("llama").exposed), "--tokens", "1"), 2, "is this the exposed half")
     one_line(
-        cloven_here("pads", "fill", first, "--tokens", str(10**11), "--store", store), 1, r"100,000,000,000 tokens need .* GB are free"
+        cloven_here("pads", "fill", first, "--tokens", str(10**11), "--store", store), 1, r"100,000,000,000 tokens need .* MB are free"
     )
     one_line(cloven_here("pads", "fill", first, "--tokens", "1", "--store", store, "--exposed", str(tmp_path)), 2, "--exposed PATH")
     one_line(cloven_here("pads", "status", first, "--store", store), 1, "no pad store there; make one with `cloven pads fill`")

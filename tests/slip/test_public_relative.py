@@ -273,3 +273,9 @@ def test_merged_by_us_is_merged_by_peft() -> None:
     """What these splits are compared with."""
     ours = merged_model(tiny_folder("llama"), adapter_folder())
     assert relative_error(logits(ours, IDS), logits(merged(), IDS)) < 1e-5
+
+
+def test_a_base_that_is_the_model_itself(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="the same: there is nothing to keep secret"):
+        prepare_slip(tiny_folder("llama"), tmp_path / "out", public_base=tiny_folder("llama"))
+    assert not (tmp_path / "out").exists()

@@ -95,7 +95,8 @@ def status(
     table.add_row("all", *(f"{totals[name]:,}" for name in ("filled", "used", "burnt", "reused")), "")
     console = Console()
     console.print(table)
-    console.print("burnt: reserved by a process and not handed out (yet): lost if the process has ended. reused: must be 0.")
+    console.print("used: read for a call, or ahead of one. burnt: reserved by a process and not read (yet), lost if it was killed.")
+    console.print("reused: must be 0.")
 
 
 def _size(count: int) -> str:

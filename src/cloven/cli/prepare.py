@@ -65,8 +65,12 @@ def slip(
     quiet_transformers()
     if adapter is not None and secret_fraction is not None:
         raise BadInput("--secret-fraction: with --adapter the secret part is exactly the adapter")
+    if rank is not None and secret_fraction is not None:
+        raise BadInput("--rank and --secret-fraction both say how much to keep secret: give one")
     answers = [no_public_relative, public_base is not None, adapter is not None].count(True)
-    if answers > 1 or (answers == 0 and (secret_fraction != 0 or rank)):
+    if answers > 1:
+        raise BadInput("--no-public-relative, --public-base and --adapter say where the model comes from: give one")
+    if answers == 0 and (secret_fraction != 0 or rank):
         raise BadInput(
             "where does the model come from? Give one of: --adapter PEFT_DIR (MODEL is public, the LoRA is secret), --public-base BASE "
             "(MODEL is a fine-tune of a public model), --no-public-relative (nothing like it is public). A split that hides its weights by "

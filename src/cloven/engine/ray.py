@@ -52,7 +52,7 @@ def start_ray(processes: int | None = None) -> Any:
         ray.init(**options)
     except Exception as error:  # Ray raises many kinds
         where = "a local Ray cluster cannot be started" if own else f"the Ray cluster at RAY_ADDRESS={address} cannot be reached"
-        raise RunError(f"{where} ({type(error).__name__}): start it with `ray start --head`, or take --engine pool") from error
+        raise RunError(f"{where} ({type(error).__name__}): start it with `ray start --head`, or take another --engine") from error
     if own and ray.util.get_node_ip_address() != _LOCALHOST:
         ray.shutdown()
         raise RunError("Ray does not stay on localhost: it was imported before cloven started it; use a fresh process, or --engine pool")

@@ -56,7 +56,7 @@ class LookAhead:
                 if not self._fill_once():
                     self._stopping.wait(_IDLE_SECONDS)
         except Exception as error:
-            logger.error("making pads failed: %s", type(error).__name__)
+            logger.info("making pads failed: %s", type(error).__name__)  # the session's error says it to the user
             known = error if isinstance(error, ClovenError) else RunError(f"making pads failed: {type(error).__name__}")
             self._on_error(known)
 

@@ -72,7 +72,10 @@ class GroupFiles:
                 start, end = max(first, segment * SEGMENT), min(first + images.shape[0], (segment + 1) * SEGMENT)
                 self._write(segment, start, images[start - first : end - first])
         except OSError as error:
-            raise RunError(f"{self._folder}: the pads of group {self._group} cannot be written: {error.strerror}") from error
+            raise RunError(
+                f"{self._folder}: the pads of group {self._group} cannot be written: {error.strerror}; "
+                "what was written before is kept: make room and run the same command again"
+            ) from error
 
     def take(self, first: int, rows: int) -> Tensor:
         """Read the images of pads first … first + rows − 1, int32 [rows, N], and destroy their records.

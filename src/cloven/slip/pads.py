@@ -6,7 +6,10 @@ One job fills one store, inside the trusted zone: it gets paths, never keys or a
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ import torch
 from cloven.bundle.exposed_copy import ExposedCopy
 from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.errors import BadInput, RunError
+from cloven.field.prg import KEY_BYTES, pad_residues
 from cloven.field.products import multiply
 from cloven.field.selection import select_backend
 from cloven.masks.pad_store import PadStore, check_bytes
@@ -109,7 +113,8 @@ def estimate(job: FillJob) -> Estimate:
     size += sum(check_bytes(group.columns) for group, there in zip(groups, checked, strict=True) if not there)
     free = shutil.disk_usage(next(folder for folder in (Path(job.store), *Path(job.store).parents) if folder.is_dir())).free
     if size + _SPARE_BYTES > free:
-        raise RunError(f"{job.store}: {job.tokens:,} tokens need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: nothing was written")
+        need = f"{(size + _SPARE_BYTES) / 1e6:,.1f} MB, {_SPARE_BYTES / 1e6:.0f} MB of them to stay free"
+        raise RunError(f"{job.store}: {max(missing):,} tokens need {need}; {free / 1e6:,.1f} MB are free: nothing was written")
     timed = min(range(len(groups)), key=lambda index: abs(groups[index].rows * groups[index].columns - 2**24))
     backend = select_backend("cpu")
     w = backend.place(copy.mapped(timed))
@@ -119,7 +124,27 @@ def estimate(job: FillJob) -> Estimate:
     multiply(backend, mask, w)
     per_product = (time.perf_counter() - started) / (_TIMED_ROWS * w.rows * w.columns)
     products = sum(count * group.rows * group.columns for count, group in zip(missing, groups, strict=True))
-    return Estimate(max(missing), size, sum(record_bytes(group.rows) for group in groups), per_product * products + size / 5e8)
+    started = time.perf_counter()
+    pad_residues(secrets.token_bytes(KEY_BYTES), 0, 0, _TIMED_ROWS, w.columns)
+    per_number = (time.perf_counter() - started) / (_TIMED_ROWS * w.columns)  # of a mask; encrypting an image takes about as long
+    numbers = sum(count * (group.rows + group.columns) for count, group in zip(missing, groups, strict=True))
+    commits = sum(-(-count // _ROUND) for count in missing) + checked.count(False)
+    seconds = per_product * products + per_number * numbers + commits * _commit_seconds(Path(job.store)) + size / 5e8
+    return Estimate(max(missing), size, sum(record_bytes(group.rows) for group in groups), seconds)
+
+
+def _commit_seconds(store: Path) -> float:
+    """How long this disk takes to make a batch of pads durable: three files and their folders, synced."""
+    folder = next(folder for folder in (store, *store.parents) if folder.is_dir())
+    started = time.perf_counter()
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".cloven-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        return 0.0  # whoever fills will say what is wrong
+    return 6 * (time.perf_counter() - started)
 
 
 def fill(job: FillJob) -> None:

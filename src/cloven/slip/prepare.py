@@ -156,6 +156,8 @@ def _write(source: Source, plan: Plan, given: SplitKey | None, partial: Path, pr
         missing = [index for index in everything if not spectra_path(partial, index).exists()]
         _run(engine, "spectra", find_spectra, partial, plan, missing, progress)
     found = [read_spectra(partial, index) if plan.adapter is None else ([], []) for index in everything]
+    if plan.config.origin == "public-base" and not any(bool(values.any()) for spectra, _ in found for values in spectra):
+        raise BadInput("the model and its public base are the same: there is nothing to keep secret")
     key.bound_to(fingerprint(plan, [hashes for _, hashes in found])).write(place)
     write_json(partial / WORK / RANKS, _ranks(plan, [values for spectra, _ in found for values in spectra]))
 
