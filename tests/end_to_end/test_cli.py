@@ -363,7 +363,9 @@ def test_prepare_asks_where_the_model_comes_from(tmp_path: Path, cloven_here: Co
     for options in ((), ("--rank", "3"), ("--secret-fraction", "0.01"), ("--secret-fraction", "0", "--rank", "3")):
         one_line(cloven_here("prepare", "slip", model, out, *options), 2, "--adapter PEFT_DIR .*--public-base BASE .*--no-public-relative")
     for options in ((*adapter, *base), (*adapter, "--no-public-relative"), ("--secret-fraction", "0", *base, "--no-public-relative")):
-        one_line(cloven_here("prepare", "slip", model, out, *options), 2, "Give one of: --adapter")
+        one_line(cloven_here("prepare", "slip", model, out, *options), 2, "say where the model comes from: give one")
+    both = ("--no-public-relative", "--rank", "3", "--secret-fraction", "0.01")
+    one_line(cloven_here("prepare", "slip", model, out, *both), 2, "both say how much to keep secret: give one")
     assert not (tmp_path / "out").exists()
     nothing_secret = cloven_here("prepare", "slip", model, out, "--secret-fraction", "0")
     assert nothing_secret.code == 0 and cloven.open_bundle(tmp_path / "out").manifest.summary["secret_fraction"] == 0

@@ -65,8 +65,6 @@ def slip(
     quiet_transformers()
     if adapter is not None and secret_fraction is not None:
         raise BadInput("--secret-fraction: with --adapter the secret part is exactly the adapter")
-    if rank is not None and secret_fraction is not None:
-        raise BadInput("--rank and --secret-fraction both say how much to keep secret: give one")
     answers = [no_public_relative, public_base is not None, adapter is not None].count(True)
     if answers > 1:
         raise BadInput("--no-public-relative, --public-base and --adapter say where the model comes from: give one")
@@ -76,6 +74,8 @@ def slip(
             "(MODEL is a fine-tune of a public model), --no-public-relative (nothing like it is public). A split that hides its weights by "
             "a scramble is undone by a public relative"
         )
+    if rank is not None and secret_fraction is not None:
+        raise BadInput("--rank and --secret-fraction both say how much to keep secret: give one")
     origin = "adapter" if adapter is not None else "public-base" if public_base is not None else "private"
     scrambled = scramble if scramble is not None else origin == "private"
     config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scrambled, origin)
