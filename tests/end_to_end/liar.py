@@ -8,7 +8,7 @@ import torch
 
 from cloven.field.residues import centre
 from cloven.wire.messages import Multiply, Product, pack, residue_frame, residues_of_frame, unpack
-from cloven.wire.schema import Hello, Welcome
+from cloven.wire.schema import AskLane, Hello, Laned, Welcome
 from cloven.worker.matrices import Matrices
 
 
@@ -24,6 +24,8 @@ class Liar:
         message, payload = unpack(list(frames))
         if isinstance(message, Hello):
             return [[pack(Welcome(message.id, message.bundle, len(self.matrices.groups)))]]
+        if isinstance(message, AskLane):
+            return [[pack(Laned(message.id, ""))]]
         assert isinstance(message, Multiply) and payload is not None
         z = self.matrices.multiply(message.group, residues_of_frame(payload, message.rows, self.matrices.groups[message.group].columns))
         self.products += 1

@@ -216,11 +216,17 @@ class Killer:
         given, killer = Channel.exchange, self
 
         def exchange(
-            channel: Channel, layer: str, request: Any, payload: Any, parse: Any, meanwhile: Callable[[], None] = lambda: None
+            channel: Channel,
+            layer: str,
+            request: Any,
+            payload: Any,
+            parse: Any,
+            meanwhile: Callable[[], None] = lambda: None,
+            expected: int | None = None,
         ) -> Any:
             moment = killer._next()
             if not moment:
-                return given(channel, layer, request, payload, parse, meanwhile)
+                return given(channel, layer, request, payload, parse, meanwhile, expected)
 
             def kill(when: str) -> None:
                 if when == moment:
@@ -530,7 +536,7 @@ def test_a_worker_of_another_version(
 ) -> None:
     bundle, address = demo_bundle(), f"ipc://{socket_folder}/old"
     model = load(bundle.trusted)
-    says = r"speaks another wire version \(this side speaks wire version 2 only\): install the same cloven on both sides"
+    says = r"speaks another wire version \(this side speaks wire version 3 only\): install the same cloven on both sides"
     with FakeWorker(context, address, of_version(version)) as old, farm.workers(bundle.exposed, WHOLE) as (a,):
         for addresses in ([address], [address, a.address]):
             started = time.monotonic()

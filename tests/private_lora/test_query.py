@@ -47,9 +47,10 @@ class HonestChannel:
         """The number of the next request."""
         return len(self.seen) + 1
 
-    def exchange(self, name: str, request: Query, payload: list[Any], parse: Any, meanwhile: Callable[[], None]) -> Any:
+    def exchange(self, name: str, request: Query, payload: list[Any], parse: Any, meanwhile: Callable[[], None], *, expected: int) -> Any:
         """What the real one does, without a wire."""
         assert name == "m" and request.bundle == BUNDLE and request.group == 3 and request.id == self.next_id()
+        assert expected >= 2 * request.rows * self.matrix.shape[0]  # bytes of an answer
         c = residues_of_frame(payload[0], request.rows, self.matrix.shape[1])
         self.seen.append((request, c))
         self.order.append("sent")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -16,18 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cloven.wire.lane as lane_module
-from cloven.wire.lane import _WORDS, CAPACITY, CLIENT, PREFIX, SERVER, Lane, LaneGone, fits, lanes_available
+from cloven.wire.lane import _WORDS, CAPACITY, CLIENT, SERVER, Lane, LaneGone, fits, lanes_available
 from cloven.wire.limits import MAX_HEADER_BYTES
 
 pytestmark = pytest.mark.skipif(not lanes_available(), reason="no compiler built the bell, or this is not Linux")
 
-FOLDER = Path("/dev/shm")
-
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Lane, Lane]]:
-    server = Lane.create()
-    client = Lane.join(server.name)
+    a, b = socket.socketpair()
+    server = Lane.offered(a)
+    client = Lane.taken(b)
     yield client, server
     client.close()
     server.close()
@@ -124,19 +125,6 @@ def test_the_numbers_go_round(ends: tuple[Lane, Lane]) -> None:
     assert client.receive(1) == [b"a"]
 
 
-def test_the_file(ends: tuple[Lane, Lane]) -> None:
-    server = Lane.create()
-    path = FOLDER / server.name
-    assert server.name.startswith(PREFIX) and path.stat().st_mode & 0o777 == 0o600
-    assert path.stat().st_blocks * 512 >= 2 * CAPACITY  # it is all there: what is missing later would be a signal that kills
-    client = Lane.join(server.name)
-    assert not path.exists()
-    with pytest.raises(LaneGone, match="of that name"):
-        Lane.join(server.name)
-    client.close()
-    server.close()
-
-
 def test_who_is_gone(ends: tuple[Lane, Lane]) -> None:
     client, server = ends
     assert not client.other_is_gone() and not server.other_is_gone()
@@ -144,46 +132,97 @@ def test_who_is_gone(ends: tuple[Lane, Lane]) -> None:
     assert server.other_is_gone()
 
 
-def test_a_killed_process_is_gone() -> None:
-    code = "import sys, time; from cloven.wire.lane import Lane; lane = Lane.create(); print(lane.name, flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        client = Lane.join(process.stdout.readline().strip())
-        assert not client.other_is_gone()
-        process.kill()
-        process.wait()
-    assert client.other_is_gone()
-    client.close()
+def test_a_killed_process_is_gone(tmp_path: Path) -> None:
+    code = """
+import socket, sys, time
+from cloven.wire.lane import Lane
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+lane = Lane.taken(connection)
+time.sleep(60)
+"""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(1)
+        with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "s")]) as process:
+            server = Lane.offered(listener.accept()[0])
+            assert not server.other_is_gone()
+            process.kill()
+            process.wait()
+    assert server.other_is_gone()
+    server.close()
 
 
-@pytest.mark.parametrize("change", ["shorter", "open to others", "a link"])
-def test_what_is_no_lane(change: str, tmp_path: Path) -> None:
-    server = Lane.create()
-    path = FOLDER / server.name
+def test_nobody_can_truncate_the_memory() -> None:
+    """A process whose mapped memory is truncated is killed by its next look at it."""
+    a, b = socket.socketpair()
+    server = Lane.offered(a)
+    _, (descriptor,), _, _ = socket.recv_fds(b, 16, 1)
+    for size in (0, 4096, 2**30):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size)
+    os.close(descriptor)
+    server.close()
+    b.close()
+
+
+@pytest.mark.parametrize("change", ["shorter", "not sealed", "nothing", "gone"])
+def test_what_is_no_lane(change: str) -> None:
+    a, b = socket.socketpair()
+    descriptor = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, 4096 if change == "shorter" else lane_module._SIZE)
     if change == "shorter":
-        os.truncate(path, 4096)
-    elif change == "open to others":
-        path.chmod(0o644)
-    else:
-        path.rename(FOLDER / (server.name + "x"))
-        path.symlink_to(FOLDER / (server.name + "x"))
-    try:
-        with pytest.raises(LaneGone):
-            Lane.join(server.name)
-    finally:
-        server.close()
-        (FOLDER / (server.name + "x")).unlink(missing_ok=True)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, lane_module._seals())
+    if change == "nothing":
+        a.send(b"lane")
+    elif change != "gone":
+        socket.send_fds(a, [b"lane"], [descriptor])
+    a.close()
+    os.close(descriptor)
+    with pytest.raises(LaneGone):
+        Lane.taken(b)
+    b.close()
+
+
+def test_another_users_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    a, b = socket.socketpair()
+    for take, end in ((Lane.offered, a), (Lane.taken, b)):
+        with pytest.raises(LaneGone, match="another user"):
+            take(end)
+        end.close()
 
 
 def test_no_memory_for_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    before = set(FOLDER.glob(PREFIX + "*"))
     monkeypatch.setattr(os, "posix_fallocate", full)
+    a, b = socket.socketpair()
     with pytest.raises(LaneGone, match="No space left"):
-        Lane.create()
-    assert set(FOLDER.glob(PREFIX + "*")) == before
+        Lane.offered(a)
+    a.close()
+    b.close()
+
+
+def test_generations_never_come_again(ends: tuple[Lane, Lane]) -> None:
+    """A step of one lane must not go on in the next one."""
+    seen = [end.generation for end in ends]
+    for end in ends:
+        send(end, [b"h"])
+        seen.append(end.generation)
+    assert len(set(seen)) == 4
+
+
+def test_a_forked_process_has_no_lane(ends: tuple[Lane, Lane], monkeypatch: pytest.MonkeyPatch) -> None:
+    client, server = ends
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for attempt in (lambda: client.send([b"h"]), lambda: server.receive(0), lambda: client.raw(0, 0, 0, 0, 0, again=False)):
+        with pytest.raises(LaneGone, match="forked"):
+            attempt()
+    client.close()  # of the child's copy: the parent's stays
+    monkeypatch.undo()
+    assert not server.other_is_gone()
 
 
 def test_what_fits() -> None:

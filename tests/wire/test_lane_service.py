@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +17,10 @@ import pytest
 import cloven.wire.lane_service as lane_service
 from cloven.errors import WorkerRefused, WorkerTimeout, WorkerUnreachable
 from cloven.wire.channel import Channel
+from cloven.wire.keys import generate_keys, trusted_keys, worker_keys
 from cloven.wire.lane import PREFIX, Lane, LaneGone, lanes_available
 from cloven.wire.lane_service import LaneService
+from cloven.wire.schema import AskLane, Laned
 from tests.wire.test_schema import BUNDLE, COLOURS, Ask, Tell
 from tests.wire.test_server import Colours, serving
 
@@ -90,10 +93,10 @@ def test_without_lanes_on_either_side(address: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_lane_that_cannot_be_joined(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(_: str) -> Lane:
+    def unreachable(_: socket.socket) -> Lane:
         raise LaneGone("another container")
 
-    monkeypatch.setattr(Lane, "join", unreachable)
+    monkeypatch.setattr(Lane, "taken", unreachable)
     with serving(address):
         channel = channel_to(address)
         assert channel._lane is None and told(channel) == b"sky"
@@ -101,7 +104,6 @@ def test_a_lane_that_cannot_be_joined(address: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_lanes_end_with_their_clients_and_their_server(address: str) -> None:
-    before = set(Path("/dev/shm").glob(PREFIX + "*"))
     with serving(address) as server:
         channels = [channel_to(address) for _ in range(3)]
         assert server._lanes is not None
@@ -114,20 +116,46 @@ def test_lanes_end_with_their_clients_and_their_server(address: str) -> None:
     assert not any(thread.is_alive() for thread in threads)
     for channel in channels:
         channel.close()
-    assert set(Path("/dev/shm").glob(PREFIX + "*")) <= before
+    assert not list(Path(address.removeprefix("ipc://")).parent.glob(PREFIX + "*"))
 
 
-def test_a_lane_that_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lane_that_nobody_joins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lane_service, "_JOIN_SECONDS", 0.1)
-    service = LaneService(lambda frames, peer: [b""])
+    service = LaneService(tmp_path, lambda frames, peer: [b""])
     name = service.offer("local")
+    assert (tmp_path / name).exists()
     service._threads[0].join(5)
-    assert not service._threads[0].is_alive() and not (Path("/dev/shm") / name).exists()
+    assert not service._threads[0].is_alive() and not (tmp_path / name).exists()
 
 
-def test_the_number_of_lanes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_for_a_lane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    assert LaneService(tmp_path, lambda frames, peer: [b""]).offer("local") == "" and not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_too_long_for_a_socket(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    assert LaneService(folder, lambda frames, peer: [b""]).offer("local") == ""
+
+
+def test_no_lane_goes_round_curve(tmp_path: Path, address: str) -> None:
+    generate_keys(tmp_path / "keys")
+    with serving(address, keys=worker_keys(tmp_path / "keys" / "worker")):
+        channel = Channel(address, BUNDLE, timeout=5, schema=COLOURS, peer="painter", keys=trusted_keys(tmp_path / "keys" / "trusted"))
+        channel.hello()
+        assert channel._lane is None and told(channel) == b"sky"
+        request = AskLane(channel.next_id(), BUNDLE)
+        assert channel.exchange("lane", request, [], lambda m, _: m.segment if isinstance(m, Laned) else None) == ""
+        channel.close()
+
+
+def test_the_number_of_lanes_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lane_service, "MOST_LANES", 2)
-    service = LaneService(lambda frames, peer: [b""])
+    service = LaneService(tmp_path, lambda frames, peer: [b""])
     names = [service.offer("local") for _ in range(3)]
     assert names[0] and names[1] and names[2] == ""
     service.close()

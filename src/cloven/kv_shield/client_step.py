@@ -31,11 +31,13 @@ class ClientStep:
     Args:
         channel, generation: the lane that has carried the request, when it did.
         calls: see `calls_of`.
-        places: [B, S] of the pass.
+        places, dtype: [B, S] of the pass, and the type of its rows.
     """
 
-    def __init__(self, channel: Channel, generation: int, calls: Sequence[tuple[int, bool]], places: torch.Size) -> None:
-        self._channel, self._generation, self._calls, self._places = channel, generation, calls, places
+    def __init__(
+        self, channel: Channel, generation: int, calls: Sequence[tuple[int, bool]], places: torch.Size, dtype: torch.dtype
+    ) -> None:
+        self._channel, self._generation, self._calls, self._places, self._dtype = channel, generation, calls, places, dtype
         self._done = 0
 
     def call(self, name: str, layer: int, key: bool, x: Tensor, width: int) -> Tensor | None:
@@ -44,7 +46,11 @@ class ClientStep:
         Args:
             name: for statistics and errors.
         """
-        if self._done >= len(self._calls) or self._calls[self._done] != (layer, key) or x.shape[:2] != self._places:
+        if (
+            self._done >= len(self._calls)
+            or self._calls[self._done] != (layer, key)
+            or (x.shape[:2], x.dtype) != (self._places, self._dtype)
+        ):
             return None
         x = x.contiguous()
         out = torch.empty(*self._places, width, dtype=x.dtype)

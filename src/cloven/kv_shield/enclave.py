@@ -283,11 +283,14 @@ class Enclave:
         if session is None or not self.noise:
             return
         session.steps -= 1
+        kept = set()  # layers where another pass went on from there: a place could be keyed twice, or a row restored that never was
         for layer, key in step.calls[step.state.call :]:
-            if not key:
-                session.restored[layer] -= step.rows
-            elif session.keyed[layer] == step.first + step.rows:  # else another pass went on from there
+            if key and session.keyed[layer] != step.first + step.rows:
+                kept.add(layer)
+            elif key:
                 session.keyed[layer] -= step.rows
+            elif layer not in kept:
+                session.restored[layer] -= step.rows
 
     def _layer(self, shape: AttentionShape, index: int, stored: dict[str, Tensor]) -> _Layer:
         per_kv, d = shape.heads // shape.kv_heads, shape.head_dim

@@ -54,6 +54,7 @@ from cloven.model.runtime import CLOSED, RuntimeOptions, Session, open_channel
 from cloven.telemetry import Telemetry
 from cloven.wire.channel import Channel
 from cloven.wire.limits import MAX_PAYLOAD_BYTES
+from cloven.wire.schema import Hello, Welcome
 
 _MOVES_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -165,6 +166,7 @@ class KvSession(Session):
             raise BadInput("this cache is sealed already, or empty")
         with self._sealing:
             name = self.guarded(lambda: self._session_for(cache, 1))
+            self._end_step()
             sealed = seal(_Sealer(self, name), cache)
             self._sealed.add(cache)
             return sealed
@@ -241,8 +243,20 @@ class KvSession(Session):
             )
         except WorkerRefused:  # the single calls are refused too, and say why; or they are not
             return None
-        self._steps = calls > 0
-        return ClientStep(self.channel, generation[0], self._calls, places) if calls == len(self._calls) else None
+        if calls == 0 and self.channel.lane_generation == generation[0]:  # else the lane was lost, and the socket cannot
+            self._steps = False
+        return ClientStep(self.channel, generation[0], self._calls, places, rows.dtype) if calls == len(self._calls) else None
+
+    def _end_step(self) -> None:
+        """End a pass that was interrupted, or whose end the enclave has not noticed yet: nothing is sealed during one."""
+        if self.channel.lane_generation >= 0:
+            self.channel.exchange(
+                "hello",
+                Hello(self.channel.next_id(), self.channel.bundle),
+                [],
+                lambda m, _: m if isinstance(m, Welcome) else None,
+                expected=0,
+            )
 
     def _answered(
         self,

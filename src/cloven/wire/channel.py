@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, resid
 from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Welcome
 
 Frame = bytes | memoryview
+_JOIN_SECONDS = 5.0  # that a server may take to pass a lane
 _LOOK_SECONDS = 0.1  # how often, while a lane is silent, its other end is looked at
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
@@ -165,6 +167,7 @@ class Channel:
         self._lost = None if self._connected else time.monotonic()  # since when there is no connection
         self._reconnected = False
         self._unsent: list[Frame] | None = None
+        self._curve = keys is not None  # a lane would go round its encryption
         self._lane: Lane | None = None
         self._lane_wanted = False  # the last one was lost, and the connection is back
         self._handshake_failures = 0
@@ -192,7 +195,7 @@ class Channel:
         if welcome.bundle != self.bundle:
             raise ForeignBundle(f"{self.address}: the {self._peer} holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
         check_socket_folder(self.address, create=False)  # again: it may have been made since
-        if self.address.scheme == "ipc" and lanes_available():
+        if self._may_use_lanes():
             self._join_lane()
         return welcome.groups
 
@@ -257,16 +260,22 @@ class Channel:
             started = time.monotonic()
             self._reconnected = False
             lane = self._lane if fits(frames, expected) else None
-            if lane is not None:
-                lane.send(frames)
-            else:
-                self._send(frames)
-            if meanwhile is not None:
+            try:
                 if lane is not None:
-                    lane.ring()
-                meanwhile()
-            waiting = time.monotonic()
-            answer = self._from_lane(lane, layer, request.id, started, record) if lane is not None else None
+                    lane.send(frames)
+                    if meanwhile is not None:
+                        lane.ring()
+                else:
+                    self._send(frames)
+                if meanwhile is not None:
+                    meanwhile()
+                waiting = time.monotonic()
+                answer = self._from_lane(lane, layer, request.id, started, record) if lane is not None else None
+            except BaseException:  # an interrupt, say: the answer that is to come would be taken for the next request's
+                if lane is not None:
+                    self._leave_lane()
+                    self._lane_wanted = True
+                raise
             if lane is not None and answer is None:
                 self._send(frames)
                 record.resent += 1
@@ -356,13 +365,27 @@ class Channel:
         request = AskLane(self.next_id(), self.bundle)
         try:
             segment = self.exchange("lane", request, [], lambda message, _: message.segment if isinstance(message, Laned) else None)
-            lane = Lane.join(segment) if segment else None
-        except (LaneGone, WorkerRefused) as error:
+            lane = self._taken(segment) if segment else None
+        except (LaneGone, OSError, WorkerRefused) as error:
             logger.info("no lane to %s: %s", self.address, error)
             return
         with self._lock:
             self._leave_lane()
             self._lane = lane
+
+    def _may_use_lanes(self) -> bool:
+        return self.address.path is not None and not self._curve and lanes_available()
+
+    def _taken(self, segment: str) -> Lane:
+        assert self.address.path is not None
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(_JOIN_SECONDS)
+            connection.connect(str(self.address.path.parent / segment))
+            return Lane.taken(connection)
+        except BaseException:
+            connection.close()
+            raise
 
     def _from_lane(
         self, lane: Lane, layer: str, request: int, started: float, record: LayerStatistics
@@ -383,8 +406,6 @@ class Channel:
                         raise LaneGone("an answer to something else")
                     return answer
                 if left <= 0:
-                    self._leave_lane()
-                    self._lane_wanted = True
                     raise self._silence(layer)
                 if lane.other_is_gone():
                     raise LaneGone("the other side has ended")
@@ -392,15 +413,12 @@ class Channel:
             logger.info("the lane to %s is gone: %s", self.address, error)
             self._leave_lane()
             return None
-        except BaseException:  # an interrupt, say: the answer that is to come would be taken for the next request's
-            self._leave_lane()
-            self._lane_wanted = True
-            raise
 
     @property
     def lane_generation(self) -> int:
         """How many messages the lane has carried; −1: there is none. A step that a message began lasts until the next message."""
-        return self._lane.generation if self._lane is not None else -1
+        lane = self._lane
+        return lane.generation if lane is not None else -1
 
     def raw(self, layer: str, generation: int, x: Tensor, out: Tensor) -> bool:
         """One call of a step, through the lane that began it: dense x goes, and out, dense, gets the answer.
@@ -465,7 +483,7 @@ class Channel:
                 )
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._reconnected = self._ever_connected
-            self._lane_wanted = self.address.scheme == "ipc" and self._ever_connected and lanes_available()
+            self._lane_wanted = self._ever_connected and self._may_use_lanes()
             self._connected = self._ever_connected = True
             self._lost = None
         elif kind == zmq.EVENT_DISCONNECTED:

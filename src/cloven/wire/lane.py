@@ -7,9 +7,10 @@
     2. the server takes private copies and overwrites what it took with zeros; only then it looks at them
     3. the server writes the answer and rings n; the client takes it likewise
 
-A server offers a lane to a peer that its ZeroMQ socket has admitted (see `wire.admission`); messages, schema and limits are those of the
-socket. What does not fit goes through the socket, and so does everything after either side has gone: each holds a lock on a byte of the
-memory's file, which the kernel releases when the process ends. The file is in /dev/shm, mode 0600, and unlinked as soon as both have it.
+A server without CURVE keys offers a lane to a peer that its ZeroMQ socket has admitted (see `wire.admission`); messages, schema and limits
+are those of the socket. What does not fit goes through the socket, and so does everything after either side has gone. The memory is a memfd
+of sealed size (nobody can truncate it under the other), passed over a Unix socket in the ipc address's folder (mode 0700) to a process of
+the same user; that connection stays, and its end tells that the other side has ended.
 
 Guarantee: what is parsed cannot change while it is parsed; waiting is bounded. Not hidden: anything, from this user's other processes, who
 could read a socket's traffic just as well. Source: futexes (futex(7)); the lane is ours.
@@ -21,15 +22,14 @@ import contextlib
 import ctypes
 import fcntl
 import importlib.util
+import itertools
 import mmap
 import os
-import secrets
-import stat
+import socket
 import struct
 import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from cloven.wire.limits import MAX_HEADER_BYTES
@@ -38,14 +38,13 @@ CAPACITY = 4 * 2**20  # bytes of one payload, either way
 CLIENT, SERVER = 0, 1  # who writes: the request, the answer
 INTERFACE = 1  # of the library
 PREFIX = "cloven-"
-_FOLDER = Path("/dev") / "shm"  # memory, not a place on disk
-_SECRET_BYTES = 16
+_PEER = "3i"  # struct ucred
 _BOX = MAX_HEADER_BYTES + CAPACITY
 _FIRST = 256
 _SIZE = _FIRST + 2 * _BOX
 _WORDS = (16, 32)  # index of a side's number; the lengths of its header and payload follow
 _ZEROS = memoryview(bytes(CAPACITY))
-_LOCK = "hhqqi4x"  # struct flock of 64-bit Linux
+_generations = itertools.count(1)  # of all lanes of the process: a step never goes on in another lane
 Frame = bytes | memoryview
 
 
@@ -75,7 +74,7 @@ def _bell() -> Any:
 
 def lanes_available() -> bool:
     """Whether this process can share memory with another: Linux, the library, and nobody said CLOVEN_LANES=0."""
-    return _bell() is not None and _FOLDER.is_dir() and os.environ.get("CLOVEN_LANES", "1") != "0"
+    return _bell() is not None and hasattr(os, "memfd_create") and os.environ.get("CLOVEN_LANES", "1") != "0"
 
 
 def fits(frames: list[Frame], expected: int | None) -> bool:
@@ -87,83 +86,78 @@ class Lane:
     """One side's end of a lane.
 
     Args:
-        descriptor: of the shared file; the lane closes it.
+        descriptor: of the shared memory; it is closed here.
         side: CLIENT or SERVER.
-        name: the file's name, until it is unlinked.
+        connection: to the other side's process; the lane closes it.
 
     Raises:
-        LaneGone: the file is not what a lane is made of.
+        LaneGone: that is not what a lane is made of.
     """
 
-    def __init__(self, descriptor: int, side: int, name: str) -> None:
-        self._descriptor, self._side, self._other, self.name = descriptor, side, 1 - side, name
+    def __init__(self, descriptor: int, side: int, connection: socket.socket) -> None:
+        self._side, self._other, self._connection, self._pid = side, 1 - side, connection, os.getpid()
         try:
-            status = os.fstat(descriptor)
-            if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077 or status.st_size != _SIZE:
-                raise LaneGone("another user's, or not a lane")
-            self._lock(fcntl.F_OFD_SETLK)
+            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _seals() != _seals() or os.fstat(descriptor).st_size != _SIZE:
+                raise LaneGone("memory of another size, or that could be truncated")
             self._map = mmap.mmap(descriptor, _SIZE)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            raise LaneGone(f"not a lane: {error}") from error
+        finally:
             os.close(descriptor)
-            raise LaneGone(f"not a lane: {error.strerror}") from error
-        except LaneGone:
-            os.close(descriptor)
-            raise
+        connection.setblocking(False)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._map.madvise(mmap.MADV_DONTFORK)
         whole = memoryview(self._map)
         self._words = whole[:_FIRST].cast("I")
         self._boxes = [whole[_FIRST + box * _BOX : _FIRST + (box + 1) * _BOX] for box in range(2)]
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._bells = [self._start + 4 * word for word in _WORDS]
         self._seen = 0
-        self._due = (
-            False  # a message is written, and the bell not yet rung: that is done when the answer, or the next request, is waited for
-        )
-        self.generation = 0  # of messages with a header: a step lasts until the next one
+        self._due = False  # a message is written, the bell not yet rung
+        self.generation = next(_generations)  # of messages with a header: a step lasts until the next one
         self._library = _bell()
 
     @classmethod
-    def create(cls) -> Lane:
-        """The server's end of a new lane.
+    def offered(cls, connection: socket.socket) -> Lane:
+        """The server's end: makes the memory and passes it on.
 
         Raises:
-            LaneGone: no memory for it.
+            LaneGone: no memory, another user's process, or nobody there any more.
         """
-        name = PREFIX + secrets.token_hex(_SECRET_BYTES)
         try:
-            descriptor = os.open(_FOLDER / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            _require_own(connection)
+            descriptor = os.memfd_create("cloven-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise LaneGone(f"no shared memory: {error.strerror}") from error
+            raise LaneGone(f"no shared memory: {error}") from error
         try:
             os.posix_fallocate(descriptor, 0, _SIZE)  # now or never: memory that is missing later is a signal that kills
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _seals())
+            socket.send_fds(connection, [b"lane"], [descriptor])
         except OSError as error:
             os.close(descriptor)
-            (_FOLDER / name).unlink()
             raise LaneGone(f"no shared memory: {error.strerror}") from error
-        return cls(descriptor, SERVER, name)
+        return cls(descriptor, SERVER, connection)
 
     @classmethod
-    def join(cls, name: str) -> Lane:
-        """The client's end of a lane that a server has made.
+    def taken(cls, connection: socket.socket) -> Lane:
+        """The client's end of a lane that a server passes over a connection.
 
         Raises:
-            LaneGone: there is none of that name.
+            LaneGone: nothing came, or no lane.
         """
         try:
-            descriptor = os.open(_FOLDER / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            _require_own(connection)
+            _, descriptors, _, _ = socket.recv_fds(connection, 16, 1)
         except OSError as error:
-            raise LaneGone(f"no shared memory of that name: {error.strerror}") from error
-        lane = cls(descriptor, CLIENT, name)
-        lane.unlink()
-        return lane
-
-    def unlink(self) -> None:
-        """Take the file's name away; both sides keep the memory."""
-        with contextlib.suppress(OSError):
-            (_FOLDER / self.name).unlink()
+            raise LaneGone(f"no shared memory: {error}") from error
+        if len(descriptors) != 1:
+            raise LaneGone("no shared memory came")
+        return cls(descriptors[0], CLIENT, connection)
 
     def send(self, frames: list[Frame]) -> None:
         """Write a message of this side, for `ring` or `receive` to ring: a request has the next number, an answer the last request's."""
         box, word = self._boxes[self._side], _WORDS[self._side]
+        self._require_process()
         header, *payload = frames
         box[: len(header)] = header
         end = MAX_HEADER_BYTES
@@ -175,7 +169,7 @@ class Lane:
         if self._side == CLIENT:
             self._seen = (self._seen + 1) & 0xFFFFFFFF
         self._due = True
-        self.generation += 1
+        self.generation = next(_generations)
 
     def ring(self) -> None:
         """Wake the other side for what `send` wrote, without waiting for it."""
@@ -195,6 +189,7 @@ class Lane:
         Raises:
             LaneGone: something else came.
         """
+        self._require_process()
         if not again:
             self._seen = (self._seen + 1) & 0xFFFFFFFF
         came = self._library.cloven_bell_raw(self._start, self._seen, None if again else x, size, out, out_size, max(0, int(1e9 * seconds)))
@@ -220,6 +215,7 @@ class Lane:
         Raises:
             LaneGone: its lengths are impossible.
         """
+        self._require_process()
         word = _WORDS[self._other]
         expected = (self._seen - 1) & 0xFFFFFFFF if self._side == CLIENT else self._seen
         nanoseconds, other = max(0, int(1e9 * seconds)), self._bells[self._other]
@@ -245,21 +241,31 @@ class Lane:
 
     def other_is_gone(self) -> bool:
         """Whether no process holds the other end."""
-        kind: int = struct.unpack(_LOCK, self._lock(fcntl.F_OFD_GETLK))[0]
-        return kind == fcntl.F_UNLCK
+        try:
+            return self._connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
-        """Give this end up: the other side sees that, and so does the kernel."""
-        self.unlink()
-        self.ring()
-        if self._descriptor >= 0:
-            with contextlib.suppress(OSError):
-                self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK)  # the mapping has a descriptor of its own, which would keep the lock
-                os.close(self._descriptor)
-            self._descriptor = -1
+        """Give this end up; who waits at the other one sees that at once."""
+        if os.getpid() == self._pid:
+            self.ring()
+            self._connection.close()
+            self._library.cloven_bell_ring(self._bells[self._side], self._words[_WORDS[self._side]])
 
-    def _lock(self, command: int, kind: int = fcntl.F_WRLCK) -> bytes:
-        """Take or give up this side's byte of the file, or ask who has the other's."""
-        byte = self._side if command == fcntl.F_OFD_SETLK else self._other
-        answer: Any = fcntl.fcntl(self._descriptor, command, struct.pack(_LOCK, kind, os.SEEK_SET, byte, 1, 0))
-        return bytes(answer)
+    def _require_process(self) -> None:
+        """A forked child would take its parent's answers."""
+        if os.getpid() != self._pid:
+            raise LaneGone("this process was forked from the one that holds the lane")
+
+
+def _seals() -> int:
+    return int(fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+
+def _require_own(connection: socket.socket) -> None:
+    _, user, _ = struct.unpack(_PEER, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_PEER)))
+    if user != os.getuid():
+        raise LaneGone("another user's process")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cloven.telemetry import logger
-from cloven.wire.lane import Frame, Lane, LaneGone, lanes_available
+from cloven.wire.lane import PREFIX, Frame, Lane, LaneGone, lanes_available
 
 MOST_LANES = 32
+_SECRET_BYTES = 16
 _LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
 _JOIN_SECONDS = 5.0  # a client that was told of a lane takes its end within that time
 
@@ -33,11 +37,12 @@ class LaneService:
     """The lanes of one server.
 
     Args:
+        folder: where the sockets are made over which lanes are passed: this user's alone.
         answer: the frames that answer a request (frames, peer); may be called from any thread, one at a time.
     """
 
-    def __init__(self, answer: Callable[[list[Any], str], list[Frame]]) -> None:
-        self._answer = answer
+    def __init__(self, folder: Path, answer: Callable[[list[Any], str], list[Frame]]) -> None:
+        self._folder, self._answer = folder, answer
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -46,15 +51,21 @@ class LaneService:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         if not lanes_available() or len(self._threads) >= MOST_LANES:
             return ""
+        name = PREFIX + secrets.token_hex(_SECRET_BYTES)
+        listener = socket.socket(socket.AF_UNIX)
         try:
-            lane = Lane.create()
-        except LaneGone as error:
+            listener.bind(str(self._folder / name))
+            listener.listen(1)
+            listener.settimeout(_LOOK_SECONDS)
+            thread = threading.Thread(target=self._serve, args=(listener, self._folder / name, peer), name="cloven-lane", daemon=True)
+            thread.start()
+        except (OSError, RuntimeError) as error:  # too long a path, say, or too many threads
             logger.info("no lane: %s", error)
+            listener.close()
+            (self._folder / name).unlink(missing_ok=True)
             return ""
-        thread = threading.Thread(target=self._serve, args=(lane, peer), name="cloven-lane", daemon=True)
-        thread.start()
         self._threads.append(thread)
-        return lane.name
+        return name
 
     def close(self) -> None:
         """End all lanes."""
@@ -62,22 +73,38 @@ class LaneService:
         for thread in self._threads:
             thread.join()
 
-    def _serve(self, lane: Lane, peer: str) -> None:
-        joined, offered = False, time.monotonic()
+    def _serve(self, listener: socket.socket, path: Path, peer: str) -> None:
+        deadline = time.monotonic() + _JOIN_SECONDS
+        try:
+            while (connection := _accepted(listener)) is None:
+                if self._stop.is_set() or time.monotonic() > deadline:
+                    return
+        finally:
+            listener.close()
+            path.unlink(missing_ok=True)
+        with connection:
+            try:
+                self._answer_all(Lane.offered(connection), peer)
+            except (LaneGone, ValueError) as error:  # ValueError: an answer that does not fit
+                logger.warning("a lane was closed: %s", error)
+
+    def _answer_all(self, lane: Lane, peer: str) -> None:
         try:
             while not self._stop.is_set():
                 frames = lane.receive(_LOOK_SECONDS)
                 if frames is not None:
-                    joined = True
                     answer = self._answer(frames, peer)
                     lane.send(answer)
                     if isinstance(answer, Handover):
                         answer.then(lane, lambda: not self._stop.is_set() and not lane.other_is_gone())
-                elif not lane.other_is_gone():
-                    joined = True
-                elif joined or time.monotonic() - offered > _JOIN_SECONDS:
+                elif lane.other_is_gone():
                     break
-        except LaneGone as error:
-            logger.warning("a lane was closed: %s", error)
         finally:
             lane.close()
+
+
+def _accepted(listener: socket.socket) -> socket.socket | None:
+    try:
+        return listener.accept()[0]
+    except OSError:  # nobody came in time
+        return None

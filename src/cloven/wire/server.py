@@ -66,7 +66,8 @@ class Server(ABC):
         self.refused = 0
         self._rows = 0
         self._one_at_a_time = threading.Lock()
-        self._lanes = LaneService(self._answered) if parsed.scheme == "ipc" else None
+        # with keys there are none: a lane would go round CURVE
+        self._lanes = LaneService(parsed.path.parent, self._answered) if parsed.path is not None and keys is None else None
         self._stop = threading.Event()
         self._given_context = context
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -121,7 +122,11 @@ class Server(ABC):
 
     def _idle_work(self) -> bool:
         with self._one_at_a_time:
-            return not self._stop.is_set() and self.idle()
+            try:
+                return not self._stop.is_set() and self.idle()
+            except Exception:
+                logger.exception("work done ahead failed")
+                return False
 
     def serve(self) -> None:
         """Answer requests until `stop`; then close."""
@@ -136,7 +141,8 @@ class Server(ABC):
                     if self.answered != asked:
                         asked, busy = self.answered, time.monotonic()
                     while time.monotonic() - busy > _IDLE_SECONDS and self.answered == asked and self._idle_work():
-                        pass
+                        if self._socket.poll(0):
+                            break
                 except zmq.ZMQError as error:
                     if error.errno == zmq.ETERM:
                         break
@@ -173,13 +179,15 @@ class Server(ABC):
 
     def _offered(self, frames: list[Any], peer: str) -> list[Frame] | None:
         """The answer to a peer that asks for a lane; None where it asks for something else."""
-        if self._lanes is None or len(frames) != 1 or b"\xa4lane" not in bytes(frames[0]):
+        if len(frames) != 1 or b"\xa4lane" not in bytes(frames[0]):
             return None
         try:
             message, _ = self._schema.unpack(frames)
         except MalformedMessage:
             return None
-        return [self._schema.pack(Laned(message.id, self._lanes.offer(peer)))] if isinstance(message, AskLane) else None
+        if not isinstance(message, AskLane):
+            return None
+        return [self._schema.pack(Laned(message.id, self._lanes.offer(peer) if self._lanes is not None else ""))]
 
     def _answered(self, frames: list[Any], peer: str) -> list[Frame]:
         """The frames of an answer, whatever came: from the socket or a lane, one request at a time."""
