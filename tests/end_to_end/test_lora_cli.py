@@ -363,9 +363,9 @@ def test_what_streamed_before_the_budget_ended_stays_on_standard_output(tmp_path
 # --- the ledger under kill -9, damage and restoration
 
 
-def started(out: Path, address: str) -> tuple[Any, LoraSession]:
+def started(out: Path, address: str, timeout: float = 3.0) -> tuple[Any, LoraSession]:
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    session = cloven.adapt(model, out / "client", address, look_ahead=0, timeout=3.0)
+    session = cloven.adapt(model, out / "client", address, look_ahead=0, timeout=timeout)
     assert isinstance(session, LoraSession)
     return model, session
 
@@ -386,7 +386,7 @@ def test_a_server_that_is_killed_forgets_no_answer(tmp_path: Path, address: str)
     assert len(charged) == 35 and set(charged.values()) == {256}  # a block of which 9 rows were answered: never too few
     assert Path(address.removeprefix("ipc://")).exists()  # left by the killed one, and used again
     with AdapterServerProcess(out / "server", address):
-        model, session = started(out, address)
+        model, session = started(out, address, timeout=30.0)  # the server takes a while to start, and the socket is there already
         with session:
             for _ in range(3):
                 model(input_ids=ids)

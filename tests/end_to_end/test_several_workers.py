@@ -451,10 +451,10 @@ def test_a_replica_that_lies(
         honest.kill()
         with pytest.raises(VerificationFailed, match=r"model\.layers\.0\..*: the worker's answer is wrong in 1 of 5 rows"):
             logits(model, IDS)
-        assert session.closed and len(liar.received) == 1 + lie_at and third.received == []
+        assert session.closed and len(liar.received) == 2 + lie_at and third.received == []
         with pytest.raises(SessionClosed, match="worker's answer is wrong"):
             logits(model, IDS)
-        assert len(liar.received) == 1 + lie_at and third.received == []
+        assert len(liar.received) == 2 + lie_at and third.received == []
         assert all(not seat._checks for seat in session.channel.seats) and not session.offloaded and not session.pads
 
 

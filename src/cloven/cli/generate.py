@@ -67,7 +67,7 @@ def generate(
     import cloven
     from cloven.cli.drafting import open_drafting
     from cloven.cli.hardening import forbid_core_dumps
-    from cloven.errors import BadInput, ClovenError
+    from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
 
     forbid_core_dumps()
@@ -97,12 +97,7 @@ def generate(
     with cloven.attach(model, address, keys, exposed=exposed, **options) as session:
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
-        try:
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad(tokenizer), **more)
-        except ClovenError:
-            if streamer is not None:
-                typer.echo()  # the text so far ends here, and the error has a line of its own
-            raise
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad(tokenizer), **more)
         seconds = time.perf_counter() - started
         total = session.telemetry.total()
     new = output[0, length:]
