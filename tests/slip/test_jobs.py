@@ -458,12 +458,16 @@ def test_the_same_command_goes_on(tmp_path: Path) -> None:
     """SIGINT in the middle: exit code 130, no traceback; the same command again finishes."""
     shutil.copytree(tiny_folder("llama"), tmp_path / "model")
     arguments = ["prepare", "slip", str(tmp_path / "model"), str(tmp_path / "out"), "--no-public-relative", "--engine", "pool"]
-    process = subprocess.Popen([sys.executable, "-m", "cloven", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / ".out.partial" / WORK).glob("spectra-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
+    for _ in range(5):  # on a busy machine it may have finished before it is interrupted: then once more
+        process = subprocess.Popen([sys.executable, "-m", "cloven", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / ".out.partial" / WORK).glob("spectra-*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(tmp_path / "out")
     assert process.returncode == 130 and out == "" and "Traceback" not in errors and len(errors.splitlines()) <= 1
     key = record(key_file(tmp_path / ".out.partial"))["key"]
     result = run_cloven(*arguments)
