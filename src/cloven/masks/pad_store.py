@@ -39,7 +39,7 @@ from cloven.field.products import Backend, PlacedMatrix
 from cloven.masks.store_files import SEGMENT, TAG_BYTES, GroupFiles, derived_key
 from cloven.masks.store_state import LOCK, STATE, STORE, State, StoreState, locked
 
-BLOCK = 64  # pads of a group that a process which is killed may lose, besides those that are being sent
+BLOCK = 50  # pads of a group that a process which is killed may lose, besides those that are being sent
 AHEAD = 2  # of them read ahead: a pad that was read is used up, also where the session ends without it
 _RESERVED = BLOCK - AHEAD  # and of them reserved, not read yet
 _KEPT = 4 * SEGMENT  # burnt pads whose files stay: another process may not have read what it has reserved
