@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloven.field.prg import TAIL, SecretStream, pad_residues, residues_of_words
+from cloven.field.prg import KEY_BYTES, TAIL, SecretStream, pad_residues, residues_of_words
 from cloven.field.residues import H, P, is_residue
 
 KEY = bytes(range(32))
@@ -202,3 +203,41 @@ def test_orthogonal_is_not_biased() -> None:
 
 def test_repr_hides_the_key() -> None:
     assert repr(SecretStream(KEY, "label")) == "SecretStream(<secret>)"
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 1, 3, 4)])
+def test_noise_of_any_shape(shape: tuple[int, ...]) -> None:
+    noise = SecretStream(secrets.token_bytes(KEY_BYTES), "test").noise(*shape)
+    assert noise.shape == shape and noise.dtype == torch.float32 and bool(noise.isfinite().all())
+
+
+def test_noise_is_gaussian_in_both_halves() -> None:
+    both = SecretStream(secrets.token_bytes(KEY_BYTES), "test").noise(2, 200_000).double()
+    for half in both:
+        assert abs(float(half.mean())) < 0.015 and abs(float(half.std()) - 1) < 0.01  # σ of the mean is 0.0022
+        assert abs(float((half**3).mean())) < 0.05 and abs(float((half**4).mean()) - 3) < 0.15
+        assert float(half.abs().max()) < 6.8
+        assert abs(float((half.abs() < 1).double().mean()) - 0.6827) < 0.006
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.012
+    assert abs(float(torch.corrcoef(both.square())[0, 1])) < 0.012  # the radius is shared, and says nothing
+
+
+def test_noise_at_the_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of zeros and of ones: the logarithm of nothing is not taken."""
+
+    class Words:
+        def __init__(self, byte: bytes) -> None:
+            self.byte = byte
+
+        def update(self, zeros: bytes) -> bytes:
+            return self.byte * len(zeros)
+
+    for byte in (b"\x00", b"\xff"):
+        stream = SecretStream(bytes(KEY_BYTES), "test")
+        monkeypatch.setattr(stream, "_encryptor", Words(byte))
+        assert bool(stream.noise(4).isfinite().all())
+
+
+def test_the_noise_of_one_stream_never_repeats() -> None:
+    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "test")
+    assert len({float(stream.noise(1)) for _ in range(200)}) > 195

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloven.errors import BadBundle
-from cloven.kv_shield.shapes import AttentionShape, parse_attention
+from cloven.kv_shield.shapes import AttentionShape, calls_of, parse_attention
 from tests.kv_bundles import SHAPE
 
 PATH = Path("manifest.json")
@@ -103,3 +104,10 @@ def test_any_field_replaced(name: str, value: Any) -> None:
         return
     assert shape.heads % shape.kv_heads == 0 and shape.head_dim > 0  # what is accepted is usable
     assert json.loads(json.dumps(shape.to_dict())) == {**GOOD, name: value}
+
+
+@pytest.mark.parametrize(("rotary", "noise", "kinds"), [(True, 0, 2), (False, 0, 1), (False, 16, 2), (True, 16, 2)])
+def test_calls_of_a_pass(rotary: bool, noise: int, kinds: int) -> None:
+    layers = [replace(SHAPE, rotary=rotary)] * 3
+    calls = calls_of(layers, noise)
+    assert calls == [(layer, key) for layer in range(3) for key in (True, False)[2 - kinds :]]

@@ -113,7 +113,5 @@ def _ipc() -> Check:
 def _lanes() -> Check:
     """Whether processes of one host exchange messages through shared memory, and the enclave serves single tokens in C++."""
     if not lanes_available():
-        return Check(
-            "shared memory", True, "not used: sockets carry everything", "slower on one host: needs Linux, /dev/shm and a compiler (g++)"
-        )
+        return Check("shared memory", True, "not used: sockets carry everything", "slower on one host: needs Linux and a compiler (g++)")
     return Check("shared memory", True, "used between processes of one host" + (", with the enclave in C++" if library() else ""))

@@ -55,7 +55,7 @@ def start_ray(processes: int | None = None) -> Any:
         raise RunError(f"{where} ({type(error).__name__}): start it with `ray start --head`, or take another --engine") from error
     if own and ray.util.get_node_ip_address() != _LOCALHOST:
         ray.shutdown()
-        raise RunError("Ray does not stay on localhost: it was imported before cloven started it; use a fresh process, or --engine pool")
+        raise RunError("Ray does not stay on localhost: it was imported before cloven started it; use a fresh process, or another --engine")
     return ray
 
 

@@ -8,21 +8,17 @@ Whatever is not the next call of the pass, or finds the lane gone or used for so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from cloven.kv_shield.shapes import AttentionShape
+from cloven.errors import WorkerRefused
+from cloven.kv_shield.messages import NAMES, STEP_DTYPES, STEP_ROWS, Step, Stepped, frame_of
+from cloven.kv_shield.shapes import AttentionShape, calls_of
 from cloven.wire.channel import Channel
-
-MOST_ROWS = 16  # more are better served call by call
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def calls_of(layers: Sequence[AttentionShape], noise: int) -> list[tuple[int, bool]]:
-    """Layer and kind (whether it keys) of every call of a pass, in order."""
-    return [(index, key) for index, shape in enumerate(layers) for key in ((True, False) if noise or shape.rotary else (False,))]
+from cloven.wire.schema import Hello, Welcome
 
 
 class ClientStep:
@@ -59,3 +55,66 @@ class ClientStep:
             return None
         self._done += 1
         return out
+
+
+class ClientSteps:
+    """The passes of a session, each thread's its own.
+
+    Args:
+        channel: to the enclave.
+        layers, noise: of the bundle; ρ is 0 in permute mode.
+    """
+
+    def __init__(self, channel: Channel, layers: Sequence[AttentionShape], noise: int) -> None:
+        self._channel, self._noise = channel, noise
+        self._calls = calls_of(layers, noise)
+        self._served = True  # until the enclave says that it cannot
+        self._of_thread = threading.local()
+
+    def forget(self) -> None:
+        """A new call of the model: what was left of the last pass is over."""
+        self._of_thread.step = None
+
+    def call(
+        self, name: str, layer: int, key: bool, rows: Tensor, width: int, place: Callable[[], tuple[bytes, int, Tensor]]
+    ) -> Tensor | None:
+        """The answer of a call that is part of a pass; None where it has to be asked for by itself.
+
+        Args:
+            place: the session, the first place and the positions of a pass that begins with this call.
+        """
+        if (layer, key) == self._calls[0]:
+            self._of_thread.step = self._begun(rows, place)
+        step: ClientStep | None = getattr(self._of_thread, "step", None)
+        return step.call(name, layer, key, rows, width) if step is not None else None
+
+    def end(self) -> None:
+        """End a pass that was interrupted, or whose end the enclave has not noticed yet: nothing is sealed during one."""
+        if self._channel.lane_generation >= 0:
+            request = Hello(self._channel.next_id(), self._channel.bundle)
+            self._channel.exchange("hello", request, [], lambda m, _: m if isinstance(m, Welcome) else None, expected=0)
+
+    def _begun(self, rows: Tensor, place: Callable[[], tuple[bytes, int, Tensor]]) -> ClientStep | None:
+        """Ask for a pass over all layers; None where it cannot be had."""
+        places = rows.shape[:2]
+        if not self._served or rows.dtype not in STEP_DTYPES or places.numel() > STEP_ROWS or self._channel.lane_generation < 0:
+            return None
+        session, first, positions = place()
+        if self._noise and bool((positions < 0).any()):
+            return None
+        request = Step(self._channel.next_id(), self._channel.bundle, session, places[0], places[1], first, NAMES[rows.dtype])
+        generation: list[int] = []  # read before another thread can use the lane
+        try:
+            calls = self._channel.exchange(
+                "step",
+                request,
+                [frame_of(positions)],
+                lambda m, _: m.calls if isinstance(m, Stepped) else None,
+                lambda: generation.append(self._channel.lane_generation),
+                expected=0,
+            )
+        except WorkerRefused:  # the single calls are refused too, and say why; or they are not
+            return None
+        if calls == 0 and self._channel.lane_generation == generation[0]:  # else the lane was lost, and the socket cannot
+            self._served = False
+        return ClientStep(self._channel, generation[0], self._calls, places, rows.dtype) if calls == len(self._calls) else None

@@ -31,10 +31,11 @@ from torch import Tensor
 from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle
 from cloven.field.prg import KEY_BYTES, SecretStream
-from cloven.kv_shield.enclave_step import DTYPES, MOST_ROWS, EnclaveStep, StepTemplate, library
+from cloven.kv_shield.enclave_step import EnclaveStep, StepTemplate, library
+from cloven.kv_shield.keyed_rows import keyed, normed, restored
 from cloven.kv_shield.keys import SessionKeys, session_keys
 from cloven.kv_shield.manifest import KEYS_FILE, TRUSTED, KvManifest
-from cloven.kv_shield.messages import SESSION_BYTES
+from cloven.kv_shield.messages import SESSION_BYTES, STEP_DTYPES, STEP_ROWS
 from cloven.kv_shield.rotary import Rotary, RotaryGather, gather_columns
 from cloven.kv_shield.shapes import AttentionShape
 from cloven.kv_shield.vault import Vault
@@ -46,7 +47,6 @@ AHEAD_BYTES = 2**26  # of keys drawn before anybody has asked
 IDLE_SECONDS = 3600.0
 SEALED_SECONDS = 30 * 86_400.0  # of a sealed cache, whose rows are lost with its session
 _FLOAT_BYTES, _MATRICES = 4, 4  # of `SessionKeys`
-_FEW_ROWS = 16
 
 
 @dataclass
@@ -61,7 +61,7 @@ class _Session:
     keys: list[SessionKeys | None] = field(repr=False)  # by layer; drawn when a layer first keys
     used: float
     vault: Vault
-    steps: int = 0  # passes under way, whose rows are counted already
+    steps: list[EnclaveStep] = field(default_factory=list)  # passes under way, whose rows are counted already
 
 
 @dataclass(frozen=True, repr=False)  # its indices are the permutations
@@ -72,20 +72,14 @@ class _Layer:
     restore: Tensor | None  # π_v⁻¹ over all heads, int64 [H·d]; None in session mode
 
 
-@dataclass(repr=False)
+@dataclass(frozen=True, repr=False)
 class _Tables:
-    """cos and ± sin for the positions asked for last; for few rows, of all layers."""
+    """cos and ± sin for the positions asked for last."""
 
     places: bytes
     shape: torch.Size
     dtype: torch.dtype
     tables: tuple[Tensor, Tensor] | None
-    of_layers: list[tuple[Tensor, Tensor]] | None = None
-
-    def columns(self, layer: int, gather: RotaryGather) -> tuple[Tensor, Tensor]:
-        """For the columns of one layer."""
-        assert self.tables is not None
-        return self.of_layers[layer] if self.of_layers is not None else gather.columns(self.tables)
 
 
 class Enclave:
@@ -165,7 +159,7 @@ class Enclave:
         Returns:
             Whether there is room for more.
         """
-        if not self.noise:
+        if not self.noise or any(session.steps for session in self._sessions.values()):  # somebody is in the middle of a token
             return False
         if not self._ahead or None not in self._ahead[-1]:
             if (len(self._ahead) + 1) * self._sequence_bytes > AHEAD_BYTES:
@@ -191,7 +185,8 @@ class Enclave:
 
     def close(self, name: bytes, peer: str) -> None:
         """Drop a session's keys: what was keyed with them stays keyed for ever."""
-        self._session(name, peer)
+        for step in self._session(name, peer).steps:
+            step.cancel()
         del self._sessions[name]
 
     @torch.no_grad()
@@ -213,14 +208,16 @@ class Enclave:
         tables = self._tables_for(positions, x.dtype)
         q_width, k_width, _ = place.shape.widths()
         session = self._next(layer, x.shape, name, first, peer) if self.noise else None
-        qk = self._normed(place, x[..., : q_width + k_width])
-        if place.gather is not None:
-            qk = place.gather.rotate(qk, tables.columns(layer, place.gather))
+        qk, v = x[..., : q_width + k_width], x[..., q_width + k_width :]
+        if place.norms is not None:
+            qk = normed(qk, place.norms, place.shape)
+        if place.gather is not None and tables is not None:
+            qk = place.gather.rotate(qk, place.gather.columns(tables))
         if session is None:
             return qk
-        keyed = self._keyed(session, layer, place.shape, qk, x[..., q_width + k_width :], positions < 0)
+        rows = keyed(qk, v, positions < 0, self._keys(session, layer), place.shape, self.noise, session.stream)
         session.keyed[layer] += x.shape[1]  # only now: the answer exists
-        return keyed
+        return rows
 
     @torch.no_grad()
     def restore(self, layer: int, a: Tensor, name: bytes, peer: str) -> Tensor:
@@ -232,15 +229,8 @@ class Enclave:
         session.vault.require_open()
         if a.shape[0] != session.sequences or session.restored[layer] + a.shape[1] > session.keyed[layer]:
             raise MalformedMessage("session", "more rows, or other sequences, than were keyed there")
-        shape, size = place.shape, place.shape.head_dim + self.noise
-        b, s = a.shape[:2]
-        grouped = torch.empty(b, shape.kv_heads, s, shape.heads // shape.kv_heads, size)
-        grouped.copy_(a.view(b, s, shape.kv_heads, -1, size).transpose(1, 2))
         session.restored[layer] += a.shape[1]
-        true = grouped.flatten(2, 3) @ self._keys(session, layer).v_inverse[..., : shape.head_dim]  # [B, G, S·(H/G), d]
-        out = torch.empty(b, s, shape.widths()[0], dtype=a.dtype)
-        out.view(b, s, shape.kv_heads, -1, shape.head_dim).copy_(true.view(b, shape.kv_heads, s, -1, shape.head_dim).transpose(1, 2))
-        return out
+        return restored(a, self._keys(session, layer), place.shape, self.noise)
 
     def begin(self, name: bytes, first: int, positions: Tensor, dtype: torch.dtype, peer: str) -> EnclaveStep | None:
         """Authorise a pass over all layers: every row is counted as keyed and restored before the first one is.
@@ -255,9 +245,9 @@ class Enclave:
         Raises:
             MalformedMessage: as `key` and `restore` do.
         """
-        if library() is None or dtype not in DTYPES or positions.numel() > MOST_ROWS or (self.noise and int(positions.min()) < 0):
+        if library() is None or dtype not in STEP_DTYPES or positions.numel() > STEP_ROWS or (self.noise and int(positions.min()) < 0):
             return None
-        tables = self._tables_for(positions, dtype).tables
+        tables = self._tables_for(positions, dtype)
         template = self._templates.get(dtype)
         if template is None:
             template = self._templates[dtype] = StepTemplate(self._layers, self.noise, dtype)
@@ -274,7 +264,7 @@ class Enclave:
         )
         for count in (session.keyed, session.restored):
             count[:] = [rows + s for rows in count]
-        session.steps += 1
+        session.steps.append(step)
         return step
 
     def end(self, step: EnclaveStep) -> None:
@@ -282,7 +272,7 @@ class Enclave:
         session = self._sessions.get(step.name)
         if session is None or not self.noise:
             return
-        session.steps -= 1
+        session.steps.remove(step)
         kept = set()  # layers where another pass went on from there: a place could be keyed twice, or a row restored that never was
         for layer, key in step.calls[step.state.call :]:
             if key and session.keyed[layer] != step.first + step.rows:
@@ -356,17 +346,8 @@ class Enclave:
         shape = self._layers[layer].shape
         return session_keys(stream, shape.kv_heads, shape.head_dim + self.noise, sequences)
 
-    def _normed(self, place: _Layer, qk: Tensor) -> Tensor:
-        """RMS norms of q and k per head, as transformers computes them: in float32, then the weight in the vectors' dtype."""
-        if place.norms is None or place.shape.norm_epsilon is None:
-            return qk
-        heads = qk.unflatten(-1, (-1, place.shape.head_dim)).float()
-        heads = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + place.shape.norm_epsilon)
-        normed: Tensor = place.norms.to(qk.dtype) * heads.to(qk.dtype)
-        return normed.flatten(-2)
-
-    def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> _Tables:
-        """The tables of the last positions are kept: every layer of a token asks for the same ones."""
+    def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The tables of the last positions are kept: every layer of a token asks for the same ones. None where nothing rotates."""
         places = positions.numpy().tobytes()
         kept = self._tables
         if kept is None or (kept.places, kept.shape, kept.dtype) != (places, positions.shape, dtype):
@@ -374,51 +355,11 @@ class Enclave:
                 raise MalformedMessage("size", f"a position outside 0 to {self.manifest.limit - 1}")
             tables = self._rotary.tables(positions.clamp_min(0), dtype) if self._rotary is not None else None
             kept = self._tables = _Tables(places, positions.shape, dtype, tables)
-            if tables is not None and positions.numel() <= _FEW_ROWS:  # all layers at once: one operation costs what a row does
-                gathers = [layer.gather for layer in self._layers if layer.gather is not None]
-                together = RotaryGather(*(torch.cat([getattr(one, name) for one in gathers]) for name in ("partner", "cosine", "sine")))
-                widths = [len(one.partner) for one in gathers]
-                kept.of_layers = list(zip(*(part.split(widths, -1) for part in together.columns(tables)), strict=True))
-        return kept
-
-    def _keyed(self, session: _Session, layer: int, shape: AttentionShape, qk: Tensor, v: Tensor, pads: Tensor) -> Tensor:
-        (b, s), g, d = qk.shape[:2], shape.kv_heads, shape.head_dim
-        size, q_width = d + self.noise, shape.widths()[0]
-        keys = self._keys(session, layer)
-        keyed = torch.empty(b, s, sum(shape.widths(self.noise)), dtype=qk.dtype)
-        wide = g * size * (shape.heads // g)
-        q = torch.empty(b, g, s, shape.heads // g, d)
-        q.copy_(qk[..., :q_width].view(b, s, g, -1, d).transpose(1, 2))
-        keyed_q = q.flatten(2, 3) @ keys.k_inverse.transpose(2, 3)[:, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
-        keyed[..., :wide].view(b, s, g, -1, size).copy_(keyed_q.view(b, g, s, -1, size).transpose(1, 2))
-        rows = torch.empty(b, 2, g, s, size)  # [k, ν] and [v, ν]
-        for part, plain in enumerate((qk[..., q_width:], v)):
-            rows[:, part, ..., :d] = plain.view(b, s, g, d).transpose(1, 2)
-        level = torch.linalg.vector_norm(rows[..., :d], dim=-1, keepdim=True) * d**-0.5
-        torch.mul(session.stream.noise(b, 2, g, s, self.noise), level, out=rows[..., d:])
-        keyed[..., wide:].view(b, s, 2, g, size).copy_((rows @ keys.kv).permute(0, 3, 1, 2, 4))
-        if int(pads.any()):
-            self._cover(session, keyed, pads, (wide, g * size, g * size))
-        return keyed
-
-    def _cover(self, session: _Session, keyed: Tensor, pads: Tensor, widths: tuple[int, int, int]) -> None:
-        """What stood at a pad must not show that it is padding, nor be worth anything: random rows of the others' level."""
-        for row in pads.any(1).nonzero().flatten().tolist():
-            where = pads[row]
-            like = keyed[row, ~where] if not bool(where.all()) else keyed[~pads]
-            random = session.stream.noise(int(where.sum()), keyed.shape[-1]).split(widths, -1)
-            covered = [part * _level(of) for part, of in zip(random, like.split(widths, -1), strict=True)]
-            keyed[row, where] = torch.cat(covered, -1).to(keyed.dtype)
+        return kept.tables
 
 
 def _idle_limit(session: _Session) -> float:
     return SEALED_SECONDS if session.vault.state in ("sealed", "resuming") else IDLE_SECONDS
-
-
-def _level(rows: Tensor) -> float:
-    """The standard deviation of what is finite; 1 where nothing is."""
-    finite = rows[rows.isfinite()].double()
-    return float(finite.std()) if finite.numel() > 1 else 1.0
 
 
 def _rotary_of(stored: dict[str, Tensor]) -> Rotary | None:

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from cloven.kv_shield.rotary import RotaryGather
-from cloven.kv_shield.shapes import AttentionShape
+from cloven.kv_shield.shapes import AttentionShape, calls_of
 from cloven.wire.lane import Lane
 
-MOST_ROWS = 16  # of a pass: more are better served by PyTorch
-DTYPES = (torch.float32, torch.bfloat16)
-_INTERFACE = 1
+_INTERFACE = 2
 _LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
 _NOT_YET = 0
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -50,7 +48,7 @@ class _CStep(ctypes.Structure):
 
 
 class _CState(ctypes.Structure):
-    _fields_ = (("call", _I), ("seen", ctypes.c_uint32), ("due", ctypes.c_uint32))
+    _fields_ = (("call", _I), ("seen", ctypes.c_uint32), ("due", ctypes.c_uint32), ("cancelled", ctypes.c_uint32))
 
 
 @cache
@@ -91,7 +89,7 @@ class LayerOfStep(Protocol):
         """π_v⁻¹ over all heads; None in session mode."""
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class EnclaveStep:
     """One authorised pass.
 
@@ -113,11 +111,14 @@ class EnclaveStep:
     def serve(self, lane: Lane, going_on: Callable[[], bool]) -> None:
         """Answer the calls that come through the lane, until all are answered, something else comes, or `going_on` says no."""
         with lane.handed_over(self.state) as base:
-            while (
-                library().cloven_step_serve(ctypes.byref(self.step), base, ctypes.byref(self.state), int(_LOOK_SECONDS * 1e9)) == _NOT_YET
-            ):
+            arguments = ctypes.byref(self.step), base, ctypes.byref(self.state), int(_LOOK_SECONDS * 1e9)
+            while library().cloven_step_serve(*arguments) == _NOT_YET:
                 if not going_on():
                     return
+
+    def cancel(self) -> None:
+        """Answer no more calls; from another thread."""
+        self.state.cancelled = 1
 
     def compute(self, layer: int, key: bool, x: Tensor, width: int) -> Tensor:
         """One call by itself, for tests: x [B, S, W] -> [B, S, width]."""
@@ -138,7 +139,7 @@ class StepTemplate:
     def __init__(self, layers: Sequence[LayerOfStep], noise: int, dtype: torch.dtype) -> None:
         self._held: list[Tensor] = []
         self._dtype = dtype
-        self.calls = [(i, key) for i, layer in enumerate(layers) for key in ((True, False) if noise or layer.shape.rotary else (False,))]
+        self.calls = calls_of([layer.shape for layer in layers], noise)
         self._layers = [self._layer(layer, noise) for layer in layers]
 
     def _layer(self, layer: LayerOfStep, noise: int) -> _CLayer:

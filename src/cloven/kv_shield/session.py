@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cloven.errors import BadBundle, BadInput, ClovenError, RunError, WorkerRefused
-from cloven.kv_shield.client_step import DTYPES as DTYPES_OF_STEPS
-from cloven.kv_shield.client_step import MOST_ROWS, ClientStep, calls_of
+from cloven.kv_shield.client_step import ClientSteps
 from cloven.kv_shield.layer import KeyedAttention
 from cloven.kv_shield.manifest import EXPOSED, KvManifest
 from cloven.kv_shield.messages import (
     DTYPES,
     ENCLAVE,
+    NAMES,
     NO_SESSION,
     Close,
     Closed,
@@ -41,8 +41,6 @@ from cloven.kv_shield.messages import (
     Sealed,
     SealEnd,
     SealEnded,
-    Step,
-    Stepped,
     Unseal,
     Unsealed,
     frame_of,
@@ -54,10 +52,8 @@ from cloven.model.runtime import CLOSED, RuntimeOptions, Session, open_channel
 from cloven.telemetry import Telemetry
 from cloven.wire.channel import Channel
 from cloven.wire.limits import MAX_PAYLOAD_BYTES
-from cloven.wire.schema import Hello, Welcome
 
 _MOVES_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _Alone:
@@ -75,7 +71,6 @@ class _Call(threading.local):
         self.positions: Tensor | None = None  # as given to the rotary embedding
         self.known: Tensor | None = None  # as sent to the enclave
         self.alone: _Alone | None = None
-        self.step: ClientStep | None = None
 
 
 class _Hook:
@@ -107,8 +102,7 @@ class KvSession(Session):
         self._of_cache: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
         self._sealed: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sealing = threading.Lock()
-        self._calls = calls_of(self._layers, self._noise)
-        self._steps = True  # until the enclave says that it cannot
+        self._steps = ClientSteps(channel, self._layers, self._noise)
         self._alone: set[bytes] = set()  # of calls without a cache, of all threads
         self._gone: list[bytes] = []  # of caches and threads that no longer exist: closed at the next call
         self._call = _Call()
@@ -128,7 +122,7 @@ class KvSession(Session):
         self._call.mask = mask if isinstance(mask, Tensor) else None
         self._call.positions = self._call.known = None
         self._call.alone = None  # the last call's, which ends by that
-        self._call.step = None
+        self._steps.forget()
 
     def _rotate(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call.positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
@@ -166,7 +160,7 @@ class KvSession(Session):
             raise BadInput("this cache is sealed already, or empty")
         with self._sealing:
             name = self.guarded(lambda: self._session_for(cache, 1))
-            self._end_step()
+            self._steps.end()
             sealed = seal(_Sealer(self, name), cache)
             self._sealed.add(cache)
             return sealed
@@ -187,13 +181,13 @@ class KvSession(Session):
         rows, positions = _on_cpu(x), self._positions_once(x, first)
         name = self._session_for(cache, x.shape[0]) if self._noise else NO_SESSION
         width = sum(self._layers[layer].widths(self._noise)[: 3 if self._noise else 2])
-        keyed = self._stepped(self._layers[layer].name, layer, True, rows, width, lambda: (name, first, positions))
+        keyed = self._steps.call(self._layers[layer].name, layer, True, rows, width, lambda: (name, first, positions))
         if keyed is not None:
             return keyed.to(x.device)
         parts = []
         for start, end in _pieces(rows, max(rows.shape[-1], width)):
             shape = (rows.shape[0], end - start, width)
-            request = Key(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], first + start, _NAMES[rows.dtype])
+            request = Key(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], first + start, NAMES[rows.dtype])
             frame = [frame_of(positions[:, start:end]), frame_of(rows[:, start:end])]
             parts.append(self._answered(self._layers[layer].name, request, frame, Keyed, shape, rows.dtype))
         return _joined(parts, x.device)
@@ -202,61 +196,18 @@ class KvSession(Session):
         rows = _on_cpu(a)
         name = self._session_for(cache, a.shape[0]) if self._noise else NO_SESSION
         where = self._layers[layer]
-        restored = self._stepped(f"{where.name}.{where.output}", layer, False, rows, where.widths()[0], None)
+        restored = self._steps.call(
+            f"{where.name}.{where.output}", layer, False, rows, where.widths()[0], lambda: (name, 0, self._positions_once(rows, 0))
+        )
         if restored is not None:
             return restored.to(a.device)
         parts = []
         for start, end in _pieces(rows, rows.shape[-1]):
             shape = (rows.shape[0], end - start, where.widths()[0])
-            request = Restore(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], _NAMES[rows.dtype])
+            request = Restore(self.channel.next_id(), self.channel.bundle, name, layer, *shape[:2], NAMES[rows.dtype])
             frame = [frame_of(rows[:, start:end])]
             parts.append(self._answered(f"{where.name}.{where.output}", request, frame, Restored, shape, rows.dtype))
         return _joined(parts, a.device)
-
-    def _stepped(
-        self, name: str, layer: int, key: bool, rows: Tensor, width: int, begin: Callable[[], tuple[bytes, int, Tensor]] | None
-    ) -> Tensor | None:
-        """The answer of a call that is part of a pass in one go; None where it has to be asked for by itself.
-
-        Args:
-            begin: session, first place and positions of a pass that begins with this call.
-        """
-        if begin is not None and (layer, key) == self._calls[0] and self._steps and rows.dtype in DTYPES_OF_STEPS:
-            self._call.step = self._begun(rows, *begin()) if rows.shape[0] * rows.shape[1] <= MOST_ROWS else None
-        return self._call.step.call(name, layer, key, rows, width) if self._call.step is not None else None
-
-    def _begun(self, rows: Tensor, session: bytes, first: int, positions: Tensor) -> ClientStep | None:
-        """Ask for a pass over all layers; None where it cannot be had."""
-        if self.channel.lane_generation < 0 or (self._noise and bool((positions < 0).any())):
-            return None
-        places = rows.shape[:2]
-        request = Step(self.channel.next_id(), self.channel.bundle, session, places[0], places[1], first, _NAMES[rows.dtype])
-        generation: list[int] = []  # read before another thread can use the lane
-        try:
-            calls = self.channel.exchange(
-                "step",
-                request,
-                [frame_of(positions)],
-                lambda m, _: m.calls if isinstance(m, Stepped) else None,
-                lambda: generation.append(self.channel.lane_generation),
-                expected=0,
-            )
-        except WorkerRefused:  # the single calls are refused too, and say why; or they are not
-            return None
-        if calls == 0 and self.channel.lane_generation == generation[0]:  # else the lane was lost, and the socket cannot
-            self._steps = False
-        return ClientStep(self.channel, generation[0], self._calls, places, rows.dtype) if calls == len(self._calls) else None
-
-    def _end_step(self) -> None:
-        """End a pass that was interrupted, or whose end the enclave has not noticed yet: nothing is sealed during one."""
-        if self.channel.lane_generation >= 0:
-            self.channel.exchange(
-                "hello",
-                Hello(self.channel.next_id(), self.channel.bundle),
-                [],
-                lambda m, _: m if isinstance(m, Welcome) else None,
-                expected=0,
-            )
 
     def _answered(
         self,
@@ -363,7 +314,7 @@ def _fields(label: Label) -> dict[str, Any]:
 
 
 def _on_cpu(x: Tensor) -> Tensor:
-    if x.dtype not in _NAMES:
+    if x.dtype not in NAMES:
         raise BadInput(f"KV-Shield computes in {', '.join(DTYPES)}, not {x.dtype}")
     return x.detach().cpu()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ class AttentionShape:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+def calls_of(layers: Sequence[AttentionShape], noise: int) -> list[tuple[int, bool]]:
+    """Layer and kind (whether it keys) of every call to the enclave in a pass over the model, in order."""
+    return [(index, key) for index, shape in enumerate(layers) for key in ((True, False) if noise or shape.rotary else (False,))]
 
 
 def parse_attention(record: object, path: Path) -> AttentionShape:

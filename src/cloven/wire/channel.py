@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -40,14 +39,13 @@ from cloven.errors import (
 from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
-from cloven.wire.lane import Lane, LaneGone, fits, lanes_available
+from cloven.wire.lane import LaneGone
+from cloven.wire.lane_client import LaneClient
 from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, MAX_FRAMES, QUEUED_MESSAGES
 from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, residues_of_frame
 from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Welcome
 
 Frame = bytes | memoryview
-_JOIN_SECONDS = 5.0  # that a server may take to pass a lane
-_LOOK_SECONDS = 0.1  # how often, while a lane is silent, its other end is looked at
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
 _LONGEST_RTT = 60.0
@@ -78,6 +76,25 @@ def _delay(seconds: float) -> None:
         time.sleep(seconds - _SLEEP_ENDS_EARLY)
     while time.monotonic() < until:
         pass
+
+
+class _OwnWork:
+    """What this side does while the other one computes: once, whichever way the frames go. `done` is when."""
+
+    def __init__(self, meanwhile: Callable[[], None] | None) -> None:
+        self._meanwhile, self.done = meanwhile, 0.0
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to do."""
+        return self._meanwhile is not None
+
+    def do(self) -> None:
+        """Do it, the first time."""
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        self.done = self.done or time.monotonic()
 
 
 class Exchanger(Protocol):
@@ -167,9 +184,8 @@ class Channel:
         self._lost = None if self._connected else time.monotonic()  # since when there is no connection
         self._reconnected = False
         self._unsent: list[Frame] | None = None
-        self._curve = keys is not None  # a lane would go round its encryption
-        self._lane: Lane | None = None
-        self._lane_wanted = False  # the last one was lost, and the connection is back
+        path = self.address.path if keys is None else None  # a lane would go round CURVE
+        self._lane = LaneClient(path.parent if path is not None else None)
         self._handshake_failures = 0
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -195,7 +211,7 @@ class Channel:
         if welcome.bundle != self.bundle:
             raise ForeignBundle(f"{self.address}: the {self._peer} holds bundle {welcome.bundle.hex()}, expected {self.bundle.hex()}")
         check_socket_folder(self.address, create=False)  # again: it may have been made since
-        if self._may_use_lanes():
+        if self._lane.possible:
             self._join_lane()
         return welcome.groups
 
@@ -223,7 +239,7 @@ class Channel:
     def close(self) -> None:
         """Close the connection; later calls raise SessionClosed."""
         with self._lock:
-            self._leave_lane()
+            self._lane.leave()
             if not self._socket.closed:
                 self._socket.disable_monitor()
                 self._monitor.close(linger=0)
@@ -249,7 +265,7 @@ class Channel:
             meanwhile: trusted work to do while the other side computes.
             expected: bytes of the answer's payload, at most; None: not known, or nothing that hurries.
         """
-        if self._lane_wanted and expected is not None:
+        if self._lane.wanted and expected is not None:
             self._join_lane()
         frames: list[Frame] = [self._schema.pack(request), *payload]  # as a lane takes them; the socket gets the payload in one
         size = sum(memoryview(frame).nbytes for frame in frames)
@@ -259,26 +275,12 @@ class Channel:
                 raise SessionClosed(f"the connection to {self.address} is closed")
             started = time.monotonic()
             self._reconnected = False
-            lane = self._lane if fits(frames, expected) else None
-            try:
-                if lane is not None:
-                    lane.send(frames)
-                    if meanwhile is not None:
-                        lane.ring()
-                else:
-                    self._send(frames)
-                if meanwhile is not None:
-                    meanwhile()
-                waiting = time.monotonic()
-                answer = self._from_lane(lane, layer, request.id, started, record) if lane is not None else None
-            except BaseException:  # an interrupt, say: the answer that is to come would be taken for the next request's
-                if lane is not None:
-                    self._leave_lane()
-                    self._lane_wanted = True
-                raise
-            if lane is not None and answer is None:
+            own, answer = _OwnWork(meanwhile), None
+            if self._lane.carries(frames, expected):
+                answer = self._through_lane(layer, request.id, frames, started, record, own)
+            if answer is None:
                 self._send(frames)
-                record.resent += 1
+                own.do()
             while answer is None and (answer := self._receive(layer, request.id, started, record)) is None:
                 if not self._reconnected:
                     raise self._silence(layer)
@@ -289,7 +291,7 @@ class Channel:
                     record.resent += 1
             if self.simulated_rtt:
                 _delay(self.simulated_rtt)
-            record.seconds_waiting = time.monotonic() - waiting
+            record.seconds_waiting = time.monotonic() - own.done
             record.bytes_up = size * (1 + record.resent)
             record.seconds_round_trip = time.monotonic() - started
         self.telemetry.record(layer, record)
@@ -361,64 +363,45 @@ class Channel:
 
     def _join_lane(self) -> None:
         """Ask for a lane, once for every connection; without one, the socket carries everything."""
-        self._lane_wanted = False
+        self._lane.wanted = False
         request = AskLane(self.next_id(), self.bundle)
         try:
             segment = self.exchange("lane", request, [], lambda message, _: message.segment if isinstance(message, Laned) else None)
-            lane = self._taken(segment) if segment else None
+            with self._lock:
+                self._lane.take(segment)
         except (LaneGone, OSError, WorkerRefused) as error:
             logger.info("no lane to %s: %s", self.address, error)
-            return
-        with self._lock:
-            self._leave_lane()
-            self._lane = lane
 
-    def _may_use_lanes(self) -> bool:
-        return self.address.path is not None and not self._curve and lanes_available()
-
-    def _taken(self, segment: str) -> Lane:
-        assert self.address.path is not None
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.settimeout(_JOIN_SECONDS)
-            connection.connect(str(self.address.path.parent / segment))
-            return Lane.taken(connection)
-        except BaseException:
-            connection.close()
-            raise
-
-    def _from_lane(
-        self, lane: Lane, layer: str, request: int, started: float, record: LayerStatistics
+    def _through_lane(
+        self, layer: str, request: int, frames: list[Frame], started: float, record: LayerStatistics, own: _OwnWork
     ) -> tuple[Any, memoryview | None] | None:
-        """The answer that comes through a lane; None where the other side has gone, and the lane with it.
+        """An exchange through the lane; None where the other side has gone, and the frames go through the socket instead.
 
         Raises:
             WorkerTimeout: no answer in time; one that comes later finds nobody.
         """
-        deadline = started + self.timeout
         try:
-            while True:
-                left = deadline - time.monotonic()
-                frames = lane.receive(min(left, _LOOK_SECONDS))
-                if frames is not None:
-                    answer = self._unpacked(frames, layer, request, record)
-                    if answer is None:
-                        raise LaneGone("an answer to something else")
-                    return answer
-                if left <= 0:
+            with self._lane.using() as lane:
+                lane.send(frames)
+                if own.pending:
+                    lane.ring()
+                own.do()
+                answer = self._lane.answer(lane, started + self.timeout)
+                if answer is None:
                     raise self._silence(layer)
-                if lane.other_is_gone():
-                    raise LaneGone("the other side has ended")
+                unpacked = self._unpacked(answer, layer, request, record)
+                if unpacked is None:
+                    raise LaneGone("an answer to something else")
+                return unpacked
         except LaneGone as error:
             logger.info("the lane to %s is gone: %s", self.address, error)
-            self._leave_lane()
+            record.resent += 1
             return None
 
     @property
     def lane_generation(self) -> int:
-        """How many messages the lane has carried; −1: there is none. A step that a message began lasts until the next message."""
-        lane = self._lane
-        return lane.generation if lane is not None else -1
+        """See `LaneClient.generation`: a step that a message began lasts until the next message."""
+        return self._lane.generation
 
     def raw(self, layer: str, generation: int, x: Tensor, out: Tensor) -> bool:
         """One call of a step, through the lane that began it: dense x goes, and out, dense, gets the answer.
@@ -434,35 +417,20 @@ class Channel:
         """
         sent = time.monotonic()
         with self._lock:
-            lane = self._lane
-            if lane is None or lane.generation != generation:
+            if generation < 0 or self._lane.generation != generation:
                 return False
-            deadline, again = sent + self.timeout, False
             try:
-                while not lane.raw(x.data_ptr(), x.nbytes, out.data_ptr(), out.nbytes, _LOOK_SECONDS, again=again):
-                    again = True
-                    if time.monotonic() > deadline:
+                with self._lane.using() as lane:
+                    if not self._lane.raw(lane, x, out, sent + self.timeout):
                         raise self._silence(layer)
-                    if lane.other_is_gone():
-                        raise LaneGone("the other side has ended")
             except LaneGone as error:
                 logger.info("the lane to %s is gone: %s", self.address, error)
-                self._leave_lane()
                 return False
-            except BaseException:  # the answer that is to come would be taken for the next call's
-                self._leave_lane()
-                self._lane_wanted = True
-                raise
             if self.simulated_rtt:
                 _delay(self.simulated_rtt)
         seconds = time.monotonic() - sent
         self.telemetry.record(layer, LayerStatistics(1, x.shape[-2], x.nbytes, out.nbytes, seconds, seconds))
         return True
-
-    def _leave_lane(self) -> None:
-        if self._lane is not None:
-            self._lane.close()
-            self._lane = None
 
     def _look(self, until: float) -> None:
         """Wait for an answer without sleeping, not even for no time: that takes 50 µs."""
@@ -483,7 +451,7 @@ class Channel:
                 )
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._reconnected = self._ever_connected
-            self._lane_wanted = self._ever_connected and self._may_use_lanes()
+            self._lane.wanted = self._ever_connected and self._lane.possible
             self._connected = self._ever_connected = True
             self._lost = None
         elif kind == zmq.EVENT_DISCONNECTED:

@@ -51,6 +51,7 @@ struct State {
   i64 call;            // how many calls were answered
   std::uint32_t seen;  // number of the request taken last
   std::uint32_t due;   // an answer waits to be rung
+  std::uint32_t cancelled;  // set by another thread: no call is answered any more
 };
 
 }  // extern "C"
@@ -257,6 +258,7 @@ int serve(const Step& step, void* base, State* state, i64 nanoseconds) {
     const std::uint32_t number = other->number.load(), header = other->header, payload = other->payload;
     const std::size_t size = sizeof(typename T::Stored) * step.batch * step.rows;
     const std::size_t bytes = size * pass.width_in(*at, key), answer = size * pass.width_out(*at, key);
+    if (__atomic_load_n(&state->cancelled, __ATOMIC_ACQUIRE) != 0) return kSomethingElse;
     if (header != cloven::kRaw || payload != bytes + 1 || bytes > cloven::kCapacity || answer > cloven::kCapacity) return kSomethingElse;
     unsigned char* box = cloven::payload_of(base, 0);
     in.assign(box, box + bytes);
@@ -275,7 +277,7 @@ int serve(const Step& step, void* base, State* state, i64 nanoseconds) {
 
 }  // namespace
 
-CLOVEN_API int cloven_step_interface() { return 1; }
+CLOVEN_API int cloven_step_interface() { return 2; }
 
 CLOVEN_API int cloven_step_serve(const Step* step, void* base, State* state, std::int64_t nanoseconds) {
   return step->bfloat16 ? serve<BFloat16>(*step, base, state, nanoseconds) : serve<Float32>(*step, base, state, nanoseconds);
