@@ -19,6 +19,7 @@ from cloven.errors import WorkerRefused, WorkerTimeout, WorkerUnreachable
 from cloven.wire.channel import Channel
 from cloven.wire.keys import generate_keys, trusted_keys, worker_keys
 from cloven.wire.lane import PREFIX, Lane, LaneGone, lanes_available
+from cloven.wire.lane_client import LaneClient
 from cloven.wire.lane_service import LaneService
 from cloven.wire.schema import AskLane, Laned
 from tests.wire.test_schema import BUNDLE, COLOURS, Ask, Tell
@@ -79,6 +80,19 @@ def test_a_refusal_and_a_failure_through_the_lane(address: str, monkeypatch: pyt
         channel.close()
 
 
+def test_a_folder_whose_path_is_too_long_for_a_socket(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 200)
+    folder.mkdir(mode=0o700)
+    service, client = LaneService(folder, lambda frames, peer: [b"told"]), LaneClient(folder)
+    client.take(service.offer("local"))
+    with client.using() as lane:
+        lane.send([b"asked"])
+        answer = client.answer(lane, time.monotonic() + 5)
+    assert answer is not None and bytes(answer[0]) == b"told"
+    client.leave()
+    service.close()
+
+
 def test_without_lanes_on_either_side(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(address):
         monkeypatch.setattr(lane_service, "lanes_available", lambda: False)
@@ -136,10 +150,8 @@ def test_no_thread_for_a_lane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert LaneService(tmp_path, lambda frames, peer: [b""]).offer("local") == "" and not list(tmp_path.iterdir())
 
 
-def test_a_path_that_is_too_long_for_a_socket(tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * 100)
-    folder.mkdir()
-    assert LaneService(folder, lambda frames, peer: [b""]).offer("local") == ""
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    assert LaneService(tmp_path / "gone", lambda frames, peer: [b""]).offer("local") == ""
 
 
 def test_no_lane_goes_round_curve(tmp_path: Path, address: str) -> None:

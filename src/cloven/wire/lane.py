@@ -30,6 +30,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from cloven.wire.limits import MAX_HEADER_BYTES
@@ -75,6 +76,16 @@ def _bell() -> Any:
 def lanes_available() -> bool:
     """Whether this process can share memory with another: Linux, the library, and nobody said CLOVEN_LANES=0."""
     return _bell() is not None and hasattr(os, "memfd_create") and os.environ.get("CLOVEN_LANES", "1") != "0"
+
+
+@contextlib.contextmanager
+def short_path(folder: Path, name: str) -> Iterator[str]:
+    """A path to `name` in a folder that fits a Unix socket's 107 bytes, however long the folder's own path is."""
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
 
 
 def fits(frames: list[Frame], expected: int | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from cloven.wire.lane import Frame, Lane, LaneGone, fits, lanes_available
+from cloven.wire.lane import Frame, Lane, LaneGone, fits, lanes_available, short_path
 
 _JOIN_SECONDS = 5.0  # that a server may take to pass a lane
 _LOOK_SECONDS = 0.1  # how often, while a lane is silent, its other end is looked at
@@ -59,7 +59,8 @@ class LaneClient:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(_JOIN_SECONDS)
-            connection.connect(str(self._folder / segment))
+            with short_path(self._folder, segment) as path:
+                connection.connect(path)
             self._lane = Lane.taken(connection)
         except BaseException:
             connection.close()

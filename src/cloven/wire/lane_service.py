@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cloven.telemetry import logger
-from cloven.wire.lane import PREFIX, Frame, Lane, LaneGone, lanes_available
+from cloven.wire.lane import PREFIX, Frame, Lane, LaneGone, lanes_available, short_path
 
 MOST_LANES = 32
 _SECRET_BYTES = 16
@@ -54,12 +54,13 @@ class LaneService:
         name = PREFIX + secrets.token_hex(_SECRET_BYTES)
         listener = socket.socket(socket.AF_UNIX)
         try:
-            listener.bind(str(self._folder / name))
+            with short_path(self._folder, name) as path:
+                listener.bind(path)
             listener.listen(1)
             listener.settimeout(_LOOK_SECONDS)
             thread = threading.Thread(target=self._serve, args=(listener, self._folder / name, peer), name="cloven-lane", daemon=True)
             thread.start()
-        except (OSError, RuntimeError) as error:  # too long a path, say, or too many threads
+        except (OSError, RuntimeError) as error:  # no /proc, say, or too many threads
             logger.info("no lane: %s", error)
             listener.close()
             (self._folder / name).unlink(missing_ok=True)
