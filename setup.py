@@ -15,8 +15,14 @@ setup(
         Extension(
             "cloven.kv_shield.native._step",
             ["src/cloven/kv_shield/native/step.cpp"],
-            depends=["src/cloven/wire/native/lane.hpp"],
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            depends=[
+                "src/cloven/field/native/pool.hpp",
+                "src/cloven/kv_shield/native/products.hpp",
+                "src/cloven/kv_shield/native/rows.hpp",
+                "src/cloven/wire/native/lane.hpp",
+            ],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=True,  # without it, PyTorch does the work
         ),
         Extension(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +64,38 @@ def counts(enclave: Enclave, name: bytes) -> tuple[list[int], list[int], int]:
 # --- arithmetic
 
 
+@pytest.fixture
+def in_pytorch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """Calls an enclave's method as if nobody had compiled anything."""
+
+    def called(method: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(enclave_module, "library", lambda: None)
+            return method(*arguments)
+
+    return called
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_permute_as_pytorch_computes_it(family: str, dtype: torch.dtype) -> None:
+def test_permute_as_pytorch_computes_it(family: str, dtype: torch.dtype, in_pytorch: Callable[..., Tensor]) -> None:
     enclave = small_enclave("permute", family)
     step = begun(enclave, NO_SESSION, first=3, batch=2, rows=4, dtype=dtype)
     positions = positions_of(2, 4, 3)
     for layer in range(LAYERS):
         x, a = (random_rows(2, 4, width(layer), dtype=dtype) for width in (enclave.widths_in, enclave.width_keyed))
         if (layer, True) in step.calls:
-            expected = enclave.key(layer, x, positions, NO_SESSION, 3, ME)
+            expected = in_pytorch(enclave.key, layer, x, positions, NO_SESSION, 3, ME)
             tolerance = 0.0 if family != "qwen3" else (1e-6 if dtype == torch.float32 else 0.02)  # the norm's sum runs in another order
             assert deviation(step.compute(layer, True, x, x.shape[-1]), expected) <= tolerance
-        assert torch.equal(step.compute(layer, False, a, a.shape[-1]), enclave.restore(layer, a, NO_SESSION, ME))
+        assert torch.equal(step.compute(layer, False, a, a.shape[-1]), in_pytorch(enclave.restore, layer, a, NO_SESSION, ME))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_session_under_the_same_keys(family: str, dtype: torch.dtype) -> None:
+def test_session_under_the_same_keys(family: str, dtype: torch.dtype, in_pytorch: Callable[..., Tensor]) -> None:
     """q' is PyTorch's; k' and v' differ by their noise: undone, they are the k and v that PyTorch keyed."""
     enclave = small_enclave("session", family)
     name = enclave.open(2, ME)
@@ -93,7 +106,7 @@ def test_session_under_the_same_keys(family: str, dtype: torch.dtype) -> None:
     enclave.end(step)  # the calls below do not come through a lane
     for layer in range(LAYERS):
         x = random_rows(2, 3, enclave.widths_in(layer), dtype=dtype)
-        expected = enclave.key(layer, x, positions_of(2, 3), name, 0, ME).unflatten(2, (-1, size)).double()
+        expected = in_pytorch(enclave.key, layer, x, positions_of(2, 3), name, 0, ME).unflatten(2, (-1, size)).double()
         ours = step.compute(layer, True, x, expected.shape[2] * size).unflatten(2, (-1, size)).double()
         keys = enclave._sessions[name].keys[layer]
         assert keys is not None
@@ -108,7 +121,7 @@ def test_session_under_the_same_keys(family: str, dtype: torch.dtype) -> None:
                 assert not torch.allclose(noise[0], noise[1], rtol=0.1)
                 assert 0.5 < float(noise[0].std() / noise[1].std()) < 2
         a = random_rows(2, 3, enclave.width_keyed(layer), dtype=dtype)
-        assert deviation(step.compute(layer, False, a, shape.widths()[0]), enclave.restore(layer, a, name, ME)) < tolerance
+        assert deviation(step.compute(layer, False, a, shape.widths()[0]), in_pytorch(enclave.restore, layer, a, name, ME)) < tolerance
 
 
 def test_not_a_number_and_infinity() -> None:

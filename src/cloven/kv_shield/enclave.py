@@ -32,7 +32,7 @@ from cloven.bundle.verification import verify_files
 from cloven.errors import BadBundle
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.kv_shield.enclave_step import EnclaveStep, StepTemplate, library
-from cloven.kv_shield.keyed_rows import keyed, normed, restored
+from cloven.kv_shield.keyed_rows import cover, keyed, normed, restored
 from cloven.kv_shield.keys import SessionKeys, session_keys
 from cloven.kv_shield.manifest import KEYS_FILE, TRUSTED, KvManifest
 from cloven.kv_shield.messages import SESSION_BYTES, STEP_DTYPES, STEP_ROWS
@@ -74,12 +74,13 @@ class _Layer:
 
 @dataclass(frozen=True, repr=False)
 class _Tables:
-    """cos and ± sin for the positions asked for last."""
+    """cos and ± sin for the positions asked for last; in float32 too, for C++."""
 
     places: bytes
     shape: torch.Size
     dtype: torch.dtype
     tables: tuple[Tensor, Tensor] | None
+    floats: tuple[Tensor, Tensor] | None
 
 
 class Enclave:
@@ -204,33 +205,31 @@ class Enclave:
         Raises:
             MalformedMessage: no such layer, session or position; a place that was keyed before, or is not the next one.
         """
-        place = self._layer_at(layer)
+        shape = self._layer_at(layer).shape
         tables = self._tables_for(positions, x.dtype)
-        q_width, k_width, _ = place.shape.widths()
-        session = self._next(layer, x.shape, name, first, peer) if self.noise else None
-        qk, v = x[..., : q_width + k_width], x[..., q_width + k_width :]
-        if place.norms is not None:
-            qk = normed(qk, place.norms, place.shape)
-        if place.gather is not None and tables is not None:
-            qk = place.gather.rotate(qk, place.gather.columns(tables))
-        if session is None:
-            return qk
-        rows = keyed(qk, v, positions < 0, self._keys(session, layer), place.shape, self.noise, session.stream)
+        if not self.noise:
+            return self._keyed(layer, x, tables, None, None)
+        session = self._next(layer, x.shape, name, first, peer)
+        random = session.stream.noise(x.shape[0], 2, shape.kv_heads, x.shape[1], self.noise)
+        rows = self._keyed(layer, x, tables, self._keys(session, layer), random)
+        if int(positions.min()) < 0:
+            cover(rows, positions < 0, shape.widths(self.noise), session.stream)
         session.keyed[layer] += x.shape[1]  # only now: the answer exists
         return rows
 
     @torch.no_grad()
     def restore(self, layer: int, a: Tensor, name: bytes, peer: str) -> Tensor:
         """The true attention output: a' [B, S, H·(d + ρ)] -> a [B, S, H·d]."""
-        place = self._layer_at(layer)
+        place, native = self._layer_at(layer), self._template(a.dtype)
         if place.restore is not None:
-            return gather_columns(a, place.restore)
+            return native.compute(layer, False, a, None, None, None) if native is not None else gather_columns(a, place.restore)
         session = self._session(name, peer)
         session.vault.require_open()
         if a.shape[0] != session.sequences or session.restored[layer] + a.shape[1] > session.keyed[layer]:
             raise MalformedMessage("session", "more rows, or other sequences, than were keyed there")
         session.restored[layer] += a.shape[1]
-        return restored(a, self._keys(session, layer), place.shape, self.noise)
+        keys = self._keys(session, layer)
+        return native.compute(layer, False, a, None, keys, None) if native is not None else restored(a, keys, place.shape, self.noise)
 
     def begin(self, name: bytes, first: int, positions: Tensor, dtype: torch.dtype, peer: str) -> EnclaveStep | None:
         """Authorise a pass over all layers: every row is counted as keyed and restored before the first one is.
@@ -245,12 +244,10 @@ class Enclave:
         Raises:
             MalformedMessage: as `key` and `restore` do.
         """
-        if library() is None or dtype not in STEP_DTYPES or positions.numel() > STEP_ROWS or (self.noise and int(positions.min()) < 0):
+        template = self._template(dtype)
+        if template is None or positions.numel() > STEP_ROWS or (self.noise and int(positions.min()) < 0):
             return None
-        tables = self._tables_for(positions, dtype)
-        template = self._templates.get(dtype)
-        if template is None:
-            template = self._templates[dtype] = StepTemplate(self._layers, self.noise, dtype)
+        tables = self._tables_for(positions, dtype).floats
         if not self.noise:
             return template.step(name, first, positions.shape, tables, (), ())
         session = self._session(name, peer)
@@ -281,6 +278,27 @@ class Enclave:
                 session.keyed[layer] -= step.rows
             elif layer not in kept:
                 session.restored[layer] -= step.rows
+
+    def _template(self, dtype: torch.dtype) -> StepTemplate | None:
+        """The layers for C++; None where it cannot compute."""
+        if library() is None or dtype not in STEP_DTYPES:
+            return None
+        if dtype not in self._templates:
+            self._templates[dtype] = StepTemplate(self._layers, self.noise, dtype)
+        return self._templates[dtype]
+
+    def _keyed(self, layer: int, x: Tensor, tables: _Tables, keys: SessionKeys | None, random: Tensor | None) -> Tensor:
+        """Rows normed, rotated and, where there are keys, keyed: in C++, or in PyTorch where it was not built."""
+        native, place = self._template(x.dtype), self._layers[layer]
+        if native is not None:
+            return native.compute(layer, True, x, tables.floats, keys, random)
+        q, k, _ = place.shape.widths()
+        qk, v = x[..., : q + k], x[..., q + k :]
+        if place.norms is not None:
+            qk = normed(qk, place.norms, place.shape)
+        if place.gather is not None and tables.tables is not None:
+            qk = place.gather.rotate(qk, place.gather.columns(tables.tables))
+        return qk if keys is None or random is None else keyed(qk, v, keys, place.shape, random)
 
     def _layer(self, shape: AttentionShape, index: int, stored: dict[str, Tensor]) -> _Layer:
         per_kv, d = shape.heads // shape.kv_heads, shape.head_dim
@@ -346,16 +364,17 @@ class Enclave:
         shape = self._layers[layer].shape
         return session_keys(stream, shape.kv_heads, shape.head_dim + self.noise, sequences)
 
-    def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The tables of the last positions are kept: every layer of a token asks for the same ones. None where nothing rotates."""
+    def _tables_for(self, positions: Tensor, dtype: torch.dtype) -> _Tables:
+        """The tables of the last positions are kept: every layer of a token asks for the same ones."""
         places = positions.numpy().tobytes()
         kept = self._tables
         if kept is None or (kept.places, kept.shape, kept.dtype) != (places, positions.shape, dtype):
             if int(positions.min()) < -1 or int(positions.max()) >= self.manifest.limit:
                 raise MalformedMessage("size", f"a position outside 0 to {self.manifest.limit - 1}")
             tables = self._rotary.tables(positions.clamp_min(0), dtype) if self._rotary is not None else None
-            kept = self._tables = _Tables(places, positions.shape, dtype, tables)
-        return kept.tables
+            floats = (tables[0].float(), tables[1].float()) if tables is not None else None
+            kept = self._tables = _Tables(places, positions.shape, dtype, tables, floats)
+        return kept
 
 
 def _idle_limit(session: _Session) -> float:

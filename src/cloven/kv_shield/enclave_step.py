@@ -1,4 +1,4 @@
-"""A pass of the model over a few rows, as the enclave serves it: authorised at once, then computed call by call in C++.
+"""The enclave's arithmetic in C++; and a pass of the model over a few rows, authorised at once and then served without Python:
 
     1. `Enclave.begin` checks and counts the rows of all layers, as `key` and `restore` would one by one
     2. the lane is handed to native/step.cpp: the calls of every layer, in order, each once, with sizes that follow from the shapes
@@ -19,11 +19,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cloven.kv_shield.keys import SessionKeys
 from cloven.kv_shield.rotary import RotaryGather
 from cloven.kv_shield.shapes import AttentionShape, calls_of
 from cloven.wire.lane import Lane
 
-_INTERFACE = 2
+_INTERFACE = 3
 _LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
 _NOT_YET = 0
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -62,7 +63,7 @@ def library() -> Any:
         if loaded.cloven_step_interface() != _INTERFACE:
             return None
         loaded.cloven_step_serve.argtypes = [_P, _P, _P, _I]
-        loaded.cloven_step_compute.argtypes = [_P, _I, ctypes.c_int, _P, _P]
+        loaded.cloven_step_compute.argtypes = [_P, _I, ctypes.c_int, _P, _P, ctypes.c_int]
         loaded.cloven_step_compute.restype = None
     except (OSError, AttributeError):  # built for another machine, or another version
         return None
@@ -122,10 +123,7 @@ class EnclaveStep:
 
     def compute(self, layer: int, key: bool, x: Tensor, width: int) -> Tensor:
         """One call by itself, for tests: x [B, S, W] -> [B, S, width]."""
-        x = x.contiguous()
-        out = torch.empty(*x.shape[:2], width, dtype=x.dtype)
-        library().cloven_step_compute(ctypes.byref(self.step), layer, int(key), x.data_ptr(), out.data_ptr())
-        return out
+        return _computed(self.step, layer, key, x, width)
 
 
 class StepTemplate:
@@ -139,7 +137,8 @@ class StepTemplate:
     def __init__(self, layers: Sequence[LayerOfStep], noise: int, dtype: torch.dtype) -> None:
         self._held: list[Tensor] = []
         self._dtype = dtype
-        self.calls = calls_of([layer.shape for layer in layers], noise)
+        self._shapes = [layer.shape for layer in layers]
+        self.calls = calls_of(self._shapes, noise)
         self._layers = [self._layer(layer, noise) for layer in layers]
 
     def _layer(self, layer: LayerOfStep, noise: int) -> _CLayer:
@@ -170,17 +169,47 @@ class StepTemplate:
         """A pass over `places` = [B, S] rows.
 
         Args:
-            tables: cos and ± sin for their positions, in the dtype of the template.
+            tables: cos and ± sin for their positions, rounded to the dtype of the template, in float32; contiguous.
             keys: kv and inverse of every layer's `SessionKeys`; none in permute mode.
             noise: ν for every layer [B, 2, G, S, ρ]; none in permute mode.
         """
         layers = (_CLayer * len(self._layers))(*self._layers)
         for made, (kv, inverse), random in zip(layers, keys, noise, strict=False):
             made.kv, made.inverse, made.random = kv.data_ptr(), inverse.data_ptr(), random.data_ptr()
+        return EnclaveStep(name, first, places[1], self._step(places, tables, layers), self.calls, (self, layers, tables, keys, noise))
+
+    def compute(
+        self, layer: int, key: bool, x: Tensor, tables: tuple[Tensor, Tensor] | None, keys: SessionKeys | None, random: Tensor | None
+    ) -> Tensor:
+        """One call of any number of rows, by itself, on PyTorch's number of threads.
+
+        Args:
+            x: q ‖ k (‖ v), or a' [B, S, W].
+            tables, random: as for `step`, of this layer; for a call that keys.
+            keys: of every sequence; None in permute mode.
+        """
+        made = _CLayer.from_buffer_copy(self._layers[layer])
+        if keys is not None:
+            made.kv, made.inverse = keys.kv.data_ptr(), keys.inverse.data_ptr()
+        if random is not None:
+            made.random = random.data_ptr()
+        layers = (_CLayer * 1)(made)
+        step = self._step(x.shape[:2], tables, layers)
+        shape, size = self._shapes[layer], self._shapes[layer].head_dim + made.noise
+        heads = shape.heads + (shape.kv_heads * (2 if made.noise else 1) if key else 0)
+        return _computed(step, 0, key, x, heads * (size if key else shape.head_dim), torch.get_num_threads())
+
+    def _step(self, places: torch.Size, tables: tuple[Tensor, Tensor] | None, layers: Any) -> _CStep:
         step = _CStep(int(self._dtype == torch.bfloat16), places[0], places[1], len(layers))
         step.layer = ctypes.addressof(layers)
-        floats = tuple(part.float().contiguous() for part in tables) if tables is not None else ()
-        if floats:
-            step.cos, step.sin = (part.data_ptr() for part in floats)
-            step.cos_width, step.sin_width = (part.shape[-1] for part in floats)
-        return EnclaveStep(name, first, places[1], step, self.calls, (self, layers, floats, keys, noise))
+        if tables is not None:
+            step.cos, step.sin = (part.data_ptr() for part in tables)
+            step.cos_width, step.sin_width = (part.shape[-1] for part in tables)
+        return step
+
+
+def _computed(step: _CStep, layer: int, key: bool, x: Tensor, width: int, threads: int = 1) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(*x.shape[:2], width, dtype=x.dtype)
+    library().cloven_step_compute(ctypes.byref(step), layer, int(key), x.data_ptr(), out.data_ptr(), threads)
+    return out

@@ -1,6 +1,8 @@
-"""The enclave's arithmetic for any number of rows, in PyTorch: norms, keys, and undoing them. A step's rows go through native/step.cpp."""
+"""The enclave's arithmetic in PyTorch: norms, keys, and undoing them. Where native/step.cpp was built, it stands in for all but `cover`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,30 +26,28 @@ def normed(qk: Tensor, norms: Tensor, shape: AttentionShape) -> Tensor:
     return weighted.flatten(-2)
 
 
-def keyed(qk: Tensor, v: Tensor, pads: Tensor, keys: SessionKeys, shape: AttentionShape, noise: int, stream: SecretStream) -> Tensor:
+def keyed(qk: Tensor, v: Tensor, keys: SessionKeys, shape: AttentionShape, random: Tensor) -> Tensor:
     """q' = [q, 0] F⁻ᵀ ‖ k' = [k, ν] F ‖ v' = [v, ν] F_v: [B, S, (H + 2G)·D], D = d + ρ, in the vectors' dtype.
 
     Args:
         qk, v: q ‖ k [B, S, (H + G)·d], rotated, and v [B, S, G·d].
-        pads: bool [B, S]; what stands there becomes random.
         keys: of every sequence.
-        noise, stream: ρ, and where ν comes from.
+        random: standard Gaussians [B, 2, G, S, ρ]; ν is these, of the level of k and v.
     """
     (b, s), g, d = qk.shape[:2], shape.kv_heads, shape.head_dim
+    noise = random.shape[-1]
     size, q_width, (wide, *narrow) = d + noise, shape.widths()[0], shape.widths(noise)
     out = torch.empty(b, s, wide + sum(narrow), dtype=qk.dtype)
     q = torch.empty(b, g, s, shape.heads // g, d)
     q.copy_(qk[..., :q_width].view(b, s, g, -1, d).transpose(1, 2))
-    keyed_q = q.flatten(2, 3) @ keys.k_inverse.transpose(2, 3)[:, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
+    keyed_q = q.flatten(2, 3) @ keys.inverse[:, 0, :, :d]  # [q, 0] F⁻ᵀ needs the first d rows
     out[..., :wide].view(b, s, g, -1, size).copy_(keyed_q.view(b, g, s, -1, size).transpose(1, 2))
     rows = torch.empty(b, 2, g, s, size)  # [k, ν] and [v, ν]
     for part, plain in enumerate((qk[..., q_width:], v)):
         rows[:, part, ..., :d] = plain.view(b, s, g, d).transpose(1, 2)
     level = torch.linalg.vector_norm(rows[..., :d], dim=-1, keepdim=True) * d**-0.5
-    torch.mul(stream.noise(b, 2, g, s, noise), level, out=rows[..., d:])
+    torch.mul(random, level, out=rows[..., d:])
     out[..., wide:].view(b, s, 2, g, size).copy_((rows @ keys.kv).permute(0, 3, 1, 2, 4))
-    if bool(pads.any()):
-        _cover(out, pads, [wide, *narrow], stream)
     return out
 
 
@@ -62,8 +62,15 @@ def restored(a: Tensor, keys: SessionKeys, shape: AttentionShape, noise: int) ->
     return out
 
 
-def _cover(rows: Tensor, pads: Tensor, widths: list[int], stream: SecretStream) -> None:
-    """What stood at a pad must not show that it is padding, nor be worth anything: random rows of the others' level."""
+def cover(rows: Tensor, pads: Tensor, widths: Sequence[int], stream: SecretStream) -> None:
+    """What stood at a pad must not show that it is padding, nor be worth anything: random rows of the others' level.
+
+    Args:
+        rows: q' ‖ k' ‖ v' [B, S, W'], changed in place.
+        pads: bool [B, S].
+        widths: of q', k' and v'.
+        stream: where the random rows come from.
+    """
     for row in pads.any(1).nonzero().flatten().tolist():
         where = pads[row]
         like = rows[row, ~where] if not bool(where.all()) else rows[~pads]

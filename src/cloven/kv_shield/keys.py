@@ -32,7 +32,7 @@ class SessionKeys:
 
     Args:
         kv: F and F_v [*batch, 2, G, D, D].
-        inverse: F⁻¹ and F_v⁻¹, alike.
+        inverse: F⁻ᵀ and F_v⁻¹, alike: what q and the attention output are multiplied with.
     """
 
     kv: Tensor
@@ -49,7 +49,7 @@ class SessionKeys:
     @property
     def k_inverse(self) -> Tensor:
         """F⁻¹."""
-        return self.inverse.select(-4, 0)
+        return self.inverse.select(-4, 0).mT
 
     @property
     def v(self) -> Tensor:
@@ -65,7 +65,10 @@ class SessionKeys:
 def session_keys(stream: SecretStream, kv_heads: int, size: int, *batch: int) -> SessionKeys:
     """Draw keys: one for k and one for v for every sequence of the batch and every kv head."""
     shape = (*batch, 2, kv_heads, size, size)
-    return SessionKeys(*(part.view(shape) for part in _invertible(stream, math.prod(shape[:-2]), size)))
+    kv, inverse = (part.view(shape) for part in _invertible(stream, math.prod(shape[:-2]), size))
+    of_k = inverse.select(-4, 0)
+    of_k.copy_(of_k.mT.clone())
+    return SessionKeys(kv, inverse)
 
 
 def _invertible(stream: SecretStream, count: int, size: int) -> tuple[Tensor, Tensor]:

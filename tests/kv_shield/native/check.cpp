@@ -1,4 +1,5 @@
-// step.cpp under sanitizers: every kind of layer, both types, sizes that are no multiple of anything, over a lane between two threads.
+// step.cpp under sanitizers: every kind of layer, both types, sizes that are no multiple of anything, over a lane between two threads; then the
+// same calls shared by several threads.
 
 #include <sys/mman.h>
 
@@ -8,6 +9,9 @@
 #include <thread>
 
 #include "step.cpp"
+
+using cloven::BFloat16;
+using cloven::Float32;
 
 namespace {
 
@@ -57,13 +61,13 @@ void check(bool bfloat16, i64 noise, i64 batch, i64 rows, i64 heads, i64 kv_head
     while (result == kNotYet) result = cloven_step_serve(&step, base, &state, cloven::kSecond);
     require(result == kDone, "the pass ends");
   });
-  Pass<Float32> sizes(step);
   const std::size_t each = (bfloat16 ? 2 : 4) * batch * rows;
   std::uint32_t number = 0;
   for (const Layer& layer : layers)
     for (const bool key : {true, false}) {
       if (key && !layer.keyed) continue;
-      std::vector<unsigned char> in(each * sizes.width_in(layer, key)), out(each * sizes.width_out(layer, key)), again(out.size());
+      const Rows<Float32> sizes(step, layer, key);
+      std::vector<unsigned char> in(each * sizes.width_in()), out(each * sizes.width_out()), again(out.size());
       const auto values = floats(in.size() / (bfloat16 ? 2 : 4));
       for (std::size_t i = 0; i < values.size(); ++i) {
         if (bfloat16) {
@@ -82,7 +86,7 @@ void check(bool bfloat16, i64 noise, i64 batch, i64 rows, i64 heads, i64 kv_head
       }
       require(other->payload == out.size() + 1, "the size of an answer");
       std::memcpy(out.data(), cloven::payload_of(base, 1), out.size());
-      cloven_step_compute(&step, &layer - layers.data(), key, in.data(), again.data());
+      cloven_step_compute(&step, &layer - layers.data(), key, in.data(), again.data(), 3);
       require(out == again, "the answer is what the call computes");
     }
   server.join();
@@ -95,7 +99,7 @@ int main() {
   int checks = 0;
   for (const bool bfloat16 : {false, true})
     for (const i64 noise : {0, 3, 16})
-      for (const i64 rows : {1, 3}) {
+      for (const i64 rows : {1, 3, 45}) {
         check(bfloat16, noise, 2, rows, 4, 2, 12);
         check(bfloat16, noise, 1, rows, 3, 1, 18);
         checks += 2;
