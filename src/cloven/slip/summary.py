@@ -48,17 +48,23 @@ class Summary:
         parameters = sum(kind.parameters for kind in self.kinds.values())
         return {
             "secret_fraction": sum(kind.secret_parameters for kind in self.kinds.values()) / parameters,
-            "secret_energy": sum(kind.secret_energy for kind in self.kinds.values())
-            / max(sum(k.energy for k in self.kinds.values()), 1e-300),
-            "quantisation_error": math.sqrt(self._error / max(self._exposed_energy, 1e-300)),
+            "secret_energy": _rounded(
+                sum(kind.secret_energy for kind in self.kinds.values()), sum(kind.energy for kind in self.kinds.values())
+            ),
+            "quantisation_error": math.sqrt(_rounded(self._error, self._exposed_energy)),
             "kinds": {
                 name: {
                     "layers": kind.layers,
                     "parameters": kind.parameters,
                     "secret_parameters": kind.secret_parameters,
                     "layers_without_secret": kind.without_secret,
-                    "secret_energy": kind.secret_energy / max(kind.energy, 1e-300),
+                    "secret_energy": _rounded(kind.secret_energy, kind.energy),
                 }
                 for name, kind in self.kinds.items()
             },
         }
+
+
+def _rounded(part: float, whole: float) -> float:
+    """part / whole to nine digits: the order in which a library sums may depend on where in memory a tensor lies, and the manifest should not."""
+    return float(f"{part / max(whole, 1e-300):.9g}")
