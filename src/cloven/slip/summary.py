@@ -66,5 +66,5 @@ class Summary:
 
 
 def _rounded(part: float, whole: float) -> float:
-    """part / whole to nine digits: the order in which a library sums may depend on where in memory a tensor lies, and the manifest should not."""
+    """part / whole to nine digits: in which order a library sums may depend on where in memory a tensor lies; the manifest should not."""
     return float(f"{part / max(whole, 1e-300):.9g}")
