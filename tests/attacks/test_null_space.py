@@ -16,12 +16,12 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from cloven.audit.slip.null_space import View, bottom, closest_pairs, peaked, share, side, top
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.decomposition import Split, allocate_ranks, spectrum, split
 from cloven.slip.exposed_matrix import expose
@@ -30,7 +30,7 @@ from tests.split_models import demo_model
 
 FRACTION = 0.03
 Splitter = Callable[[Tensor, int, Tensor, SecretStream], Split]
-Chooser = Callable[[Tensor, int], Tensor]  # exposed singular values [r], k -> indices of the vectors to take
+Chooser = Callable[[View, Tensor], Tensor]
 ALL_LAYERS = (
     *(
         f"model.layers.{i}.{kind}_proj"
@@ -63,18 +63,6 @@ def ranks() -> dict[str, int]:
     return dict(zip(ALL_LAYERS, given, strict=True))
 
 
-@dataclass(frozen=True)
-class View:
-    """What the attacker computes from one exposed matrix, and what it looks for."""
-
-    k: int
-    values: Tensor
-    left: Tensor
-    right: Tensor
-    secret_left: Tensor
-    secret_right: Tensor
-
-
 @functools.cache
 def views(splitter: Splitter, terms: int, layers: tuple[str, ...]) -> tuple[View, ...]:
     """Split, quantise and scramble every layer; undo the scramble; singular value decompositions."""
@@ -83,51 +71,27 @@ def views(splitter: Splitter, terms: int, layers: tuple[str, ...]) -> tuple[View
         w, k = weight(name), ranks()[name]
         if k:
             exposed = expose(splitter(w, k, spectrum(w), stream()).exposed, terms, stream()).dequantised()
-            u, s, vt = torch.linalg.svd(exposed, full_matrices=False)
-            secret_u, _, secret_vt = torch.linalg.svd(w, full_matrices=False)
-            seen.append(View(k, s, u, vt.t(), secret_u[:, :k], secret_vt[:k].t()))
+            seen.append(View.of(exposed, w, k))
     return tuple(seen)
 
 
 def shares(seen: tuple[View, ...], choose: Chooser) -> tuple[float, float, float]:
     """(share on the left, share on the right, chance) for the vectors that an attacker chooses."""
-    left = right = chance = 0.0
-    for view in seen:
-        chosen = choose(view.values, view.k)
-        left += float((view.left[:, chosen].t() @ view.secret_left).square().sum())
-        right += float((view.right[:, chosen].t() @ view.secret_right).square().sum())
-        chance += view.k * len(chosen) / len(view.values)
-    total = sum(view.k for view in seen)
-    return left / total, right / total, chance / total
-
-
-def bottom(values: Tensor, k: int) -> Tensor:
-    """Where a hole would be."""
-    return torch.arange(len(values) - k, len(values))
-
-
-def top(values: Tensor, k: int) -> Tensor:
-    """Where the secret was."""
-    return torch.arange(k)
+    left, right = side(list(seen), choose, 0), side(list(seen), choose, 1)
+    return left[0], right[0], left[1]
 
 
 def tenth(number: int) -> Chooser:
     """The vectors of one tenth of the spectrum."""
-    return lambda values, k: torch.arange(number * len(values) // 10, (number + 1) * len(values) // 10)
+    return lambda view, vectors: torch.arange(number * len(view.values) // 10, (number + 1) * len(view.values) // 10)
 
 
-def closest_pairs(values: Tensor, k: int) -> Tensor:
-    """Vectors whose singular values nearly coincide: a random matrix's repel each other, something that was put in does not."""
-    gaps = (values[:-1] - values[1:]) / values[:-1]
-    first = gaps.argsort()[:k]
-    return torch.cat([first, first + 1]).unique()
-
-
-def locally_closest_pairs(values: Tensor, k: int) -> Tensor:
-    """The same, measured by the usual distance in the neighbourhood."""
-    gaps = values[:-1] - values[1:]
+def locally_closest_pairs(view: View, vectors: Tensor) -> Tensor:
+    """As `closest_pairs`, measured by the usual distance in the neighbourhood."""
+    del vectors
+    gaps = view.values[:-1] - view.values[1:]
     usual = torch.nn.functional.avg_pool1d(torch.nn.functional.pad(gaps[None], (8, 8), mode="replicate"), 17, stride=1)[0]
-    first = (gaps / usual).argsort()[:k]
+    first = (gaps / usual).argsort()[: view.k]
     return torch.cat([first, first + 1]).unique()
 
 
@@ -162,14 +126,8 @@ def test_the_secret_lies_in_no_part_of_the_spectrum(terms: int, layers: tuple[st
 @TERMS
 def test_the_secret_is_not_told_by_the_shape_of_its_vectors(terms: int, layers: tuple[str, ...]) -> None:
     """A trained layer's top singular vectors are more peaked than its others; scramble and signs do not change that. Mixed they are not."""
-    found = expected = total = 0.0
-    for view in views(split, terms, layers):
-        for vectors, secret in ((view.left, view.secret_left), (view.right, view.secret_right)):
-            peaked = vectors.pow(4).sum(0).argsort(descending=True)[: 2 * view.k]
-            found += float((vectors[:, peaked].t() @ secret).square().sum())
-            expected += view.k * len(peaked) / len(view.values)
-            total += view.k
-    assert found / total < expected / total + 0.15
+    found, chance = share(list(views(split, terms, layers)), peaked)
+    assert found < chance + 0.15
 
 
 @pytest.mark.parametrize(("layers", "hollow"), [(TALL, "right"), (WIDE, "left"), (SQUARE, "both")], ids=["tall", "wide", "square"])

@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from cloven.audit import registry
+from cloven.audit.findings import Findings
 from cloven.audit.kv_shield import MODES
 from cloven.audit.registry import TEXT_TOKENS, audit
 from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.kv_shield.config import KvShieldConfig
 from tests.kv_bundles import kv_bundle
 from tests.lora_bundles import own_bundle
-from tests.split_models import tiny_bundle
+from tests.split_models import tiny, tiny_bundle
 
 NEEDED = 2 * (12 + 16) + 16  # of the tiny models, at ρ = 16
 
@@ -26,7 +28,7 @@ def tokens(count: int) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2"])
 def test_a_bundle_is_audited_in_every_mode(family: str) -> None:
-    attacks = audit(kv_bundle(family, "session"), tokens(NEEDED))
+    attacks = audit(kv_bundle(family, "session"), tokens(NEEDED)).attacks
     assert {attack.scheme for attack in attacks} == {f"kv-shield/{mode}" for mode in MODES}
     value = {(attack.name, attack.scheme.removeprefix("kv-shield/")): attack.value for attack in attacks}
     assert value["table", "none"] == value["sorting", "permute"] == value["weights", "permute"] == 1.0
@@ -35,7 +37,7 @@ def test_a_bundle_is_audited_in_every_mode(family: str) -> None:
 
 def test_both_modes_give_the_same_public_model_to_the_thief() -> None:
     public = [
-        {(a.name, a.value) for a in audit(kv_bundle("llama", mode), tokens(NEEDED)) if a.scheme == "kv-shield/none"}
+        {(a.name, a.value) for a in audit(kv_bundle("llama", mode), tokens(NEEDED)).attacks if a.scheme == "kv-shield/none"}
         for mode in ("permute", "session")
     ]
     assert public[0] == public[1]
@@ -50,7 +52,7 @@ def test_a_text_is_sampled_where_none_is_given(monkeypatch: pytest.MonkeyPatch) 
         return []
 
     monkeypatch.setattr(registry, "audit_kv_shield", record)
-    assert audit(kv_bundle("llama", "session")) == audit(kv_bundle("llama", "session")) == []
+    assert audit(kv_bundle("llama", "session")).attacks == audit(kv_bundle("llama", "session")).attacks == []
     assert seen[0].shape == (TEXT_TOKENS,) and torch.equal(seen[0], seen[1])
 
 
@@ -60,8 +62,6 @@ def test_a_text_must_be_long_enough() -> None:
 
 
 def test_what_cannot_be_audited(tmp_path: Path) -> None:
-    with pytest.raises(BadBundle, match="SLIP bundles cannot be audited yet"):
-        audit(tiny_bundle("llama").path)
     with pytest.raises(BadBundle):
         audit(tmp_path)
     with pytest.raises(BadBundle):
@@ -74,8 +74,29 @@ def test_what_cannot_be_audited(tmp_path: Path) -> None:
         audit(tmp_path / "out")
 
 
+def test_a_slip_bundle_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def record(out: Path, text: Tensor | None, **settings: Any) -> Findings:
+        seen.update(settings, text=text)
+        return Findings("slip", [])
+
+    monkeypatch.setattr(registry, "audit_slip", record)
+    assert audit(tiny_bundle("llama").path, seed=3, minutes=0.5).scheme == "slip"
+    assert seen["text"] is None and (seen["seed"], seen["minutes"], seen["relative"]) == (3, 0.5, None)
+    audit(tiny_bundle("llama").path, tokens(600))
+    assert seen["text"].shape == (2, 256)
+    audit(tiny_bundle("llama").path, tokens(100))
+    assert seen["text"].shape == (1, 100)
+
+
+def test_a_relative_is_for_slip() -> None:
+    with pytest.raises(BadInput, match="for the audit of a SLIP bundle"):
+        audit(kv_bundle("llama", "permute"), tokens(NEEDED), relative=tiny("llama"))
+
+
 def test_a_private_lora_bundle_is_audited(tmp_path: Path) -> None:
-    attacks = audit(own_bundle(tmp_path / "out", budget=8))
+    attacks = audit(own_bundle(tmp_path / "out", budget=8)).attacks
     assert {attack.scheme for attack in attacks} <= {"private-lora/lwe", "private-lora/fhe"}
     assert {"regression_budget", "packing", "hint_inversion", "distinguish"} <= {attack.name for attack in attacks}
 

@@ -19,7 +19,7 @@ def test_a_small_run() -> None:
     assert set(record) == set(KvBench.__dataclass_fields__)
     assert (result.shape, result.layers, result.rounds, result.tokens_per_round) == ("tiny", 1, 1, 2) and result.layers_of_shape == 5
     assert all(record[name] > 0 for name in (*SLOWDOWNS, "tokens_per_s_stock", "prefill_512_s_stock", "seal_gb_per_s"))
-    assert result.calls_per_token == 2  # key and restore, for one layer
+    assert result.calls_per_token == 3  # key and restore, for one layer, and what authorises them
     for figures in (result.call_us, result.bytes_per_token, result.tokens_per_s, result.prefill_512_s):
         assert set(figures) == {"permute", "session"} and all(figure > 0 for figure in figures.values())
     assert result.bytes_per_token["session"] > result.bytes_per_token["permute"]  # v, and the noise

@@ -142,7 +142,9 @@ def test_plain_tcp_only_with_a_banner_on_both_sides(permute: Path, cloven_here: 
 def test_audit(bundles: dict[str, Path], cloven_here: Command) -> None:
     outcome = cloven_here("audit", str(bundles["session"]), "--json")
     assert outcome.code == 0, outcome.err
-    attacks = json.loads(outcome.out)["attacks"]
+    answer = json.loads(outcome.out)
+    attacks, page = answer["attacks"], Path(answer["report"])
+    assert page == bundles["session"] / "audit.html" and "Cache thief" in page.read_text() and page.stat().st_mode & 0o777 == 0o600
     assert set(attacks[0]) == {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
     value = {(attack["name"], attack["scheme"]): attack for attack in attacks}
     assert value["sorting", "kv-shield/permute"]["verdict"] == "broken" and value["sorting", "kv-shield/session"]["verdict"] == "holds"
@@ -152,7 +154,7 @@ def test_audit(bundles: dict[str, Path], cloven_here: Command) -> None:
 def test_audit_of_a_text_of_ones_own(permute: Path, tmp_path: Path, cloven_here: Command) -> None:
     text = tmp_path / "text"
     text.write_text("The king is dead. " * 60, encoding="utf-8")
-    outcome = cloven_here("audit", str(permute), "--text", str(text))
+    outcome = cloven_here("audit", str(permute), "--text", str(text), "--no-report")
     assert outcome.code == 0, outcome.err
     assert "What a thief of the cache recovers" in outcome.out and "sorting" in outcome.out and "session" in outcome.out
     text.write_text("The king is dead.", encoding="utf-8")
@@ -163,7 +165,9 @@ def test_audit_of_a_text_of_ones_own(permute: Path, tmp_path: Path, cloven_here:
 
 
 def test_audit_errors(permute: Path, tmp_path: Path, cloven_here: Command) -> None:
-    one_line(cloven_here("audit", str(tiny_bundle("llama").path)), 2, "SLIP bundles cannot be audited yet")
+    one_line(cloven_here("audit", str(permute), "--report", "x.html", "--no-report"), 2, "give one of them")
+    one_line(cloven_here("audit", str(permute), "--relative", str(tiny_folder("llama"))), 2, "for the audit of a SLIP bundle")
+    one_line(cloven_here("audit", str(permute), "--report", str(tmp_path / "no" / "audit.html")), 2, "no such folder")
     for folder in (tmp_path, tmp_path / "nowhere", permute / "exposed"):
         one_line(cloven_here("audit", str(folder)), 2, "bundle")
     out = tmp_path / "mixed"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from cloven.audit.attack import Attack
+from cloven.audit.findings import Findings
 from cloven.audit.kv_shield import audit_kv_shield
 from cloven.audit.plain_model import plain_model
 from cloven.audit.private_lora import audit_private_lora
+from cloven.audit.slip.audit import audit_slip
+from cloven.audit.slip.subject import TEXT_TOKENS as WINDOW
 from cloven.bundle.manifest import manifest_format
+from cloven.bundle.trusted_manifest import FORMAT as SLIP_TRUSTED
 from cloven.errors import BadBundle, BadInput
 from cloven.kv_shield.manifest import TRUSTED
 from cloven.kv_shield.prepare import attention_shapes
@@ -20,26 +25,45 @@ from cloven.zoo.text import sample_text
 
 TEXT_TOKENS = 256
 TEXT_SEED = 3
+MINUTES = 3.0
 
 
-def audit(out: Path, tokens: Tensor | None = None) -> list[Attack]:
+def audit(
+    out: Path,
+    tokens: Tensor | None = None,
+    *,
+    seed: int = 0,
+    minutes: float = MINUTES,
+    relative: PreTrainedModel | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Findings:
     """Attack a bundle.
 
     Args:
-        out: OUT of `cloven prepare kv-shield` or `private-lora`, both halves.
-        tokens: the text that the attacker wants, int64 [T]; sampled from the model if not given.
+        out: OUT of `cloven prepare`, both halves.
+        tokens: a text, int64 [T]: what a cache's thief wants, or what perplexities are measured on; sampled from the model if not given.
+        seed: of the attackers' choices, for SLIP; no secret depends on it.
+        minutes: for the attacks that train, together.
+        relative: a public relative of a SLIP bundle's model.
+        progress: called with (stage, done, total).
 
     Raises:
-        BadBundle: no bundle that can be audited.  BadInput: the text is too short.
+        BadBundle: no bundle that can be audited.  BadInput: the text is too short, or not for this scheme.
     """
+    found = manifest_format(out / "trusted")
+    if relative is not None and found != SLIP_TRUSTED:
+        raise BadInput("a public relative is for the audit of a SLIP bundle")
     if manifest_format(out / "server") == SERVER:
         if tokens is not None:
             raise BadInput("a private-LoRA bundle is audited without a text: its attacks are on weights and queries")
-        return audit_private_lora(out)
-    if manifest_format(out / "trusted") != TRUSTED:
-        found = manifest_format(out / "trusted")
-        what = "SLIP bundles cannot be audited yet" if found else "there is no bundle here with both halves; give OUT of `cloven prepare`"
-        raise BadBundle(f"{out}: {what}")
+        return Findings("private-lora", audit_private_lora(out))
+    if found == SLIP_TRUSTED:
+        text = None
+        if tokens is not None:
+            text = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW) if len(tokens) >= WINDOW else tokens[None]
+        return audit_slip(out, text, seed=seed, minutes=minutes, relative=relative, progress=progress)
+    if found != TRUSTED:
+        raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
     model, config = plain_model(out)
     if tokens is None:
         tokens = sample_text(model, 1, TEXT_TOKENS, TEXT_SEED)[0]
@@ -47,4 +71,4 @@ def audit(out: Path, tokens: Tensor | None = None) -> list[Attack]:
     if len(tokens) < needed:
         raise BadInput(f"the text has {len(tokens)} tokens: give at least {needed}")
     with torch.no_grad():
-        return audit_kv_shield(model, tokens, config)
+        return Findings("kv-shield", audit_kv_shield(model, tokens, config))

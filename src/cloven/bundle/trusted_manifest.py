@@ -24,6 +24,8 @@ from cloven.bundle.manifest import (
 from cloven.errors import BadBundle, BadInput, ForeignBundle
 from cloven.field.codec import RowBounds
 
+FORMAT = "cloven-trusted"
+
 
 def _row_bounds(one: dict[str, Any], path: Path) -> RowBounds:
     try:
@@ -51,7 +53,7 @@ class TrustedManifest:
     def write(self, folder: Path) -> None:
         """Write trusted/manifest.json (into a folder of mode 0700)."""
         record = {
-            "format": "cloven-trusted",
+            "format": FORMAT,
             "version": FORMAT_VERSION,
             "scheme": self.scheme,
             "bundle": self.bundle,
@@ -73,7 +75,7 @@ class TrustedManifest:
             BadBundle: missing, malformed, of another version, or its id does not match its contents.
         """
         fields = {"scheme", "bundle", "files", "exposed", "bounds", "parameters", "summary"}
-        record = load_manifest(folder, "cloven-trusted", fields)
+        record = load_manifest(folder, FORMAT, fields)
         path = folder / MANIFEST
         require(isinstance(record["exposed"], dict) and set(record["exposed"]) == {"groups", "files"}, path, "exposed")
         exposed = parse_exposed(record["exposed"], folder)

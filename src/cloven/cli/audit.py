@@ -9,40 +9,96 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cloven.audit.attack import Attack
+
+MOST_TOKENS = 4096
 
 
 def audit(
-    out: Annotated[Path, typer.Argument(help="OUT of `cloven prepare kv-shield` or `private-lora`: both halves.")],
-    text: Annotated[Path | None, typer.Option(help="A text file that the attacker wants; default: text sampled from the model.")] = None,
+    out: Annotated[Path, typer.Argument(help="OUT of `cloven prepare`: both halves.")],
+    text: Annotated[
+        Path | None, typer.Option(help="A text file: what a cache's thief wants, or what perplexities are measured on. Default: sampled.")
+    ] = None,
+    relative: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="SLIP: a public relative of the model, which the attackers have too.")
+    ] = None,
+    budget_minutes: Annotated[float, typer.Option(min=0, help="SLIP: for the attacks that train, together; 0: none of them.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, help="SLIP: of the attackers' choices; no secret depends on it.")] = 0,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the HTML report goes; default: OUT/audit.html.")] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Attack a bundle with experiments on the user's own model; every attack also runs where it must succeed."""
+    from cloven.audit.plots import matplotlib_parts
     from cloven.audit.registry import audit as run
+    from cloven.audit.report import report as page
+    from cloven.bundle.durable import write_durably
     from cloven.bundle.manifest import manifest_format
-    from cloven.errors import BadInput
+    from cloven.cli.hardening import forbid_core_dumps
+    from cloven.cli.progress import progress_bars
+    from cloven.errors import BadInput, RunError
     from cloven.model.quiet import quiet_transformers
     from cloven.private_lora.manifest import SERVER
 
+    forbid_core_dumps()
     quiet_transformers()
-    tokens = None
+    if report is not None and no_report:
+        raise BadInput("--report beside --no-report: give one of them")
     if text is not None and manifest_format(out / "server") == SERVER:
         raise BadInput("a private-LoRA bundle is audited without --text: its attacks are on weights and queries")
-    if text is not None:
-        from transformers import AutoTokenizer
+    place = None if no_report else report or out / "audit.html"
+    if place is not None:
+        matplotlib_parts()  # where it is missing, now and not in an hour
+        if report is not None and not place.parent.is_dir():
+            raise BadInput(f"{place}: no such folder for the report")
+    public = None
+    if relative is not None:
+        from cloven.model.source import open_source
 
+        public = open_source(relative).load().float().eval()
+    with progress_bars() as progress:
+        tokens = tokens_of(text, out) if text is not None else None
+        findings = run(out, tokens, seed=seed, minutes=budget_minutes, relative=public, progress=progress)
+    if place is not None:
         try:
-            words = text.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{text}: cannot be read as text") from error
-        tokens = AutoTokenizer.from_pretrained(out / "exposed", trust_remote_code=False)(words, return_tensors="pt")["input_ids"][0, :512]
-    attacks = run(out, tokens)
+            write_durably(place, page(findings).encode())
+        except OSError as error:
+            raise RunError(f"{place}: the report cannot be written: {error.strerror}") from error
     if as_json:
-        typer.echo(json.dumps({"attacks": [attack.to_dict() for attack in attacks]}))
-    elif attacks[0].scheme.startswith("private-lora"):
-        print_list(attacks)
+        typer.echo(json.dumps({**findings.to_dict(), "report": str(place) if place is not None else None}))
+        return
+    if findings.scheme == "kv-shield":
+        print_table(findings.attacks)
     else:
-        print_table(attacks)
+        print_list(findings.attacks)
+    if place is not None:
+        typer.echo(f"report: {place}")
+
+
+def tokens_of(text: Path, out: Path) -> Tensor:
+    """The first tokens of a file, int64 [T].
+
+    Raises:
+        BadInput: no text.
+    """
+    from transformers import AutoTokenizer
+
+    from cloven.bundle.manifest import manifest_format
+    from cloven.errors import BadInput
+    from cloven.kv_shield.manifest import TRUSTED
+
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{text}: cannot be read as text") from error
+    shield = manifest_format(out / "trusted") == TRUSTED
+    tokenizer = AutoTokenizer.from_pretrained(out / ("exposed" if shield else "trusted"), trust_remote_code=False)
+    tokens: Tensor = tokenizer(words[: 32 * MOST_TOKENS], return_tensors="pt", verbose=False)["input_ids"][
+        0, : 512 if shield else MOST_TOKENS
+    ]
+    return tokens
 
 
 def print_list(attacks: list[Attack]) -> None:

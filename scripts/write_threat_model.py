@@ -1,0 +1,43 @@
+"""Write the list of attacks in docs/threat-model.md from the docstrings of the modules that make them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from cloven.audit.slip.audit import ATTACKS
+from cloven.audit.slip.recovery import recovery
+
+PAGE = Path(__file__).parents[1] / "docs" / "threat-model.md"
+BEGIN, END = "<!-- begin: docstrings of src/cloven/audit/slip -->", "<!-- end: docstrings -->"
+FIELDS = ("Adversary", "Method", "Success", "Weakened", "Source")
+
+
+def entry(module: ModuleType) -> str:
+    """One attack in Markdown: the question, then what the docstring says."""
+    text = inspect.getdoc(module) or ""
+    question, _, rest = text.partition("\n\n")
+    found = re.findall(rf"^({'|'.join(FIELDS)}): (.*?)(?=^(?:{'|'.join(FIELDS)}):|\Z)", rest, re.S | re.M)
+    if [name for name, _ in found] != list(FIELDS):
+        raise ValueError(f"{module.__name__}: its docstring says {[name for name, _ in found]}, not {list(FIELDS)}")
+    lines = [f"- {name}: {' '.join(words.split())}" for name, words in found]
+    return "\n".join([f"**{' '.join(question.split())}** (`{module.__name__.removeprefix('cloven.')}`)", "", *lines])
+
+
+def section() -> str:
+    """All of them, between the marks."""
+    modules = [sys.modules[attack.__module__] for attack in (*ATTACKS, recovery)]
+    return "\n\n".join([BEGIN, *map(entry, modules), END])
+
+
+def written(page: str) -> str:
+    """The page with the section anew."""
+    before, _, rest = page.partition(BEGIN)
+    return before + section() + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

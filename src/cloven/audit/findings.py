@@ -1,0 +1,37 @@
+"""What an audit found: attacks, figures, parameters, and what was not tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cloven.audit.attack import Attack
+from cloven.audit.figure import Figure
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The outcome of an audit.
+
+    Args:
+        scheme: "slip", "kv-shield" or "private-lora".
+        attacks, figures: see there.
+        parameters: of the bundle, and of the audit: what makes it reproducible.
+        not_tested: in sentences.
+    """
+
+    scheme: str
+    attacks: list[Attack]
+    figures: list[Figure] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    not_tested: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "scheme": self.scheme,
+            "attacks": [attack.to_dict() for attack in self.attacks],
+            "figures": [figure.to_dict() for figure in self.figures],
+            "parameters": self.parameters,
+            "not_tested": list(self.not_tested),
+        }

@@ -1,0 +1,122 @@
+"""The report of an audit: one HTML file without anything from elsewhere, for those who decide as well as for those who check."""
+
+from __future__ import annotations
+
+import html
+import importlib.resources
+from collections.abc import Iterable, Sequence
+
+from cloven.audit.attack import Attack, Verdict
+from cloven.audit.findings import Findings
+from cloven.audit.plots import svg_of
+
+_ORDER: tuple[Verdict, ...] = ("broken", "measured", "holds")  # the worst first
+_MEANING = {
+    "holds": "no attack did better than chance, or than what anybody has without the bundle",
+    "measured": "something is gained, or no claim is made: read the figure",
+    "broken": "an attack succeeds: do not rely on this",
+}
+_ADVERSARIES = {
+    "A1": "Curious worker: records everything",
+    "A2": "Malicious worker: answers wrongly",
+    "A3": "Cache thief: has a snapshot of the accelerator's cache",
+    "A4": "Live observer: reads the accelerator while it runs",
+    "A5": "Adapter server: wants the client's input",
+    "A6": "Extracting client: wants the adapter",
+    "A8": "API user in league with the worker",
+}
+_FALLBACK = {  # words of earlier attacks' adversaries
+    "has the public model and a snapshot of the cache": "A3",
+    "has the public model and the device's weights": "A4",
+}
+_TITLES = {"slip": "SLIP: weights split between two machines", "kv-shield": "KV-Shield: the keyed KV cache", "private-lora": "Private LoRA"}
+_STYLE = importlib.resources.files("cloven.audit").joinpath("report.css")
+
+
+def report(findings: Findings) -> str:
+    """The page.
+
+    Raises:
+        BadInput: there are figures, and Matplotlib is not installed.
+    """
+    title, style = _TITLES[findings.scheme], _STYLE.read_text(encoding="utf-8")
+    not_tested = "".join(f"<li>{_text(line)}</li>" for line in findings.not_tested)
+    parameters = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in findings.parameters.items())
+    figures = "".join(f"<figure>{svg_of(figure)}<figcaption>{_text(figure.title)}</figcaption></figure>" for figure in findings.figures)
+    meanings = "; ".join(f"{_verdict(verdict)}: {_text(_MEANING[verdict])}" for verdict in _ORDER[::-1])
+    parts = [
+        f"<h1>Audit: {_text(title)}</h1>",
+        "<p class=lead>Attacks that were run against this bundle, and against the same system without its protection.</p>",
+        f"<h2>In short</h2><ul class=cards>{''.join(_card(code, attacks) for code, attacks in _by_adversary(findings.attacks))}</ul>",
+        f"<p><small>{meanings}.</small></p>",
+        f"<h2>Attacks</h2><div class=scroll>{_matrix(findings) if findings.scheme == 'kv-shield' else _table(findings.attacks)}</div>",
+        f"<h2>Figures</h2>{figures}" if figures else "",
+        f"<h2>What was not tested</h2><ul>{not_tested}</ul>" if not_tested else "",
+        f"<h2>Parameters</h2><dl>{parameters}</dl>" if parameters else "",
+    ]
+    head = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>cloven audit</title><style>{style}</style>"
+    )
+    return f"{head}<body>{''.join(parts)}</body></html>\n"
+
+
+def code_of(attack: Attack) -> str:
+    """The adversary's letter and number."""
+    first = attack.adversary.split(",")[0].split()[0]
+    return first if first in _ADVERSARIES else _FALLBACK.get(attack.adversary, "A6" if "client" in attack.adversary else "A5")
+
+
+def worst(attacks: Iterable[Attack]) -> Verdict:
+    """The worst verdict of several attacks."""
+    return min((attack.verdict for attack in attacks), key=_ORDER.index)
+
+
+def _by_adversary(attacks: Sequence[Attack]) -> list[tuple[str, list[Attack]]]:
+    codes = sorted({code_of(attack) for attack in attacks})
+    return [(code, [attack for attack in attacks if code_of(attack) == code]) for code in codes]
+
+
+def _card(code: str, attacks: list[Attack]) -> str:
+    verdict = worst(attacks)
+    counts = ", ".join(f"{sum(a.verdict == v for a in attacks)} {v}" for v in _ORDER[::-1] if any(a.verdict == v for a in attacks))
+    named = [attack for attack in attacks if attack.verdict == verdict and verdict != "holds"]
+    most = f"<small>{_text(', '.join(sorted({_name(attack) for attack in named})))}</small>" if named else ""
+    return f"<li class={verdict}><strong>{_text(_ADVERSARIES[code])}</strong>{_verdict(verdict)} <small>({counts})</small> {most}</li>"
+
+
+def _table(attacks: Sequence[Attack]) -> str:
+    rows = "".join(
+        f"<tr><td>{_text(_name(attack))}<small>{_text(attack.metric)}</small><small>{_text(attack.adversary)}</small></td>"
+        f"<td class=n>{attack.value:.1%}</td><td class=n>{attack.chance:.1%}</td><td class=n>{attack.weakened_value:.1%}</td>"
+        f"<td class=n>{attack.tries:,}</td><td>{_verdict(attack.verdict)}</td></tr>"
+        for attack in attacks
+    )
+    head = "<tr><th>attack<th class=n>reached<th class=n>chance<th class=n>without protection<th class=n>tries<th>verdict</tr>"
+    return f"<table>{head}{rows}</table>"
+
+
+def _matrix(findings: Findings) -> str:
+    """Attacks by modes."""
+    schemes = list(dict.fromkeys(attack.scheme for attack in findings.attacks))
+    modes = "".join(f"<th class=n>{_text(scheme.rpartition('/')[2])}" for scheme in schemes)
+    head = f"<tr><th>attack{modes}<th class=n>chance</tr>"
+    rows = ""
+    for name in dict.fromkeys(attack.name for attack in findings.attacks):
+        found = {attack.scheme: attack for attack in findings.attacks if attack.name == name}
+        one = next(iter(found.values()))
+        cells = "".join(f"<td class=n>{found[s].value:.1%} {_verdict(found[s].verdict)}</td>" if s in found else "<td>" for s in schemes)
+        rows += f"<tr><td>{_text(_name(one))}<small>{_text(one.metric)}</small></td>{cells}<td class=n>{one.chance:.1%}</td></tr>"
+    return f"<table>{head}{rows}</table>"
+
+
+def _name(attack: Attack) -> str:
+    return attack.name.replace("_", " ")
+
+
+def _verdict(verdict: Verdict) -> str:
+    return f"<span class='verdict {verdict}'>{verdict}</span>"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))

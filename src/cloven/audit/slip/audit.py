@@ -1,0 +1,86 @@
+"""All attacks on a SLIP bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cloven.audit.attack import Attack
+from cloven.audit.findings import Findings
+from cloven.audit.slip.exposed_half import exposed_half
+from cloven.audit.slip.fractions import curve_over_fractions, spectra_figure
+from cloven.audit.slip.full_logits import full_logits
+from cloven.audit.slip.liars import liars
+from cloven.audit.slip.matching import assigned
+from cloven.audit.slip.null_space import null_space
+from cloven.audit.slip.plaintext_adjacency import plaintext_adjacency
+from cloven.audit.slip.recovery import recovery
+from cloven.audit.slip.subject import Subject, open_subject
+from cloven.audit.slip.transcripts import transcripts
+from cloven.audit.slip.unscrambling import unscrambling
+
+Progress = Callable[[str, int, int], None]
+ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
+    exposed_half,
+    null_space,
+    unscrambling,
+    full_logits,
+    plaintext_adjacency,
+    transcripts,
+    liars,
+)
+NOT_TESTED = (
+    "Training with more text, time or another recipe than the budget allows: raise --budget-minutes.",
+    "Unscrambling by training: permutations learned by gradient, and matching followed by training.",
+    "Training the secret's free parameters alone inside a guessed subspace.",
+    "Side channels of the machines: timing, memory access, power.",
+    "Public relatives of the model that nobody named with --relative.",
+)
+
+
+def audit_slip(
+    out: Path,
+    text: Tensor | None,
+    *,
+    seed: int,
+    minutes: float,
+    relative: PreTrainedModel | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Findings:
+    """Attack a bundle.
+
+    Args:
+        out: OUT of `cloven prepare slip`: both halves.
+        text: int64 [windows, tokens] that perplexities are measured on; sampled from the model if None.
+        seed: of the attackers' choices.
+        minutes: for all training runs together.
+        relative: a public relative of the model.
+        progress: called with (stage, done, total).
+    """
+    assigned(torch.eye(1))  # where SciPy is missing, now and not in an hour
+    progress("loading", 0, 1)
+    subject = open_subject(out, text, seed, 60 * minutes, relative)
+    parameters = {
+        **subject.bundle.manifest.parameters,
+        "bundle": subject.bundle.id,
+        "seed": seed,
+        "budget_minutes": minutes,
+        "text_tokens": int(subject.text.numel()),
+        "text": "given" if text is not None else "sampled from the model",
+        "relative": relative is not None,
+    }
+    attacks: list[Attack] = []
+    for number, attack in enumerate(ATTACKS):
+        progress("attacks", number, len(ATTACKS))
+        attacks += attack(subject)
+    progress("curves", 0, 1)
+    figures = [*spectra_figure(subject), *curve_over_fractions(subject)]
+    if minutes > 0:
+        trained, curves = recovery(subject, progress)
+        attacks, figures = attacks + trained, figures + curves
+    skipped = () if minutes > 0 else ("Recovery by training: --budget-minutes 0.",)
+    return Findings("slip", attacks, figures, parameters, (*skipped, *NOT_TESTED))

@@ -1,0 +1,165 @@
+"""What is attacked: a SLIP bundle with both halves, the model it was made of put together again, and a text."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cloven.bundle.bundle import Bundle, open_bundle
+from cloven.bundle.exposed_copy import ExposedCopy
+from cloven.errors import BadInput
+from cloven.slip.exposed_matrix import ExposedMatrix
+from cloven.slip.layer import SplitGroup, SplitLinear
+from cloven.slip.split_model import groups_of
+
+TEXT_WINDOWS, TEXT_TOKENS = 8, 256
+_LEAST_TOKENS = 128
+
+
+@dataclass(frozen=True, repr=False)
+class AttackedGroup:
+    """One group: what the worker holds, and the truth that an attack is marked by.
+
+    Args:
+        codes: the exposed matrix, int8 [T·N, K]: all that an attacker has.
+        exposed: E [N, K] without scramble and quantisation, float32.
+        parts: the member linears and their rows of E.
+        terms: T.
+    """
+
+    group: SplitGroup
+    codes: Tensor
+    exposed: Tensor
+    parts: tuple[tuple[SplitLinear, slice], ...]
+    terms: int
+
+    @property
+    def name(self) -> str:
+        """The linears' names."""
+        return self.group.name
+
+    @property
+    def columns(self) -> Tensor:
+        """κ: exposed column b is the model's column κ(b); int64 [K]."""
+        return self.group.members[0].column_gather.long()
+
+    @property
+    def rows(self) -> Tensor:
+        """Which of the model's rows each row of the codes is of, int64 [T·N]: row i of term t is i in both."""
+        gather = torch.cat([member.row_gather for member in self.group.members], dim=1).long()  # [T, N], ρ⁻¹
+        rows = torch.empty(gather.numel(), dtype=torch.int64)
+        rows[gather.flatten()] = torch.arange(gather.shape[1]).repeat(gather.shape[0])
+        return rows
+
+    def coarse(self) -> tuple[Tensor, Tensor]:
+        """The rows of the first int8 term, float32 [N, K], and which of the model's rows each is; attackers tell terms by their spread."""
+        first = torch.cat([member.row_gather[0] for member in self.group.members]).long().sort().values
+        return self.codes[first].float(), self.rows[first]
+
+    def weight(self, part: int) -> Tensor:
+        """W = E + B A of one member, float32."""
+        member, rows = self.parts[part]
+        return self.exposed[rows] + member.secret_b @ member.secret_a
+
+
+@dataclass(frozen=True, repr=False)
+class Subject:
+    """A bundle under attack.
+
+    Args:
+        split: OUT/trusted as loaded, without a worker.
+        plain: the unsplit model, float32.
+        text: windows that perplexities are measured on, int64 [windows, tokens].
+        seed: of the attackers' own choices; no secret depends on it.
+        seconds: how long an attack that trains may take.
+        relative: a public relative of the model, where the user has named one.
+    """
+
+    bundle: Bundle
+    split: PreTrainedModel
+    plain: PreTrainedModel
+    exposed: ExposedCopy
+    groups: tuple[AttackedGroup, ...]
+    text: Tensor
+    seed: int
+    seconds: float
+    relative: PreTrainedModel | None = None
+
+    @property
+    def scheme(self) -> str:
+        """SLIP and what was chosen: slip/int8, or slip/int8, no scramble."""
+        parameters = self.bundle.manifest.parameters
+        return f"slip/{parameters['precision']}" + ("" if self.scrambled else ", no scramble")
+
+    @property
+    def scrambled(self) -> bool:
+        """Whether rows and columns of the exposed matrices are in secret places."""
+        return bool(self.bundle.manifest.parameters["scramble"])
+
+    def random(self, what: str) -> torch.Generator:
+        """An attacker's coin, the same for the same seed."""
+        return torch.Generator().manual_seed(self.seed + sum(what.encode()))
+
+
+@torch.no_grad()
+def open_subject(out: Path, text: Tensor | None, seed: int, seconds: float, relative: PreTrainedModel | None = None) -> Subject:
+    """Read both halves and put the model together again, in float32 and in memory.
+
+    Args:
+        text: int64 [windows, tokens]; sampled from the model if None.
+
+    Raises:
+        BadBundle, TamperedBundle, ForeignBundle: the halves.  BadInput: the text is too short.
+    """
+    bundle = open_bundle(out)
+    bundle.verify()
+    split = AutoModelForCausalLM.from_pretrained(bundle.trusted, dtype=torch.float32, trust_remote_code=False).eval()
+    exposed = ExposedCopy(bundle.exposed, bundle.manifest)
+    groups = tuple(_attacked(group, exposed.verified(group.index)) for group in groups_of(split))
+    plain = _unsplit(split, groups)
+    if text is None:
+        from cloven.zoo.text import sample_text
+
+        text = sample_text(plain, TEXT_WINDOWS, TEXT_TOKENS, seed)
+    if text.numel() < _LEAST_TOKENS:
+        raise BadInput(f"the text has {text.numel()} tokens: give at least {_LEAST_TOKENS}")
+    return Subject(bundle, split, plain, exposed, groups, text, seed, seconds, relative)
+
+
+def _attacked(group: SplitGroup, codes: Tensor) -> AttackedGroup:
+    members = group.members
+    leader = members[0]
+    stored = ExposedMatrix(
+        codes,
+        leader.column_gather,
+        leader.column_scale,
+        torch.cat([member.row_gather for member in members], dim=1),
+        torch.cat([member.row_scale for member in members], dim=1),
+    )
+    starts = [sum(member.out_features for member in members[:i]) for i in range(len(members))]
+    parts = tuple((member, slice(start, start + member.out_features)) for member, start in zip(members, starts, strict=True))
+    return AttackedGroup(group, codes, stored.dequantised().float(), parts, leader.row_gather.shape[0])
+
+
+def _unsplit(split: PreTrainedModel, groups: tuple[AttackedGroup, ...]) -> PreTrainedModel:
+    shared: dict[int, nn.Parameter] = {id(parameter): parameter for parameter in split.parameters()}
+    plain: PreTrainedModel = copy.deepcopy(split, shared)
+    for group in groups:
+        for part, (member, _) in enumerate(group.parts):
+            plain.set_submodule(member.name, dense(group.weight(part), member.bias))
+    return plain.eval()
+
+
+def dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with these weights, shared, not copied."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear

@@ -1,0 +1,53 @@
+"""Bundles under attack, opened once."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from cloven.audit.attack import Attack
+from cloven.audit.slip.subject import Subject, open_subject
+from cloven.slip.config import SlipConfig
+from cloven.slip.prepare import prepare_slip
+from cloven.zoo.demo import demo_model_path
+from tests.split_models import demo_model, scratch, tiny_bundle
+
+
+@functools.cache
+def text() -> Tensor:
+    """Windows of tokens, int64 [4, 64]; of the demo model's vocabulary."""
+    from cloven.zoo.text import sample_text
+
+    return sample_text(demo_model(), 4, 64, seed=5)
+
+
+def demo_subject(precision: str = "int8", scramble: bool = True) -> Subject:
+    """The demo model, split."""
+    return _demo_subject(precision, scramble)
+
+
+@functools.cache
+def _demo_subject(precision: str, scramble: bool) -> Subject:
+    out = scratch() / f"audit-{precision}-{scramble}"
+    config = SlipConfig(precision=precision, scramble=scramble)
+    prepare_slip(demo_model_path(), out, config, engine="inline")
+    return open_subject(out, text(), seed=1, seconds=0.5)
+
+
+def tiny_subject(family: str = "llama") -> Subject:
+    """A tiny random model, split."""
+    return _tiny_subject(family)
+
+
+@functools.cache
+def _tiny_subject(family: str) -> Subject:
+    return open_subject(tiny_bundle(family).path, torch.randint(1, 40, (4, 64), generator=torch.Generator().manual_seed(0)), 0, 0.5)
+
+
+def named(attacks: list[Attack]) -> dict[str, Attack]:
+    """By name, each once."""
+    found = {attack.name: attack for attack in attacks}
+    assert len(found) == len(attacks)
+    return found

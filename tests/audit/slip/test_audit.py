@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from cloven.audit.slip import audit as module
+from cloven.audit.slip.audit import NOT_TESTED, audit_slip
+from cloven.audit.slip.recovery import recovery  # noqa: F401
+from tests.audit.slip.subjects import tiny_subject
+from tests.split_models import tiny_bundle
+
+
+def test_a_tiny_bundle_from_end_to_end() -> None:
+    stages: list[str] = []
+    subject = tiny_subject()
+    findings = audit_slip(
+        tiny_bundle("llama").path, subject.text, seed=4, minutes=0, progress=lambda stage, done, total: stages.append(stage)
+    )
+    names = [attack.name for attack in findings.attacks]
+    assert findings.scheme == "slip" and len(names) == len(set(names)) >= 12
+    assert {"liar", "full_logits", "transcript_uniform", "plaintext_adjacency", "exposed_half"} <= set(names)
+    assert findings.parameters["seed"] == 4 and findings.parameters["bundle"] == tiny_bundle("llama").id
+    assert findings.not_tested == ("Recovery by training: --budget-minutes 0.", *NOT_TESTED)
+    assert {"loading", "attacks", "curves"} <= set(stages)
+    record = findings.to_dict()
+    assert set(record) == {"scheme", "attacks", "figures", "parameters", "not_tested"}
+    keys = {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
+    assert all(set(attack) == keys for attack in record["attacks"])
+
+
+def test_training_is_part_of_it_when_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ATTACKS", ())
+    monkeypatch.setattr(module, "recovery", lambda subject, progress: ([f"{subject.seconds:.0f}"], []))
+    findings = audit_slip(tiny_bundle("llama").path, tiny_subject().text, seed=0, minutes=2)
+    assert findings.attacks == ["120"] and findings.not_tested == NOT_TESTED  # type: ignore[comparison-overlap]

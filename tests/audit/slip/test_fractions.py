@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cloven.audit.slip import fractions
+from cloven.audit.slip.fractions import FRACTIONS, curve_over_fractions, spectra_figure
+from cloven.zoo.text import perplexity
+from tests.audit.slip.subjects import demo_subject
+
+
+def test_more_secret_is_worth_less() -> None:
+    subject = demo_subject()
+    (figure,) = curve_over_fractions(subject)
+    points = dict(figure.series["exposed half, scramble undone"])
+    assert list(points) == [100 * fraction for fraction in FRACTIONS]
+    whole = perplexity(subject.plain, subject.text)
+    assert whole * 3 < points[0.5] < points[10.0]
+    assert set(dict(figure.series["the whole model"]).values()) == {whole}
+
+
+def test_a_large_model_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fractions, "MOST_ENTRIES", 1000)
+    assert curve_over_fractions(demo_subject()) == []
+
+
+def test_singular_values_with_the_secret_part_marked() -> None:
+    (figure,) = spectra_figure(demo_subject())
+    model, exposed = (dict(figure.series[name]) for name in ("the model's", "the exposed half's"))
+    assert figure.mark is not None and figure.mark > 1
+    assert model[1.0] > 1.5 * exposed[1.0]  # the top is gone, and the hole is filled
+    assert 0.5 < min(exposed.values()) / min(model.values()) < 2
+
+
+def test_nothing_secret_nothing_marked() -> None:
+    subject = demo_subject()
+    member = subject.groups[0].parts[0][0]
+    assert member.secret_a.shape[0] >= 0
+    without = [group for group in subject.groups if all(not part.secret_a.shape[0] for part, _ in group.parts)]
+    assert not without or spectra_figure(replace(subject, groups=tuple(without))) == []

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from cloven.audit.slip.full_logits import full_logits, head_from_logits
+from tests.audit.slip.subjects import demo_subject, named
+
+
+def test_full_logits_align_the_heads_rows() -> None:
+    """A break that is stated: endpoints do not offer them. What holds is that it takes the logits."""
+    attack = named(full_logits(demo_subject()))["full_logits"]
+    assert attack.value > 0.9 and attack.weakened_value > 0.9 and attack.verdict == "broken"
+
+
+def test_without_logits_of_this_model_nothing_is_aligned() -> None:
+    subject = demo_subject()
+    stranger = type(subject.plain).from_pretrained  # noqa: F841
+    torch.manual_seed(0)
+    other = replace(subject, plain=_random_like(subject))
+    attack = named(full_logits(other))["full_logits"]
+    assert attack.value < 0.05
+
+
+def _random_like(subject: object) -> object:
+    from tests.split_models import demo_model
+
+    return type(demo_model())(demo_model().config).eval()
+
+
+def test_logits_span_the_head() -> None:
+    subject = demo_subject("int8x2")
+    head = subject.groups[-1].weight(0).double()
+    known = head_from_logits(subject, head.shape[1])
+    solution = torch.linalg.lstsq(known, head).solution
+    assert float((known @ solution - head).norm() / head.norm()) < 1e-3
+
+
+def test_where_it_does_not_apply() -> None:
+    assert full_logits(demo_subject(scramble=False)) == []
+    assert full_logits(replace(demo_subject(), groups=demo_subject().groups[:2])) == []

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cloven.audit.slip.matching import assigned, by_graph, by_profiles, cosines, profiles, spread_evenly
+from cloven.errors import BadInput
+
+
+def gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * (1 + torch.arange(columns) / columns)
+
+
+@given(seed=st.integers(0, 2**16), rows=st.integers(2, 12), columns=st.integers(40, 90))
+def test_profiles_keep_under_permutations_and_signs(seed: int, rows: int, columns: int) -> None:
+    x, coin = gaussian(rows, columns, seed), torch.Generator().manual_seed(seed)
+    signs = 2 * torch.randint(0, 2, (rows, columns), generator=coin) - 1
+    scrambled = (x * signs)[:, torch.randperm(columns, generator=coin)]
+    assert torch.allclose(profiles(3 * scrambled), profiles(x), atol=1e-5)
+    order = torch.randperm(rows, generator=coin)
+    assert torch.equal(by_profiles(scrambled[order], x), order)
+
+
+def test_graphs_keep_under_a_common_permutation_and_signs() -> None:
+    x, coin = gaussian(30, 50, 1), torch.Generator().manual_seed(2)
+    order, columns = torch.randperm(30, generator=coin), torch.randperm(50, generator=coin)
+    signs = 2 * torch.randint(0, 2, (30, 1), generator=coin) - 1
+    assert torch.equal(by_graph((signs * x)[order][:, columns], x), order)
+    assert torch.allclose(cosines(x).diagonal(), torch.ones(30), atol=1e-5)
+
+
+def test_a_basis_and_row_scales_do_not_matter() -> None:
+    """What full logits give: lm_head up to a basis."""
+    x, coin = gaussian(60, 8, 3), torch.Generator().manual_seed(4)
+    order = torch.randperm(60, generator=coin)
+    mixed = (torch.rand(60, 1, generator=coin) + 0.5) * x @ torch.randn(8, 8, generator=coin)
+    even = spread_evenly(mixed)
+    assert torch.allclose(even.norm(dim=1), torch.ones(60), atol=1e-5)
+    assert torch.equal(by_graph(spread_evenly(mixed[order]), spread_evenly(x)), order)
+    assert float((by_graph(spread_evenly(gaussian(60, 8, 9)), even) == torch.arange(60)).double().mean()) < 0.2
+
+
+def test_the_best_assignment() -> None:
+    assert assigned(torch.tensor([[1.0, 2.0], [3.0, 5.0]])).tolist() == [0, 1]
+    assert assigned(torch.tensor([[1.0, 2.0], [3.0, 3.5]])).tolist() == [1, 0]
+
+
+def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any) -> Any:
+        if name.startswith("scipy"):
+            raise ImportError(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(BadInput, match=r"need SciPy: pip install 'cloven\[audit\]'"):
+        assigned(torch.eye(2))

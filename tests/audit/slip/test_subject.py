@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cloven.audit.slip.subject import open_subject
+from cloven.bundle.bundle import Bundle
+from cloven.errors import BadInput, TamperedBundle
+from cloven.model.linears import matrix_of
+from tests.audit.slip.subjects import demo_subject, text, tiny_subject
+from tests.split_models import demo_model, tiny, tiny_bundle
+
+
+def test_the_model_is_put_together_again() -> None:
+    with torch.no_grad():
+        ours, true = (model(input_ids=text(), use_cache=False).logits for model in (demo_subject("int8x2").plain, demo_model()))
+    assert float((ours - true).norm() / true.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "qwen2"])
+def test_every_weight_is_the_models(family: str) -> None:
+    subject = tiny_subject(family)
+    model = tiny(family)
+    for group in subject.groups:
+        for part, (member, rows) in enumerate(group.parts):
+            weight = matrix_of(model.get_submodule(member.name)).detach()
+            assert group.weight(part).shape == weight.shape == (rows.stop - rows.start, group.codes.shape[1])
+            assert float((group.weight(part) - weight).norm() / weight.norm()) < 0.02
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8x2"])
+def test_places_are_the_scrambles(precision: str) -> None:
+    """Put back by the truth that attacks are marked with, the codes are the exposed matrix up to scales and signs."""
+    for group in demo_subject(precision).groups[:3]:
+        codes, rows = group.coarse()
+        back = torch.empty_like(codes)
+        back[rows[:, None], group.columns[None]] = codes
+        for ours, true in ((back, group.exposed), (back.t(), group.exposed.t())):
+            cosine = torch.nn.functional.cosine_similarity(ours.abs(), true.abs(), dim=1)
+            assert float(cosine.mean()) > 0.9
+        assert sorted(group.rows.tolist()) == sorted(group.terms * list(range(len(group.exposed))))
+
+
+def test_the_scheme_is_named() -> None:
+    assert demo_subject().scheme == "slip/int8" and demo_subject(scramble=False).scheme == "slip/int8, no scramble"
+
+
+def test_a_text_is_sampled_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cloven.audit.slip.subject as subject_module
+
+    monkeypatch.setattr(subject_module, "TEXT_TOKENS", 32)
+    subject = open_subject(tiny_bundle("llama").path, None, 0, 1.0)
+    assert subject.text.shape == (8, 32) and torch.equal(subject.text, open_subject(tiny_bundle("llama").path, None, 0, 1.0).text)
+
+
+def test_a_short_text_is_refused() -> None:
+    with pytest.raises(BadInput, match="the text has 64 tokens: give at least 128"):
+        open_subject(tiny_bundle("llama").path, torch.ones(1, 64, dtype=torch.int64), 0, 1.0)
+
+
+def test_an_altered_half_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def altered(self: Bundle) -> None:
+        raise TamperedBundle("a file")
+
+    monkeypatch.setattr(Bundle, "verify", altered)
+    with pytest.raises(TamperedBundle):
+        open_subject(tiny_bundle("llama").path, text(), 0, 1.0)
+
+
+def test_coins_depend_on_the_seed() -> None:
+    subject = tiny_subject()
+    first, second = (torch.rand(3, generator=subject.random("x")) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.rand(3, generator=replace(subject, seed=9).random("x")))
+    assert "secret" not in repr(subject) and "tensor" not in repr(subject)

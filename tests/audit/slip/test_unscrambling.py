@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cloven.audit.slip.unscrambling import hits, near_duplicate, residual_groups, unscrambling
+from tests.audit.slip.subjects import demo_subject, named
+from tests.split_models import demo_model
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8x2"])
+def test_the_scramble_is_not_undone(precision: str) -> None:
+    found = named(unscrambling(demo_subject(precision)))
+    assert set(found) == {
+        "unscramble_columns_by_magnitudes",
+        "unscramble_columns_by_graph",
+        "unscramble_columns_by_embeddings",
+        "unscramble_lm_head_by_embeddings",
+    }
+    for name, attack in found.items():
+        assert attack.value < 0.03, name  # chance is 0.1 to 0.4 %
+        assert attack.weakened_value >= 0.95, name  # the planted near-duplicate
+
+
+def test_a_relative_is_assumed_to_break_it() -> None:
+    """The control on the whole attack: the model itself for a relative."""
+    found = named(unscrambling(replace(demo_subject(), relative=demo_model())))
+    rows = found["unscramble_rows_by_relative"]
+    assert rows.value > 0.5 and rows.verdict == "broken"
+
+
+def test_a_relative_that_is_none() -> None:
+    stranger = type(demo_model())(demo_model().config)
+    found = named(unscrambling(replace(demo_subject(), relative=stranger)))
+    assert found["unscramble_rows_by_relative"].value < 0.05 and found["unscramble_columns_by_relative"].value < 0.05
+
+
+def test_without_a_scramble_there_is_nothing_to_undo() -> None:
+    assert unscrambling(demo_subject(scramble=False)) == []
+
+
+def test_groups_of_the_residual_stream() -> None:
+    names = [group.name for group in residual_groups(demo_subject())]
+    assert len(names) == 11 and "lm_head" in names[-1] and not any("o_proj" in name or "down_proj" in name for name in names)
+
+
+def test_a_near_duplicates_places() -> None:
+    matrix = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    codes, rows, columns = near_duplicate(matrix, 1)
+    back = torch.empty_like(codes)
+    back[rows[:, None], columns[None]] = codes
+    assert float(torch.nn.functional.cosine_similarity(back.abs(), matrix.abs(), dim=1).min()) > 0.95
+    assert hits(torch.tensor([1, 0]), torch.tensor([5, 6]), torch.tensor([6, 5])) == 1.0

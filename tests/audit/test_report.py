@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cloven.audit.attack import Attack
+from cloven.audit.figure import Figure
+from cloven.audit.findings import Findings
+from cloven.audit.report import code_of, report, worst
+
+VOID = {"meta", "th", "td", "li", "dt", "dd"}  # never closed, or need not be
+
+
+class Page(HTMLParser):
+    """Tags, their attributes, and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.words = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID and tag in self.open:
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def attack(name: str = "liar", verdict: str = "holds", adversary: str = "A2, who lies", scheme: str = "slip/int8") -> Attack:
+    return Attack(name, scheme, adversary, "share of <lies>", 0.25, 0.01, 1.0, 1234, verdict)  # type: ignore[arg-type]
+
+
+FINDINGS = Findings(
+    "slip",
+    [attack(), attack("full_logits", "broken", "A8, who sees logits"), attack("recovery_full", "measured", "A1, with text")],
+    [Figure("f", "A figure", "x", "y", {"line": [(0.0, 1.0), (1.0, 2.0)]})],
+    {"seed": 7, "text": "given & kept"},
+    ("Side <channels>.",),
+)
+
+
+def test_a_page_that_needs_nothing_from_elsewhere() -> None:
+    page = report(FINDINGS)
+    parsed = Page(page)
+    assert not [address for address in parsed.addresses if not address.startswith("#")]
+    assert "<script" not in page and "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert parsed.open in (["html"], [])
+
+
+def test_everything_is_there() -> None:
+    words = Page(report(FINDINGS)).words
+    for text in ("Audit: SLIP", "full logits", "25.0%", "1,234", "share of <lies>", "Side <channels>.", "given & kept", "A figure"):
+        assert text in words, text
+    for headline in ("Curious worker", "Malicious worker", "API user"):
+        assert headline in words
+
+
+def test_the_worst_verdict_is_the_headline() -> None:
+    assert worst([attack(), attack(verdict="measured")]) == "measured"
+    page = report(FINDINGS)
+    assert re.search(r"<li class=broken><strong>API user", page) and re.search(r"<li class=holds><strong>Malicious", page)
+
+
+def test_modes_by_attacks() -> None:
+    found = [
+        attack("table", "broken", "has the public model and a snapshot of the cache", f"kv-shield/{mode}") for mode in ("none", "session")
+    ]
+    page = report(Findings("kv-shield", found))
+    words = Page(page).words
+    assert "none" in words and "session" in words and "Cache thief" in words and "<h2>Figures" not in page and "not tested" not in words
+
+
+@pytest.mark.parametrize(
+    ("adversary", "code"),
+    [("A1, given much", "A1"), ("A1 and A8, with a recording", "A1"), ("A8, who sees", "A8"), ("A2", "A2")],
+)
+def test_adversaries(adversary: str, code: str) -> None:
+    assert code_of(attack(adversary=adversary)) == code
+
+
+def test_adversaries_of_private_lora_have_a_headline() -> None:
+    from cloven.audit import private_lora
+
+    for words, code in ((private_lora._CLIENT, "A6"), (private_lora._SERVER, "A5")):
+        assert code_of(attack(adversary=words, scheme="private-lora/lwe")) == code
