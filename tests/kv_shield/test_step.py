@@ -20,11 +20,11 @@ from cloven.kv_shield import enclave as enclave_module
 from cloven.kv_shield import enclave_step
 from cloven.kv_shield.enclave import Enclave
 from cloven.kv_shield.enclave_step import EnclaveStep, library
-from cloven.kv_shield.messages import NO_SESSION, STEP_ROWS, Close, Closed, Step, Stepped, frame_of
+from cloven.kv_shield.messages import NO_SESSION, Close, Closed, Step, Stepped, frame_of
 from cloven.kv_shield.session import KvSession
 from cloven.model.cache_argument import cache_of, with_cache
 from cloven.wire.channel import Channel
-from cloven.wire.lane import lanes_available
+from cloven.wire.lane import CAPACITY, lanes_available
 from cloven.wire.schema import MalformedMessage
 from tests.kv_bundles import (
     FAMILIES,
@@ -205,7 +205,11 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     name = enclave.open(1, ME)
     pads = torch.tensor([[-1, 0]], dtype=torch.int32)
     assert enclave.begin(name, 0, pads, torch.float32, ME) is None
-    assert enclave.begin(name, 0, positions_of(1, STEP_ROWS + 1), torch.float32, ME) is None
+    widest = sum(enclave.manifest.layers[0].widths(enclave.noise))
+    assert enclave.begin(name, 0, positions_of(1, CAPACITY // (4 * widest) + 1), torch.float32, ME) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(enclave_module, "STEP_NOISE", 10)
+        assert enclave.begin(name, 0, positions_of(1, 1), torch.float32, ME) is None
     assert enclave.begin(name, 0, positions_of(1, 1), torch.float16, ME) is None
     assert counts(enclave, name) == ([0, 0], [0, 0], 0)
     monkeypatch.setattr("cloven.kv_shield.enclave.library", lambda: None)

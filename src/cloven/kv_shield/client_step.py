@@ -1,4 +1,4 @@
-"""A pass of the model over a few rows, as the accelerator's process sees it: one request, then calls without headers.
+"""A pass of the model, as the accelerator's process sees it: one request, then calls without headers.
 
     step  -> stepped        whose cache, which place, which positions: once
     q ‖ k (‖ v), a', …      every layer's rows, in order, through the lane that the request took; answers alike
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cloven.errors import WorkerRefused
-from cloven.kv_shield.messages import NAMES, STEP_DTYPES, STEP_ROWS, Step, Stepped, frame_of
-from cloven.kv_shield.shapes import AttentionShape, calls_of
+from cloven.kv_shield.messages import NAMES, STEP_DTYPES, Step, Stepped, frame_of
+from cloven.kv_shield.shapes import AttentionShape, calls_of, fits_lane
 from cloven.wire.channel import Channel
 from cloven.wire.schema import Hello, Welcome
 
@@ -66,7 +66,7 @@ class ClientSteps:
     """
 
     def __init__(self, channel: Channel, layers: Sequence[AttentionShape], noise: int) -> None:
-        self._channel, self._noise = channel, noise
+        self._channel, self._layers, self._noise = channel, layers, noise
         self._calls = calls_of(layers, noise)
         self._served = True  # until the enclave says that it cannot
         self._of_thread = threading.local()
@@ -97,7 +97,9 @@ class ClientSteps:
     def _begun(self, rows: Tensor, place: Callable[[], tuple[bytes, int, Tensor]]) -> ClientStep | None:
         """Ask for a pass over all layers; None where it cannot be had."""
         places = rows.shape[:2]
-        if not self._served or rows.dtype not in STEP_DTYPES or places.numel() > STEP_ROWS or self._channel.lane_generation < 0:
+        if not self._served or rows.dtype not in STEP_DTYPES or self._channel.lane_generation < 0:
+            return None
+        if not fits_lane(self._layers, self._noise, places.numel(), rows.element_size()):
             return None
         session, first, positions = place()
         if self._noise and bool((positions < 0).any()):

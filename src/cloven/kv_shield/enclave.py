@@ -35,14 +35,15 @@ from cloven.kv_shield.enclave_step import EnclaveStep, StepTemplate, library
 from cloven.kv_shield.keyed_rows import cover, keyed, normed, restored
 from cloven.kv_shield.keys import SessionKeys, session_keys
 from cloven.kv_shield.manifest import KEYS_FILE, TRUSTED, KvManifest
-from cloven.kv_shield.messages import SESSION_BYTES, STEP_DTYPES, STEP_ROWS
+from cloven.kv_shield.messages import SESSION_BYTES, STEP_DTYPES
 from cloven.kv_shield.rotary import Rotary, RotaryGather, gather_columns
-from cloven.kv_shield.shapes import AttentionShape
+from cloven.kv_shield.shapes import AttentionShape, fits_lane
 from cloven.kv_shield.vault import Vault
 from cloven.wire.schema import MalformedMessage
 
 MAX_KEY_BYTES = 2**30  # of the keys of all sessions, drawn or still to be drawn; one peer may have half of it
 LEAST_BYTES = 2**20  # what a sequence counts for at least, so that sessions of small or no keys are bounded too
+STEP_NOISE = 2**24  # numbers drawn at once, for all layers of a pass
 AHEAD_BYTES = 2**26  # of keys drawn before anybody has asked
 IDLE_SECONDS = 3600.0
 SEALED_SECONDS = 30 * 86_400.0  # of a sealed cache, whose rows are lost with its session
@@ -108,6 +109,7 @@ class Enclave:
         self._sequence_bytes = max(LEAST_BYTES, _FLOAT_BYTES * _MATRICES * sum(sizes))
         self._most_bytes = max(MAX_KEY_BYTES, 2 * self._sequence_bytes)  # one sequence is never too many
         self._sessions: dict[bytes, _Session] = {}
+        self._noise_per_row = sum(2 * shape.kv_heads * self.noise for shape in self.manifest.layers)
         self._tables: _Tables | None = None
         self._ahead: list[list[SessionKeys | None]] = []  # keys of sequences to come, whoever opens them; the last may lack layers
         self._templates: dict[torch.dtype, StepTemplate] = {}
@@ -239,13 +241,15 @@ class Enclave:
             positions: int32 [B, S].
 
         Returns:
-            None where C++ cannot serve it: too many rows, pads among them, another type, or no compiler built the library.
+            None where C++ cannot serve it: more rows than a lane carries or noise is drawn for, pads, another type, or no library.
 
         Raises:
             MalformedMessage: as `key` and `restore` do.
         """
-        template = self._template(dtype)
-        if template is None or positions.numel() > STEP_ROWS or (self.noise and int(positions.min()) < 0):
+        template, rows = self._template(dtype), positions.numel()
+        if template is None or (self.noise and int(positions.min()) < 0):
+            return None
+        if not fits_lane(self.manifest.layers, self.noise, rows, dtype.itemsize) or rows * self._noise_per_row > STEP_NOISE:
             return None
         tables = self._tables_for(positions, dtype).floats
         if not self.noise:

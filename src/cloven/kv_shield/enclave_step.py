@@ -1,4 +1,4 @@
-"""The enclave's arithmetic in C++; and a pass of the model over a few rows, authorised at once and then served without Python:
+"""The enclave's arithmetic in C++; and a pass of the model, authorised at once and then served without Python:
 
     1. `Enclave.begin` checks and counts the rows of all layers, as `key` and `restore` would one by one
     2. the lane is handed to native/step.cpp: the calls of every layer, in order, each once, with sizes that follow from the shapes
@@ -24,7 +24,7 @@ from cloven.kv_shield.rotary import RotaryGather
 from cloven.kv_shield.shapes import AttentionShape, calls_of
 from cloven.wire.lane import Lane
 
-_INTERFACE = 3
+_INTERFACE = 4
 _LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
 _NOT_YET = 0
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -62,7 +62,7 @@ def library() -> Any:
         loaded = ctypes.CDLL(found.origin)
         if loaded.cloven_step_interface() != _INTERFACE:
             return None
-        loaded.cloven_step_serve.argtypes = [_P, _P, _P, _I]
+        loaded.cloven_step_serve.argtypes = [_P, _P, _P, _I, ctypes.c_int]
         loaded.cloven_step_compute.argtypes = [_P, _I, ctypes.c_int, _P, _P, ctypes.c_int]
         loaded.cloven_step_compute.restype = None
     except (OSError, AttributeError):  # built for another machine, or another version
@@ -112,7 +112,7 @@ class EnclaveStep:
     def serve(self, lane: Lane, going_on: Callable[[], bool]) -> None:
         """Answer the calls that come through the lane, until all are answered, something else comes, or `going_on` says no."""
         with lane.handed_over(self.state) as base:
-            arguments = ctypes.byref(self.step), base, ctypes.byref(self.state), int(_LOOK_SECONDS * 1e9)
+            arguments = ctypes.byref(self.step), base, ctypes.byref(self.state), int(_LOOK_SECONDS * 1e9), torch.get_num_threads()
             while library().cloven_step_serve(*arguments) == _NOT_YET:
                 if not going_on():
                     return

@@ -31,7 +31,7 @@ SESSION_BYTES = 16
 NO_SESSION = bytes(SESSION_BYTES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STEP_ROWS, STEP_DTYPES = 16, (torch.float32, torch.bfloat16)  # of a step: others are better served call by call
+STEP_DTYPES = (torch.float32, torch.bfloat16)  # of a step
 STORED_DTYPES = (*DTYPES, "float64", "uint8", "int8", "int16", "int32", "int64", "float8_e4m3fn", "float8_e5m2")  # of sealed tensors
 _PART = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 MAX_BLOCK_BYTES = 16 * 2**20  # of a sealed tensor
@@ -115,7 +115,7 @@ class Restored:
 
 @dataclass(frozen=True)
 class Step:
-    """Asks for one pass over all layers, for a few rows; their positions follow as a frame."""
+    """Asks for one pass over all layers; the positions of its rows follow as a frame."""
 
     id: int
     bundle: bytes

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cloven.errors import BadBundle
+from cloven.wire.lane import CAPACITY
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class AttentionShape:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+def fits_lane(layers: Sequence[AttentionShape], noise: int, rows: int, element_size: int) -> bool:
+    """Whether every call of a pass over so many rows goes through a lane, either way."""
+    widest = max(sum(shape.widths(noise)) for shape in layers)
+    return rows * widest * element_size <= CAPACITY
 
 
 def calls_of(layers: Sequence[AttentionShape], noise: int) -> list[tuple[int, bool]]:

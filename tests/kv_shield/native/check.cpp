@@ -58,7 +58,7 @@ void check(bool bfloat16, i64 noise, i64 batch, i64 rows, i64 heads, i64 kv_head
   State state{};
   std::thread server([&] {
     int result = kNotYet;
-    while (result == kNotYet) result = cloven_step_serve(&step, base, &state, cloven::kSecond);
+    while (result == kNotYet) result = cloven_step_serve(&step, base, &state, cloven::kSecond, 3);
     require(result == kDone, "the pass ends");
   });
   const std::size_t each = (bfloat16 ? 2 : 4) * batch * rows;

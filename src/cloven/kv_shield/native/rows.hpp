@@ -111,7 +111,7 @@ struct Scratch {
   std::vector<float> x, y, rotated, cos, sin, with_noise;
 };
 
-// One call: `run` writes the answer to the rows of a whole call, `run_block` to those of one block.
+// One call: `run` writes the answer to all of its rows. `run_and_wipe` also overwrites them with zeros, each when it has been read: once.
 template <class T>
 class Rows {
  public:
@@ -122,12 +122,11 @@ class Rows {
   i64 width_out() const { return key_ ? (at_.heads + at_.kv_heads + (at_.noise ? at_.kv_heads : 0)) * size() : at_.heads * at_.head_dim; }
 
   void run(const void* in, void* out, Pool* pool, int threads) const {
-    const Job job{this, static_cast<const Stored*>(in), static_cast<Stored*>(out)};
-    const auto work = [](const void* given, i64 block) {
-      const Job& job = *static_cast<const Job*>(given);
-      job.rows->run_block(block, job.in, job.out);
-    };
-    pool->run(work, &job, step_.batch * blocks(), threads);
+    run(Job{this, static_cast<const Stored*>(in), nullptr, static_cast<Stored*>(out)}, pool, threads);
+  }
+
+  void run_and_wipe(void* in, void* out, Pool* pool, int threads) const {
+    run(Job{this, static_cast<const Stored*>(in), static_cast<Stored*>(in), static_cast<Stored*>(out)}, pool, threads);
   }
 
  private:
@@ -136,24 +135,34 @@ class Rows {
   struct Job {
     const Rows* rows;
     const Stored* in;
+    Stored* wiped;  // null: nothing is
     Stored* out;
   };
+
+  void run(const Job& job, Pool* pool, int threads) const {
+    const auto work = [](const void* given, i64 block) {
+      const Job& job = *static_cast<const Job*>(given);
+      job.rows->run_block(block, job);
+    };
+    pool->run(work, &job, step_.batch * blocks(), threads);
+  }
 
   i64 size() const { return at_.head_dim + at_.noise; }
   i64 blocks() const { return (step_.rows + kBlock - 1) / kBlock; }  // of one sequence
 
-  void run_block(i64 block, const Stored* in, Stored* out) const {
+  void run_block(i64 block, const Job& job) const {
     thread_local Scratch scratch;
     const i64 sequence = block / blocks(), first = block % blocks() * kBlock, rows = std::min(kBlock, step_.rows - first);
     const i64 from = width_in(), to = width_out(), row = sequence * step_.rows + first;
     scratch.x.resize(rows * (from + kSpread));
     scratch.y.resize(rows * (to + kSpread));
-    for (i64 r = 0; r < rows; ++r) loaded(in + (row + r) * from, scratch.x.data() + r * (from + kSpread), from);
+    for (i64 r = 0; r < rows; ++r) loaded(job.in + (row + r) * from, scratch.x.data() + r * (from + kSpread), from);
+    if (job.wiped != nullptr) std::memset(job.wiped + row * from, 0, sizeof(Stored) * rows * from);
     if (key_)
       keyed(sequence, first, rows, scratch);
     else
       restored(sequence, rows, scratch);
-    for (i64 r = 0; r < rows; ++r) stored(scratch.y.data() + r * (to + kSpread), out + (row + r) * to, to);
+    for (i64 r = 0; r < rows; ++r) stored(scratch.y.data() + r * (to + kSpread), job.out + (row + r) * to, to);
   }
 
   void keyed(i64 sequence, i64 first, i64 rows, Scratch& scratch) const {

@@ -1,8 +1,8 @@
-// One pass of a model over a few rows, served from a lane without Python: per layer a call that keys and a call that restores.
+// One pass of a model, served from a lane without Python: per layer a call that keys and a call that restores.
 //
 // Python has authorised the whole pass before (kv_shield/enclave_step.py): whose session it is, that every place is keyed once, the positions.
 // The calls come in the order of the layers, each once, with sizes that follow from the shapes; anything else ends the pass and is left to
-// Python. A call is copied out of the shared memory before it is looked at, and what was copied is overwritten.
+// Python. Every number of a call is read once out of the shared memory, and overwritten there, before anything is computed from it.
 
 #include "../../wire/native/lane.hpp"
 #include "rows.hpp"
@@ -48,9 +48,8 @@ bool call_at(const Step& step, i64 number, const Layer** at, bool* key) {
 constexpr int kNotYet = 0, kDone = 1, kSomethingElse = 2;
 
 template <class T>
-int serve(const Step& step, void* base, State* state, i64 nanoseconds) {
+int serve(const Step& step, void* base, State* state, i64 nanoseconds, int threads) {
   Side *own = cloven::side_of(base, 1), *other = cloven::side_of(base, 0);
-  std::vector<unsigned char> in;
   const Layer* at = nullptr;
   bool key = false;
   while (call_at(step, state->call, &at, &key)) {
@@ -63,10 +62,7 @@ int serve(const Step& step, void* base, State* state, i64 nanoseconds) {
     const std::size_t bytes = size * call.width_in(), answer = size * call.width_out();
     if (__atomic_load_n(&state->cancelled, __ATOMIC_ACQUIRE) != 0) return kSomethingElse;
     if (header != cloven::kRaw || payload != bytes + 1 || bytes > cloven::kCapacity || answer > cloven::kCapacity) return kSomethingElse;
-    unsigned char* box = cloven::payload_of(base, 0);
-    in.assign(box, box + bytes);
-    std::memset(box, 0, bytes);
-    call.run(in.data(), cloven::payload_of(base, 1), pool, 1);
+    call.run_and_wipe(cloven::payload_of(base, 0), cloven::payload_of(base, 1), pool, threads);
     own->header = cloven::kRaw;
     own->payload = static_cast<std::uint32_t>(answer) + 1;
     state->seen = number;
@@ -80,10 +76,10 @@ int serve(const Step& step, void* base, State* state, i64 nanoseconds) {
 
 }  // namespace
 
-CLOVEN_API int cloven_step_interface() { return 3; }
+CLOVEN_API int cloven_step_interface() { return 4; }
 
-CLOVEN_API int cloven_step_serve(const Step* step, void* base, State* state, std::int64_t nanoseconds) {
-  return step->bfloat16 ? serve<cloven::BFloat16>(*step, base, state, nanoseconds) : serve<cloven::Float32>(*step, base, state, nanoseconds);
+CLOVEN_API int cloven_step_serve(const Step* step, void* base, State* state, std::int64_t nanoseconds, int threads) {
+  return step->bfloat16 ? serve<cloven::BFloat16>(*step, base, state, nanoseconds, threads) : serve<cloven::Float32>(*step, base, state, nanoseconds, threads);
 }
 
 // One call by itself, of any number of rows.
