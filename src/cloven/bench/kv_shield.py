@@ -1,7 +1,9 @@
 """`cloven bench kv-shield`: a model with a keyed cache against the stock model, in one interleaved run.
 
 Five processes on the same cores: the stock model (bf16, transformers), and for each mode the model and its enclave, over ipc. Weights
-are random. Rounds follow one another; figures are medians.
+are random. Rounds follow one another; in each, every model decodes and prefills. A slowdown is the median over rounds of a mode's median
+time over the stock model's in the same round: a machine that is slower for a while is slower for all of them. Other figures are medians
+over everything.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ from cloven.kv_shield.vault import Vault
 from cloven.zoo.shapes import shape_config
 
 MODES = ("permute", "session")
-ROUNDS = 5
-PREFILL = 512
+ROUNDS = 9
+PREFILL, PREFILLS = 512, 3  # tokens, and times per round
 _SEALED_BLOCKS = 16
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class KvBench:
-    """Medians of one interleaved run; slowdowns are protected / stock time, the model is bf16."""
+    """Medians of one interleaved run; slowdowns are protected / stock time, round by round; the model is bf16."""
 
     shape: str
     layers: int
@@ -91,12 +93,18 @@ def bench_kv_shield(
             for done in range(rounds + 1):  # the first round warms up
                 progress("rounds", done, rounds + 1)
                 for name, runner in runners.items():
-                    decode, prefill = runner.ask("decode", tokens=tokens), runner.ask("prefill", tokens=PREFILL)
+                    decode = runner.ask("decode", tokens=tokens)
+                    prefill = [s for _ in range(PREFILLS) for s in runner.ask("prefill", tokens=PREFILL)["seconds"]]
                     if done:
                         decodes[name].append(decode)
-                        prefills[name].append(prefill)
+                        prefills[name].append({"seconds": prefill})
     one = {name: statistics.median(s for result in results for s in result["seconds"]) for name, results in decodes.items()}
     all_512 = {name: statistics.median(s for result in results for s in result["seconds"]) for name, results in prefills.items()}
+
+    def slowdown(results: dict[str, list[dict[str, Any]]], mode: str) -> float:
+        pairs = zip(results[mode], results["stock"], strict=True)
+        ratios: list[float] = [statistics.median(ours["seconds"]) / statistics.median(stock["seconds"]) for ours, stock in pairs]
+        return statistics.median(ratios)
 
     def middle(mode: str, key: str) -> float:
         return statistics.median(float(result[key]) for result in decodes[mode])
@@ -107,10 +115,10 @@ def bench_kv_shield(
         layers_of_shape=whole,
         rounds=rounds,
         tokens_per_round=tokens,
-        decode_slowdown_permute=one["permute"] / one["stock"],
-        decode_slowdown_session=one["session"] / one["stock"],
-        prefill_slowdown_permute=all_512["permute"] / all_512["stock"],
-        prefill_slowdown_session=all_512["session"] / all_512["stock"],
+        decode_slowdown_permute=slowdown(decodes, "permute"),
+        decode_slowdown_session=slowdown(decodes, "session"),
+        prefill_slowdown_permute=slowdown(prefills, "permute"),
+        prefill_slowdown_session=slowdown(prefills, "session"),
         call_us={mode: 1e6 * middle(mode, "seconds_waiting") / middle(mode, "exchanges") for mode in MODES},
         calls_per_token=middle("permute", "exchanges"),
         bytes_per_token={mode: middle(mode, "bytes_up") + middle(mode, "bytes_down") for mode in MODES},
