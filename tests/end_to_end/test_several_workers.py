@@ -64,7 +64,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dead worker is given up sooner than in earnest, or the tests would mostly wait."""
-    monkeypatch.setattr(workers_module, "PATIENCE", 0.4)
+    monkeypatch.setattr(workers_module, "PATIENCE", 1.0)
 
 
 def several(model: PreTrainedModel, addresses: list[str], **options: Any) -> AbstractContextManager[SlipSession]:

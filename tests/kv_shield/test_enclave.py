@@ -515,6 +515,18 @@ def test_a_keys_file_that_is_none(tmp_path: Path) -> None:
         Enclave(folder)
 
 
+@pytest.mark.parametrize(("name", "value"), [("frequency", -1), ("frequency", 99), ("sign", 2), ("frequency", "beyond")])
+def test_a_rotation_that_looks_beside_its_tables(tmp_path: Path, name: str, value: int | str) -> None:
+    folder = copied(tmp_path)
+
+    def change(stored: dict[str, Tensor]) -> None:
+        stored[f"rotary.{name}"][0] = len(stored["rotary.frequencies"]) if isinstance(value, str) else value
+
+    rewrite(folder, change)
+    with pytest.raises(BadBundle, match="not the keys of this bundle"):
+        Enclave(folder)
+
+
 def test_missing_rotation(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     rewrite(folder, lambda stored: stored.pop("rotary.frequencies"))

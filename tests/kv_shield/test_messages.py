@@ -211,6 +211,15 @@ def test_bytes_of_float32() -> None:
     assert bytes(frame_of(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))).hex() == "803f00c0"
 
 
+@pytest.mark.parametrize("offset", range(5))
+def test_a_frame_may_lie_anywhere(offset: int) -> None:
+    """C++ gets aligned numbers whatever address a message has."""
+    whole = bytearray(64 + offset)
+    whole[offset : offset + 8] = torch.tensor([1.0, 2.0]).numpy().tobytes()
+    tensor = tensor_of(memoryview(whole)[offset : offset + 8], (2,), torch.float32)
+    assert tensor.tolist() == [1.0, 2.0] and tensor.data_ptr() % 4 == 0
+
+
 def test_a_read_only_frame_is_copied() -> None:
     frame = memoryview(bytes(8))
     tensor_of(frame, (2,), torch.float32)[0] = 7

@@ -208,7 +208,7 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     widest = sum(enclave.manifest.layers[0].widths(enclave.noise))
     assert enclave.begin(name, 0, positions_of(1, CAPACITY // (4 * widest) + 1), torch.float32, ME) is None
     with monkeypatch.context() as patch:
-        patch.setattr(enclave_module, "STEP_NOISE", 10)
+        patch.setattr("cloven.kv_shield.shapes.STEP_NOISE", 10)
         assert enclave.begin(name, 0, positions_of(1, 1), torch.float32, ME) is None
     assert enclave.begin(name, 0, positions_of(1, 1), torch.float16, ME) is None
     assert counts(enclave, name) == ([0, 0], [0, 0], 0)
@@ -289,6 +289,20 @@ def test_a_token_is_one_request_and_its_calls(mode: str) -> None:
         statistics = a.session.statistics()
         assert statistics["step"].exchanges == 6
         assert all(statistics[name].exchanges == 6 for name in statistics if name not in ("step", "open"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_more_rows_than_a_step_takes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prefill goes call by call, and the tokens after it are steps again."""
+    with attached("llama", mode) as a, torch.no_grad():
+        enclave = a.enclave
+        widest = sum(enclave.manifest.layers[0].widths(enclave.noise))
+        monkeypatch.setattr("cloven.kv_shield.shapes.CAPACITY", 4 * widest * 4)  # of 4 rows in float32
+        ids = ids_of(1, 9)
+        output = a.model(input_ids=ids[:, :7], use_cache=True)
+        assert "step" not in a.session.statistics()
+        _, _ = decoded(a.model, ids[:, 7:], 2, cache_of(output))
+        assert a.session.statistics()["step"].exchanges == 2
 
 
 @pytest.mark.parametrize("mode", MODES)

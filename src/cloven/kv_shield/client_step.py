@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cloven.errors import WorkerRefused
 from cloven.kv_shield.messages import NAMES, STEP_DTYPES, Step, Stepped, frame_of
-from cloven.kv_shield.shapes import AttentionShape, calls_of, fits_lane
+from cloven.kv_shield.shapes import AttentionShape, calls_of, fits_step
 from cloven.wire.channel import Channel
 from cloven.wire.schema import Hello, Welcome
 
@@ -99,7 +99,7 @@ class ClientSteps:
         places = rows.shape[:2]
         if not self._served or rows.dtype not in STEP_DTYPES or self._channel.lane_generation < 0:
             return None
-        if not fits_lane(self._layers, self._noise, places.numel(), rows.element_size()):
+        if not fits_step(self._layers, self._noise, places.numel(), rows.element_size()):
             return None
         session, first, positions = place()
         if self._noise and bool((positions < 0).any()):

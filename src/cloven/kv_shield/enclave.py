@@ -37,13 +37,12 @@ from cloven.kv_shield.keys import SessionKeys, session_keys
 from cloven.kv_shield.manifest import KEYS_FILE, TRUSTED, KvManifest
 from cloven.kv_shield.messages import SESSION_BYTES, STEP_DTYPES
 from cloven.kv_shield.rotary import Rotary, RotaryGather, gather_columns
-from cloven.kv_shield.shapes import AttentionShape, fits_lane
+from cloven.kv_shield.shapes import AttentionShape, fits_step
 from cloven.kv_shield.vault import Vault
 from cloven.wire.schema import MalformedMessage
 
 MAX_KEY_BYTES = 2**30  # of the keys of all sessions, drawn or still to be drawn; one peer may have half of it
 LEAST_BYTES = 2**20  # what a sequence counts for at least, so that sessions of small or no keys are bounded too
-STEP_NOISE = 2**24  # numbers drawn at once, for all layers of a pass
 AHEAD_BYTES = 2**26  # of keys drawn before anybody has asked
 IDLE_SECONDS = 3600.0
 SEALED_SECONDS = 30 * 86_400.0  # of a sealed cache, whose rows are lost with its session
@@ -109,7 +108,6 @@ class Enclave:
         self._sequence_bytes = max(LEAST_BYTES, _FLOAT_BYTES * _MATRICES * sum(sizes))
         self._most_bytes = max(MAX_KEY_BYTES, 2 * self._sequence_bytes)  # one sequence is never too many
         self._sessions: dict[bytes, _Session] = {}
-        self._noise_per_row = sum(2 * shape.kv_heads * self.noise for shape in self.manifest.layers)
         self._tables: _Tables | None = None
         self._ahead: list[list[SessionKeys | None]] = []  # keys of sequences to come, whoever opens them; the last may lack layers
         self._templates: dict[torch.dtype, StepTemplate] = {}
@@ -249,7 +247,7 @@ class Enclave:
         template, rows = self._template(dtype), positions.numel()
         if template is None or (self.noise and int(positions.min()) < 0):
             return None
-        if not fits_lane(self.manifest.layers, self.noise, rows, dtype.itemsize) or rows * self._noise_per_row > STEP_NOISE:
+        if not fits_step(self.manifest.layers, self.noise, rows, dtype.itemsize):
             return None
         tables = self._tables_for(positions, dtype).floats
         if not self.noise:
@@ -388,8 +386,13 @@ def _idle_limit(session: _Session) -> float:
 def _rotary_of(stored: dict[str, Tensor]) -> Rotary | None:
     if "rotary.frequencies" not in stored:
         return None
-    names = ("frequency", "partner", "sign")
-    return Rotary(stored["rotary.frequencies"], float(stored["rotary.scaling"]), *(stored[f"rotary.{name}"].long() for name in names))
+    frequency, partner, sign = (stored[f"rotary.{name}"].long() for name in ("frequency", "partner", "sign"))
+    frequencies = stored["rotary.frequencies"]
+    if not (int(frequency.min()) >= 0 and int(frequency.max()) <= len(frequencies) and bool((sign.abs() <= 1).all())):
+        raise ValueError("not a rotation")  # C++ would look beside the tables
+    if bool((frequency == len(frequencies)).logical_and(sign != 0).any()):
+        raise ValueError("not a rotation")
+    return Rotary(frequencies, float(stored["rotary.scaling"]), frequency, partner, sign)
 
 
 def _permutation(stored: Tensor, shape: AttentionShape) -> Tensor:

@@ -187,16 +187,27 @@ class StepTemplate:
             x: q ‖ k (‖ v), or a' [B, S, W].
             tables, random: as for `step`, of this layer; for a call that keys.
             keys: of every sequence; None in permute mode.
+
+        Raises:
+            ValueError: sizes that do not go together.
         """
-        made = _CLayer.from_buffer_copy(self._layers[layer])
+        made, shape = _CLayer.from_buffer_copy(self._layers[layer]), self._shapes[layer]
+        size = shape.head_dim + made.noise
+        heads = shape.heads + (shape.kv_heads * (2 if made.noise else 1) if key else 0)
+        square = (x.shape[0], 2, shape.kv_heads, size, size)
+        if (
+            x.shape[2] != heads * (shape.head_dim if key else size)
+            or (key and made.period and (tables is None or any(part.shape[:2] != x.shape[:2] for part in tables)))
+            or (made.noise and (keys is None or keys.kv.shape != square or keys.inverse.shape != square))
+            or (key and made.noise and (random is None or random.shape != (*square[:3], x.shape[1], made.noise)))
+        ):
+            raise ValueError("rows, tables, keys or noise of other sizes than the layer's")
         if keys is not None:
             made.kv, made.inverse = keys.kv.data_ptr(), keys.inverse.data_ptr()
         if random is not None:
             made.random = random.data_ptr()
         layers = (_CLayer * 1)(made)
         step = self._step(x.shape[:2], tables, layers)
-        shape, size = self._shapes[layer], self._shapes[layer].head_dim + made.noise
-        heads = shape.heads + (shape.kv_heads * (2 if made.noise else 1) if key else 0)
         return _computed(step, 0, key, x, heads * (size if key else shape.head_dim), torch.get_num_threads())
 
     def _step(self, places: torch.Size, tables: tuple[Tensor, Tensor] | None, layers: Any) -> _CStep:

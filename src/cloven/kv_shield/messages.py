@@ -275,4 +275,5 @@ def tensor_of(frame: memoryview, shape: tuple[int, ...], dtype: torch.dtype, req
     if frame.nbytes != count * dtype.itemsize or frame.nbytes > MAX_PAYLOAD_BYTES:
         raise MalformedMessage("size", f"a payload of {frame.nbytes} bytes, expected {count * dtype.itemsize}", request)
     writable = frame if not frame.readonly else bytearray(frame)
-    return torch.frombuffer(writable, dtype=dtype).view(shape)
+    tensor = torch.frombuffer(writable, dtype=dtype).view(shape)
+    return tensor if tensor.data_ptr() % dtype.itemsize == 0 else tensor.clone()  # a message may lie anywhere; C++ may not

@@ -10,6 +10,8 @@ from typing import Any
 from cloven.errors import BadBundle
 from cloven.wire.lane import CAPACITY
 
+STEP_NOISE = 2**22  # numbers, for all layers of a pass
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -48,10 +50,10 @@ class AttentionShape:
         return asdict(self)
 
 
-def fits_lane(layers: Sequence[AttentionShape], noise: int, rows: int, element_size: int) -> bool:
-    """Whether every call of a pass over so many rows goes through a lane, either way."""
+def fits_step(layers: Sequence[AttentionShape], noise: int, rows: int, element_size: int) -> bool:
+    """Whether a pass over so many rows can be a step: a lane carries every call, either way, and not too much noise is drawn at once."""
     widest = max(sum(shape.widths(noise)) for shape in layers)
-    return rows * widest * element_size <= CAPACITY
+    return rows * widest * element_size <= CAPACITY and rows * sum(2 * shape.kv_heads * noise for shape in layers) <= STEP_NOISE
 
 
 def calls_of(layers: Sequence[AttentionShape], noise: int) -> list[tuple[int, bool]]:

@@ -103,6 +103,29 @@ def test_a_permuted_call_bit_for_bit(rows: int, dtype: str) -> None:
     assert torch.equal(native.compute(0, False, a, None, None, None), a[..., restore])
 
 
+def test_sizes_that_do_not_go_together() -> None:
+    """C++ would read beside them."""
+    d, noise, shape = 8, 4, AttentionShape("attention", 2, 1, 8, ("qkv",), "o", True, None)
+    native = StepTemplate([OneLayer(shape, None, rotary(d).gather(torch.arange(d)[None]), None)], noise, torch.float32)
+    stream = SecretStream(bytes(32), "test")
+    x, tables = torch.randn(1, 3, 4 * d), in_float32(rotary(d).tables(torch.arange(3)[None], torch.float32))
+    keys, random = session_keys(stream, 1, d + noise, 1), stream.noise(1, 2, 1, 3, noise)
+    assert native.compute(0, True, x, tables, keys, random).shape == (1, 3, 4 * (d + noise))
+    short = in_float32(rotary(d).tables(torch.arange(2)[None], torch.float32))
+    for wrong in (
+        (x[..., :-1], tables, keys, random),
+        (x, short, keys, random),
+        (x, None, keys, random),
+        (x, tables, None, random),
+        (x.repeat(2, 1, 1), in_float32(rotary(d).tables(torch.arange(3).expand(2, 3), torch.float32)), keys, random),
+        (x, tables, keys, random[..., :2, :]),
+    ):
+        with pytest.raises(ValueError, match="other sizes"):
+            native.compute(0, True, *wrong)
+    with pytest.raises(ValueError, match="other sizes"):
+        native.compute(0, False, x, None, keys, None)
+
+
 def test_threads_after_a_fork() -> None:
     """The pool of the parent is not the child's: a call there must not wait for threads that are not."""
     script = """

@@ -2,7 +2,8 @@
 //
 // Python has authorised the whole pass before (kv_shield/enclave_step.py): whose session it is, that every place is keyed once, the positions.
 // The calls come in the order of the layers, each once, with sizes that follow from the shapes; anything else ends the pass and is left to
-// Python. Every number of a call is read once out of the shared memory, and overwritten there, before anything is computed from it.
+// Python. Every number of a call is read once out of the shared memory, and overwritten there, before anything is computed
+// from its block.
 
 #include "../../wire/native/lane.hpp"
 #include "rows.hpp"
