@@ -54,7 +54,7 @@ def listens(address: str) -> bool:
 
 def ended(address: str) -> bool:
     """Within some seconds: actors are killed, and Ray says nothing of when."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while listens(address) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not listens(address)
@@ -66,7 +66,7 @@ def running(ray: Any) -> int:
 
 
 def all_free(ray: Any) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while running(ray) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not running(ray)
