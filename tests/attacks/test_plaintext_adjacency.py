@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cloven.audit.slip.plaintext_adjacency import solve
 from cloven.field.codec import encode, row_bounds
 from tests.helpers import HonestExchanger, offloaded, pads_of, random_codes
 
@@ -22,12 +23,6 @@ def gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 SECRET = 40 * gaussian(D, RANK, 1) @ gaussian(RANK, D, 2)
 FULL = EXPOSED.to(torch.float64) + SECRET
-
-
-def solve(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The matrix that maps the inputs to the outputs, by least squares."""
-    solution: Tensor = torch.linalg.lstsq(inputs, outputs).solution
-    return solution.t()
 
 
 def error(recovered: Tensor, true: Tensor) -> float:

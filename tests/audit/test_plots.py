@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import builtins
+import sys
 import xml.etree.ElementTree as ElementTree
-from typing import Any
 
 import pytest
 
@@ -33,14 +32,7 @@ def test_many_lines_and_none() -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BadInput, match=r"need Matplotlib: pip install 'cloven\[audit\]', or leave the report out with --no-report"):
         svg_of(FIGURE)
 

@@ -151,6 +151,14 @@ def test_audit(bundles: dict[str, Path], cloven_here: Command) -> None:
     assert "(d + ρ = 40)" in value["known_plaintext", "kv-shield/session"]["metric"]  # the bundle's ρ, not the default one
 
 
+def test_an_audit_without_figures_needs_no_matplotlib(permute: Path, tmp_path: Path, cloven_here: Command) -> None:
+    page = tmp_path / "page.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert cloven_here("audit", str(permute), "--report", str(page)).code == 0 and "Cache thief" in page.read_text()
+        one_line(cloven_here("audit", str(tiny_bundle("llama").path), "--report", str(page)), 2, "need Matplotlib")
+
+
 def test_audit_of_a_text_of_ones_own(permute: Path, tmp_path: Path, cloven_here: Command) -> None:
     text = tmp_path / "text"
     text.write_text("The king is dead. " * 60, encoding="utf-8")

@@ -25,9 +25,11 @@ _ADVERSARIES = {
     "A6": "Extracting client: wants the adapter",
     "A8": "API user in league with the worker",
 }
-_FALLBACK = {  # words of earlier attacks' adversaries
+_IN_WORDS = {  # those that do not begin with their letter and number
     "has the public model and a snapshot of the cache": "A3",
     "has the public model and the device's weights": "A4",
+    "a server that wants the input": "A5",
+    "a client that wants the adapter": "A6",
 }
 _TITLES = {"slip": "SLIP: weights split between two machines", "kv-shield": "KV-Shield: the keyed KV cache", "private-lora": "Private LoRA"}
 _STYLE = importlib.resources.files("cloven.audit").joinpath("report.css")
@@ -46,7 +48,8 @@ def report(findings: Findings) -> str:
     meanings = "; ".join(f"{_verdict(verdict)}: {_text(_MEANING[verdict])}" for verdict in _ORDER[::-1])
     parts = [
         f"<h1>Audit: {_text(title)}</h1>",
-        "<p class=lead>Attacks that were run against this bundle, and against the same system without its protection.</p>",
+        "<p class=lead>Attacks that were run against this bundle, and against the same system without its protection. Keep this page with "
+        "the bundle's secret half: figures may show what is secret, such as singular values.</p>",
         f"<h2>In short</h2><ul class=cards>{''.join(_card(code, attacks) for code, attacks in _by_adversary(findings.attacks))}</ul>",
         f"<p><small>{meanings}.</small></p>",
         f"<h2>Attacks</h2><div class=scroll>{_matrix(findings) if findings.scheme == 'kv-shield' else _table(findings.attacks)}</div>",
@@ -64,7 +67,7 @@ def report(findings: Findings) -> str:
 def code_of(attack: Attack) -> str:
     """The adversary's letter and number."""
     first = attack.adversary.split(",")[0].split()[0]
-    return first if first in _ADVERSARIES else _FALLBACK.get(attack.adversary, "A6" if "client" in attack.adversary else "A5")
+    return first if first in _ADVERSARIES else _IN_WORDS[attack.adversary]
 
 
 def worst(attacks: Iterable[Attack]) -> Verdict:

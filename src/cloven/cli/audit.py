@@ -36,6 +36,7 @@ def audit(
     from cloven.audit.report import report as page
     from cloven.bundle.durable import write_durably
     from cloven.bundle.manifest import manifest_format
+    from cloven.bundle.trusted_manifest import FORMAT as SLIP_TRUSTED
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.cli.progress import progress_bars
     from cloven.errors import BadInput, RunError
@@ -49,10 +50,10 @@ def audit(
     if text is not None and manifest_format(out / "server") == SERVER:
         raise BadInput("a private-LoRA bundle is audited without --text: its attacks are on weights and queries")
     place = None if no_report else report or out / "audit.html"
-    if place is not None:
-        matplotlib_parts()  # where it is missing, now and not in an hour
-        if report is not None and not place.parent.is_dir():
-            raise BadInput(f"{place}: no such folder for the report")
+    if place is not None and manifest_format(out / "trusted") == SLIP_TRUSTED:
+        matplotlib_parts()  # for the figures; where it is missing, now and not in an hour
+    if report is not None and not report.parent.is_dir():
+        raise BadInput(f"{report}: no such folder for the report")
     public = None
     if relative is not None:
         from cloven.model.source import open_source
@@ -85,6 +86,7 @@ def tokens_of(text: Path, out: Path) -> Tensor:
     """
     from transformers import AutoTokenizer
 
+    from cloven.audit.windows import characters_needed
     from cloven.bundle.manifest import manifest_format
     from cloven.errors import BadInput
     from cloven.kv_shield.manifest import TRUSTED
@@ -95,7 +97,7 @@ def tokens_of(text: Path, out: Path) -> Tensor:
         raise BadInput(f"{text}: cannot be read as text") from error
     shield = manifest_format(out / "trusted") == TRUSTED
     tokenizer = AutoTokenizer.from_pretrained(out / ("exposed" if shield else "trusted"), trust_remote_code=False)
-    tokens: Tensor = tokenizer(words[: 32 * MOST_TOKENS], return_tensors="pt", verbose=False)["input_ids"][
+    tokens: Tensor = tokenizer(words[: characters_needed(MOST_TOKENS)], return_tensors="pt", verbose=False)["input_ids"][
         0, : 512 if shield else MOST_TOKENS
     ]
     return tokens

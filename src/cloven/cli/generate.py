@@ -58,7 +58,7 @@ def generate(
     """Generate text with a protected model. Tokens are streamed to standard output."""
     from cloven.cli.threads import let_threads_sleep
 
-    if enclave is None:  # which computes while one thread of the model's spins and the others wait: a step answers sooner so
+    if enclave is None or worker:  # an enclave computes while one thread of the model's spins and the others wait: a step answers sooner so
         let_threads_sleep()
     import os
 

@@ -4,7 +4,6 @@ import pytest
 
 from cloven.audit.slip import audit as module
 from cloven.audit.slip.audit import NOT_TESTED, audit_slip
-from cloven.audit.slip.recovery import recovery  # noqa: F401
 from tests.audit.slip.subjects import tiny_subject
 from tests.split_models import tiny_bundle
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing, with_parts
+from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing
 from tests.audit.slip.subjects import demo_subject, named
 from tests.split_models import demo_model
 
@@ -26,8 +26,8 @@ def test_without_scramble_there_is_no_scrambled_half() -> None:
 
 def test_with_the_secret_in_its_place_everything_is_known() -> None:
     subject = demo_subject()
-    parts = (member.secret_b @ member.secret_a for group in subject.groups for member, _ in group.parts)
-    assert knowledge(with_parts(subject, parts), subject) == pytest.approx(1.0, abs=1e-3)
+    model = subject.with_matrices(lambda group, part: group.weight(part))
+    assert knowledge(model, subject) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_nothing_is_the_entropy_of_the_tokens() -> None:

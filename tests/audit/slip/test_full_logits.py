@@ -6,6 +6,7 @@ import torch
 
 from cloven.audit.slip.full_logits import full_logits, head_from_logits
 from tests.audit.slip.subjects import demo_subject, named
+from tests.split_models import demo_model
 
 
 def test_full_logits_align_the_heads_rows() -> None:
@@ -16,17 +17,10 @@ def test_full_logits_align_the_heads_rows() -> None:
 
 def test_without_logits_of_this_model_nothing_is_aligned() -> None:
     subject = demo_subject()
-    stranger = type(subject.plain).from_pretrained  # noqa: F841
     torch.manual_seed(0)
-    other = replace(subject, plain=_random_like(subject))
+    other = replace(subject, plain=type(demo_model())(demo_model().config).eval())
     attack = named(full_logits(other))["full_logits"]
     assert attack.value < 0.05
-
-
-def _random_like(subject: object) -> object:
-    from tests.split_models import demo_model
-
-    return type(demo_model())(demo_model().config).eval()
 
 
 def test_logits_span_the_head() -> None:

@@ -60,12 +60,13 @@ def test_training_changes_copies_only() -> None:
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
     subject = replace(demo_subject(), seconds=0.0)
-    assert recovery(subject)[0] == recovery(subject)[0]
+    (first, curves), (second, again) = recovery(subject), recovery(subject)
+    assert first == second and curves == again
 
 
 def test_steps_follow_the_time() -> None:
     subject = demo_subject()
-    start = lambda: module._with_matrices(subject, lambda n, part: subject.groups[n].weight(part))  # noqa: E731
+    start = lambda: module._trainable(subject, lambda group, part: group.weight(part))  # noqa: E731
     data = subject.text[:, :32]
     with torch.enable_grad():
         assert steps_that_fit(replace(subject, seconds=0.0), [start], data) == LEAST_STEPS

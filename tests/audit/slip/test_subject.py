@@ -69,6 +69,21 @@ def test_an_altered_half_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         open_subject(tiny_bundle("llama").path, text(), 0, 1.0)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_a_relative_of_another_architecture_is_refused(family: str) -> None:
+    with pytest.raises(BadInput, match=r"the relative has no .* of the bundle's shape"):
+        open_subject(tiny_bundle("llama" if family == "gpt2" else "gpt2").path, None, 0, 1.0, tiny(family))
+
+
+def test_a_relatives_matrices_lie_as_the_models() -> None:
+    """GPT-2 stores them the other way round."""
+    subject = open_subject(tiny_bundle("gpt2").path, torch.ones(1, 200, dtype=torch.int64), 0, 1.0, tiny("gpt2"))
+    for group in subject.groups:
+        for part, (member, _) in enumerate(group.parts):
+            weight = subject.relative_weight(member)
+            assert float((group.weight(part) - weight).norm() / weight.norm()) < 0.02
+
+
 def test_coins_depend_on_the_seed() -> None:
     subject = tiny_subject()
     first, second = (torch.rand(3, generator=subject.random("x")) for _ in range(2))

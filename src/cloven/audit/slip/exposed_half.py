@@ -12,9 +12,7 @@ Source: the measure is ours.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cloven.audit.attack import Attack, verdict_of
 from cloven.audit.exposed_only import exposed_only
-from cloven.audit.slip.subject import Subject, dense
+from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.zoo.text import perplexity
 
 
@@ -35,41 +33,29 @@ def nothing(text: Tensor) -> float:
 
 def knowledge(model: PreTrainedModel, subject: Subject) -> float:
     """The share of what the unsplit model knows of the text, between 0 and 1."""
-    best, worst = math.log(perplexity(subject.plain, subject.text)), nothing(subject.text)
+    best, worst = subject.nats, nothing(subject.text)
     if worst <= best:
         return 0.0
     return min(1.0, max(0.0, (worst - math.log(perplexity(model, subject.text))) / (worst - best)))
 
 
-def with_parts(subject: Subject, parts: Iterator[Tensor]) -> PreTrainedModel:
-    """The exposed half, unscrambled, with other matrices in the place of B A: one [N, K] for every linear, in order."""
-    shared = {id(parameter): parameter for parameter in subject.plain.parameters()}
-    model: PreTrainedModel = copy.deepcopy(subject.plain, shared)
-    for group in subject.groups:
-        for member, rows in group.parts:
-            model.set_submodule(member.name, dense(group.exposed[rows] + next(parts), member.bias))
-    return model.eval()
-
-
-def _random_parts(subject: Subject) -> Iterator[Tensor]:
+def _random_secret(group: AttackedGroup, part: int, random: torch.Generator) -> Tensor:
     """As large as the secret, in random directions."""
-    random = subject.random("exposed half")
-    for group in subject.groups:
-        for member, _ in group.parts:
-            k = member.secret_a.shape[0]
-            sizes = torch.linalg.svdvals(member.secret_b @ torch.linalg.qr(member.secret_a.t())[1].t()) if k else torch.empty(0)
-            left, right = (torch.linalg.qr(torch.randn(n, k, generator=random))[0] for n in (member.out_features, member.in_features))
-            yield (left * sizes) @ right.t()
+    member, rows = group.parts[part]
+    k = member.secret_a.shape[0]
+    sizes = torch.linalg.svdvals(member.secret_b @ torch.linalg.qr(member.secret_a.t())[1].t()) if k else torch.empty(0)
+    left, right = (torch.linalg.qr(torch.randn(n, k, generator=random))[0] for n in (member.out_features, member.in_features))
+    matrix: Tensor = group.exposed[rows] + (left * sizes) @ right.t()
+    return matrix
 
 
-def _parts_of_relative(subject: Subject, relative: PreTrainedModel) -> Iterator[Tensor]:
-    """The relative's own top k components less what the exposed half holds there."""
-    for group in subject.groups:
-        for member, rows in group.parts:
-            k = member.secret_a.shape[0]
-            u, s, vt = torch.linalg.svd(relative.get_submodule(member.name).weight.detach().float(), full_matrices=False)
-            inside = group.exposed[rows] @ vt[:k].t() @ vt[:k]
-            yield (u[:, :k] * s[:k]) @ vt[:k] - inside
+def _secret_of_relative(group: AttackedGroup, part: int, weight: Tensor) -> Tensor:
+    """The relative's own top k components in the place of what the exposed half holds there."""
+    member, rows = group.parts[part]
+    k, exposed = member.secret_a.shape[0], group.exposed[rows]
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    matrix: Tensor = exposed - exposed @ vt[:k].t() @ vt[:k] + (u[:, :k] * s[:k]) @ vt[:k]
+    return matrix
 
 
 @torch.no_grad()
@@ -77,9 +63,12 @@ def exposed_half(subject: Subject) -> list[Attack]:
     """See the module."""
     systems = {"exposed_half": exposed_only(subject.split, subject.exposed, knows_scramble=False)} if subject.scrambled else {}
     systems["exposed_half_unscrambled"] = exposed_only(subject.split, subject.exposed, knows_scramble=True)
-    systems["exposed_half_random_secret"] = with_parts(subject, _random_parts(subject))
+    random = subject.random("exposed half")
+    systems["exposed_half_random_secret"] = subject.with_matrices(lambda group, part: _random_secret(group, part, random))
     if subject.relative is not None:
-        systems["exposed_half_relatives_secret"] = with_parts(subject, _parts_of_relative(subject, subject.relative))
+        systems["exposed_half_relatives_secret"] = subject.with_matrices(
+            lambda group, part: _secret_of_relative(group, part, subject.relative_weight(group.parts[part][0]))
+        )
     tokens = subject.text[:, 1:].numel()
     found = []
     for name, model in systems.items():

@@ -6,14 +6,15 @@ Nothing is trained, the scramble is undone and nothing is quantised: what the se
 
 from __future__ import annotations
 
-import copy
+import math
 import secrets
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from cloven.audit.figure import Figure
-from cloven.audit.slip.subject import Subject, dense
+from cloven.audit.slip.subject import Subject
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.decomposition import allocate_ranks, spectrum, split
 from cloven.zoo.text import perplexity
@@ -35,9 +36,9 @@ def curve_over_fractions(subject: Subject) -> list[Figure]:
     points = []
     for fraction in FRACTIONS:
         ranks = allocate_ranks(spectra, shapes, fraction)
-        exposed = [split(w, k, values, stream).exposed.float() for w, k, values in zip(weights, ranks, spectra, strict=True)]
+        exposed = iter([split(w, k, values, stream).exposed.float() for w, k, values in zip(weights, ranks, spectra, strict=True)])
         points.append((100 * fraction, _perplexity_with(subject, exposed)))
-    whole = perplexity(subject.plain, subject.text)
+    whole = math.exp(subject.nats)
     series = {"exposed half, scramble undone": points, "the whole model": [(100 * fraction, whole) for fraction in FRACTIONS]}
     return [
         Figure(
@@ -52,13 +53,8 @@ def curve_over_fractions(subject: Subject) -> list[Figure]:
     ]
 
 
-def _perplexity_with(subject: Subject, matrices: list[Tensor]) -> float:
-    shared = {id(parameter): parameter for parameter in subject.plain.parameters()}
-    model, given = copy.deepcopy(subject.plain, shared), iter(matrices)
-    for group in subject.groups:
-        for member, _ in group.parts:
-            model.set_submodule(member.name, dense(next(given), member.bias))
-    return perplexity(model.eval(), subject.text)
+def _perplexity_with(subject: Subject, matrices: Iterator[Tensor]) -> float:
+    return perplexity(subject.with_matrices(lambda group, part: next(matrices)), subject.text)
 
 
 @torch.no_grad()

@@ -46,15 +46,14 @@ def by_graph(a: Tensor, b: Tensor) -> Tensor:
     """The same by the graphs of their cosines: quadratic assignment by Frank-Wolfe steps, from the profiles of the graphs' rows on."""
     first, second = (cosines(vectors).fill_diagonal_(0) for vectors in (a, b))
     match = by_profiles(first, second)
-    best, best_value = match, float((first * second[match][:, match]).sum())
+    value = float((first * second[match][:, match]).sum())
     for _ in range(_ROUNDS):
-        moved = first[:, torch.argsort(match)] @ second if len(first) == len(second) else first
-        following = assigned(moved)
-        value = float((first * second[following][:, following]).sum())
-        if value <= best_value:
+        following = assigned(first @ second[match])  # the gradient of the value
+        reached = float((first * second[following][:, following]).sum())
+        if reached <= value:
             break
-        match, best, best_value = following, following, value
-    return best
+        match, value = following, reached
+    return match
 
 
 def spread_evenly(vectors: Tensor, rounds: int = 30) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cloven.audit.attack import Attack, verdict_of
 from cloven.audit.slip.subject import Subject
-from cloven.field.prg import SecretStream
 from cloven.slip.exposed_matrix import expose
 
 MOST_MATRICES = 12  # those with most secret directions
@@ -105,7 +104,7 @@ def null_space(subject: Subject) -> list[Attack]:
         return []
     terms = subject.groups[0].terms
     real = [View.of(*matrix) for matrix in matrices]
-    weakened = [View.of(_hollow(weight, k, terms, SecretStream(bytes(32), "audit")), weight, k) for _, weight, k in matrices]
+    weakened = [View.of(_hollow(weight, k, terms), weight, k) for _, weight, k in matrices]
     total = sum(view.k for view in real)
     found = []
     for choose in CHOOSERS:
@@ -127,7 +126,7 @@ def null_space(subject: Subject) -> list[Attack]:
     return found
 
 
-def _hollow(weight: Tensor, k: int, terms: int, stream: SecretStream) -> Tensor:
+def _hollow(weight: Tensor, k: int, terms: int) -> Tensor:
     """R = W − U_k Σ_k V_kᵀ, quantised like an exposed matrix."""
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    return expose(weight.double() - (u[:, :k] * s[:k]) @ vt[:k], terms, stream).dequantised()
+    return expose(weight.double() - (u[:, :k] * s[:k]) @ vt[:k], terms, None).dequantised()

@@ -13,7 +13,6 @@ Source: fine-tuning attacks on partially exposed models are published; measuring
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 from cloven.audit.attack import Attack, Verdict
 from cloven.audit.figure import Figure
 from cloven.audit.slip.exposed_half import knowledge
-from cloven.audit.slip.subject import Subject, dense
+from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.slip.layer import SplitLinear
 from cloven.zoo.text import perplexity, sample_text
 
@@ -42,10 +41,10 @@ Start = Callable[[], PreTrainedModel]
 class _LowRank(nn.Module):
     """W ↦ W + B A with B and A to be learnt; B begins at zero."""
 
-    def __init__(self, rows: int, columns: int, rank: int) -> None:
+    def __init__(self, member: SplitLinear, rank: int, random: torch.Generator) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
-        self.b = nn.Parameter(torch.zeros(rows, rank))
+        self.a = nn.Parameter(torch.randn(rank, member.in_features, generator=random) / member.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(member.out_features, rank))
 
     def forward(self, weight: Tensor) -> Tensor:
         """W + B A."""
@@ -60,57 +59,46 @@ class Run:
     curve: tuple[tuple[float, float], ...]
 
 
-def _with_matrices(subject: Subject, matrix: Callable[[int, int], Tensor]) -> PreTrainedModel:
-    """The model with other matrices: `matrix(group, part)`; everything else is the gift, and frozen."""
-    shared = {id(parameter): parameter for parameter in subject.plain.parameters()}
-    model: PreTrainedModel = copy.deepcopy(subject.plain, shared)
-    for number, group in enumerate(subject.groups):
-        for part, (member, _) in enumerate(group.parts):
-            linear = dense(matrix(number, part), member.bias)
-            linear.weight.requires_grad_(True)
-            model.set_submodule(member.name, linear)
-    return model.train()
-
-
-def _as_they_lie(subject: Subject, number: int, part: int) -> Tensor:
-    """The rows and columns of the codes as they lie, at the size of the true scales."""
-    group = subject.groups[number]
-    _, rows = group.parts[part]
-    codes = group.codes[rows].float()
-    scaled: Tensor = codes * (group.exposed[rows].norm() / codes.norm().clamp_min(1e-30))
-    return scaled
-
-
-def _random(subject: Subject, number: int, part: int) -> Tensor:
-    group = subject.groups[number]
-    exposed = group.exposed[group.parts[part][1]]
-    noise = torch.randn(exposed.shape, generator=subject.random(f"matrix {number} {part}"))
-    scaled: Tensor = noise * (exposed.norm() / noise.norm())
-    return scaled
-
-
-def _low_rank(subject: Subject) -> PreTrainedModel:
-    model = _with_matrices(subject, lambda n, part: _unscrambled(subject, n, part))
+def _trainable(subject: Subject, matrix: Callable[[AttackedGroup, int], Tensor]) -> PreTrainedModel:
+    """A model whose matrices are copies of these, to be learnt; everything else is the gift, and frozen."""
+    model = subject.with_matrices(lambda group, part: matrix(group, part).clone())
     for group in subject.groups:
         for member, _ in group.parts:
-            linear = model.get_submodule(member.name)
-            assert isinstance(linear, nn.Linear)
-            linear.weight.requires_grad_(False)
-            parametrize.register_parametrization(
-                linear, "weight", _LowRank(member.out_features, member.in_features, max(1, member.secret_a.shape[0]))
-            )
+            _linear(model, member).weight.requires_grad_(True)
     return model
 
 
-def _unscrambled(subject: Subject, number: int, part: int) -> Tensor:
-    group = subject.groups[number]
-    return group.exposed[group.parts[part][1]].clone()
+def _low_rank(subject: Subject) -> PreTrainedModel:
+    model, random = subject.with_matrices(_unscrambled), subject.random("low rank")
+    for group in subject.groups:
+        for member, _ in group.parts:
+            rank = max(1, member.secret_a.shape[0])
+            parametrize.register_parametrization(_linear(model, member), "weight", _LowRank(member, rank, random))
+    return model
 
 
-def _of_relative(subject: Subject, relative: PreTrainedModel, number: int, part: int) -> Tensor:
-    member: SplitLinear = subject.groups[number].parts[part][0]
-    weight: Tensor = relative.get_submodule(member.name).weight
-    return weight.detach().float().clone()
+def _linear(model: PreTrainedModel, member: SplitLinear) -> nn.Linear:
+    linear = model.get_submodule(member.name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _unscrambled(group: AttackedGroup, part: int) -> Tensor:
+    return group.exposed[group.parts[part][1]]
+
+
+def _as_they_lie(group: AttackedGroup, part: int) -> Tensor:
+    """The rows and columns of the codes as they lie, at the size of the true scales."""
+    codes, exposed = group.codes[group.parts[part][1]].float(), _unscrambled(group, part)
+    scaled: Tensor = codes * (exposed.norm() / codes.norm().clamp_min(1e-30))
+    return scaled
+
+
+def _random(group: AttackedGroup, part: int, random: torch.Generator) -> Tensor:
+    exposed = _unscrambled(group, part)
+    noise = torch.randn(exposed.shape, generator=random)
+    scaled: Tensor = noise * (exposed.norm() / noise.norm())
+    return scaled
 
 
 class _Trainer:
@@ -157,14 +145,21 @@ def recovery(
     subject: Subject, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 ) -> tuple[list[Attack], list[Figure]]:
     """See the module."""
-    attacks: dict[str, Start] = {"recovery_full": lambda: _with_matrices(subject, lambda n, part: _unscrambled(subject, n, part))}
-    attacks["recovery_low_rank"] = lambda: _low_rank(subject)
+    attacks: dict[str, Start] = {
+        "recovery_full": lambda: _trainable(subject, _unscrambled),
+        "recovery_low_rank": lambda: _low_rank(subject),
+    }
     if subject.scrambled:
-        attacks["recovery_scrambled"] = lambda: _with_matrices(subject, lambda n, part: _as_they_lie(subject, n, part))
-    baselines: dict[str, Start] = {"random matrices": lambda: _with_matrices(subject, lambda n, part: _random(subject, n, part))}
-    if (relative := subject.relative) is not None:
-        baselines["public relative"] = lambda: _with_matrices(subject, lambda n, part: _of_relative(subject, relative, n, part))
-    control: dict[str, Start] = {"nothing secret": lambda: _with_matrices(subject, lambda n, part: subject.groups[n].weight(part))}
+        attacks["recovery_scrambled"] = lambda: _trainable(subject, _as_they_lie)
+
+    def from_random() -> PreTrainedModel:
+        coin = subject.random("matrices")
+        return _trainable(subject, lambda group, part: _random(group, part, coin))
+
+    baselines: dict[str, Start] = {"random matrices": from_random}
+    if subject.relative is not None:
+        baselines["public relative"] = lambda: _trainable(subject, lambda group, part: subject.relative_weight(group.parts[part][0]))
+    control: dict[str, Start] = {"nothing secret": lambda: _trainable(subject, lambda group, part: group.weight(part))}
     starts = {**baselines, **attacks, **control}
     with torch.no_grad():
         data = sample_text(subject.plain, MOST_SEQUENCES, WINDOW, subject.seed + 1)

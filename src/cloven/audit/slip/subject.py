@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cloven.bundle.bundle import Bundle, open_bundle
 from cloven.bundle.exposed_copy import ExposedCopy
 from cloven.errors import BadInput
+from cloven.model.linears import is_linear, matrix_of
 from cloven.slip.exposed_matrix import ExposedMatrix
 from cloven.slip.layer import SplitGroup, SplitLinear
 from cloven.slip.split_model import groups_of
+from cloven.zoo.text import perplexity, sample_text
 
 TEXT_WINDOWS, TEXT_TOKENS = 8, 256
 _LEAST_TOKENS = 128
@@ -29,19 +35,22 @@ class AttackedGroup:
         codes: the exposed matrix, int8 [T·N, K]: all that an attacker has.
         exposed: E [N, K] without scramble and quantisation, float32.
         parts: the member linears and their rows of E.
-        terms: T.
     """
 
     group: SplitGroup
     codes: Tensor
     exposed: Tensor
     parts: tuple[tuple[SplitLinear, slice], ...]
-    terms: int
 
     @property
     def name(self) -> str:
         """The linears' names."""
         return self.group.name
+
+    @property
+    def terms(self) -> int:
+        """T."""
+        return int(self.group.members[0].row_gather.shape[0])
 
     @property
     def columns(self) -> Tensor:
@@ -101,9 +110,23 @@ class Subject:
         """Whether rows and columns of the exposed matrices are in secret places."""
         return bool(self.bundle.manifest.parameters["scramble"])
 
+    @functools.cached_property
+    def nats(self) -> float:
+        """What the unsplit model needs per token of the text."""
+        return math.log(perplexity(self.plain, self.text))
+
     def random(self, what: str) -> torch.Generator:
-        """An attacker's coin, the same for the same seed."""
-        return torch.Generator().manual_seed(self.seed + sum(what.encode()))
+        """An attacker's coin, the same for the same seed and use."""
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {what}".encode()).digest()[:7]))
+
+    def with_matrices(self, matrix: Callable[[AttackedGroup, int], Tensor]) -> PreTrainedModel:
+        """The model with other matrices, `matrix(group, part)` [N, K] for every linear; all else is the model's, shared and frozen."""
+        return _with_matrices(self.plain, self.groups, matrix)
+
+    def relative_weight(self, member: SplitLinear) -> Tensor:
+        """The public relative's matrix of a linear, float32 [N, K]."""
+        assert self.relative is not None
+        return matrix_of(self.relative.get_submodule(member.name)).detach().float()
 
 
 @torch.no_grad()
@@ -114,17 +137,17 @@ def open_subject(out: Path, text: Tensor | None, seed: int, seconds: float, rela
         text: int64 [windows, tokens]; sampled from the model if None.
 
     Raises:
-        BadBundle, TamperedBundle, ForeignBundle: the halves.  BadInput: the text is too short.
+        BadBundle, TamperedBundle, ForeignBundle: the halves.  BadInput: the text is too short; the relative has another architecture.
     """
     bundle = open_bundle(out)
     bundle.verify()
     split = AutoModelForCausalLM.from_pretrained(bundle.trusted, dtype=torch.float32, trust_remote_code=False).eval()
     exposed = ExposedCopy(bundle.exposed, bundle.manifest)
     groups = tuple(_attacked(group, exposed.verified(group.index)) for group in groups_of(split))
-    plain = _unsplit(split, groups)
+    if relative is not None:
+        _require_relative(relative, groups)
+    plain = _with_matrices(split, groups, lambda group, part: group.weight(part))
     if text is None:
-        from cloven.zoo.text import sample_text
-
         text = sample_text(plain, TEXT_WINDOWS, TEXT_TOKENS, seed)
     if text.numel() < _LEAST_TOKENS:
         raise BadInput(f"the text has {text.numel()} tokens: give at least {_LEAST_TOKENS}")
@@ -143,19 +166,29 @@ def _attacked(group: SplitGroup, codes: Tensor) -> AttackedGroup:
     )
     starts = [sum(member.out_features for member in members[:i]) for i in range(len(members))]
     parts = tuple((member, slice(start, start + member.out_features)) for member, start in zip(members, starts, strict=True))
-    return AttackedGroup(group, codes, stored.dequantised().float(), parts, leader.row_gather.shape[0])
+    return AttackedGroup(group, codes, stored.dequantised().float(), parts)
 
 
-def _unsplit(split: PreTrainedModel, groups: tuple[AttackedGroup, ...]) -> PreTrainedModel:
-    shared: dict[int, nn.Parameter] = {id(parameter): parameter for parameter in split.parameters()}
-    plain: PreTrainedModel = copy.deepcopy(split, shared)
+def _require_relative(relative: PreTrainedModel, groups: tuple[AttackedGroup, ...]) -> None:
+    modules = dict(relative.named_modules())
+    for member in (member for group in groups for member, _ in group.parts):
+        module = modules.get(member.name)
+        if module is None or not is_linear(module) or matrix_of(module).shape != (member.out_features, member.in_features):
+            raise BadInput(f"the relative has no {member.name} of the bundle's shape: give a model of the same architecture and sizes")
+
+
+def _with_matrices(
+    model: PreTrainedModel, groups: tuple[AttackedGroup, ...], matrix: Callable[[AttackedGroup, int], Tensor]
+) -> PreTrainedModel:
+    shared: dict[int, nn.Parameter] = {id(parameter): parameter for parameter in model.parameters()}
+    other: PreTrainedModel = copy.deepcopy(model, shared)
     for group in groups:
         for part, (member, _) in enumerate(group.parts):
-            plain.set_submodule(member.name, dense(group.weight(part), member.bias))
-    return plain.eval()
+            other.set_submodule(member.name, _dense(matrix(group, part), member.bias))
+    return other.eval()
 
 
-def dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer with these weights, shared, not copied."""
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

@@ -5,7 +5,8 @@ Method: a real worker process records two passes over the same text. For every g
     residues against the uniform distribution; whether the same token of the same prompt gives rows that agree, or correlate, from one
     pass to the other; whether neighbouring tokens' rows correlate.
 Success: the share of tests with p < 0.001 (chance: 0.001).
-Weakened: for the first, rows without masks; for the others, pads that are used again for the second pass and for the next token.
+Weakened: for the first, numbers of 18 bits, as unmasked rows are small; for the others, rows that differ from the recorded ones by such
+    numbers, as rows under one pad do.
 Source: chi-square, Pearson; the use is ours.
 """
 
@@ -29,7 +30,7 @@ from cloven.worker.transcript import read_transcript
 
 LEVEL = 0.001
 TOKENS = 48
-_SMALL = 2**18  # what an unmasked residue of a typical row is below, in the weakened system
+_SMALL = 2**18  # numbers of the weakened systems are below
 
 
 def uniform_p(values: Tensor, bins: int) -> float:

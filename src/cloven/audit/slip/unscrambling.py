@@ -105,13 +105,7 @@ def _with_relative(subject: Subject) -> list[Attack]:
     for group in subject.groups:
         if max(group.exposed.shape) > MOST_PLACES:
             continue
-        modules = [subject.relative.get_submodule(member.name) for member, _ in group.parts]
-        public = torch.cat(
-            [
-                _without_top(module.weight.detach().float(), member.secret_a.shape[0])
-                for module, (member, _) in zip(modules, group.parts, strict=True)
-            ]
-        )
+        public = torch.cat([_without_top(subject.relative_weight(member), member.secret_a.shape[0]) for member, _ in group.parts])
         reference = expose(public, 1, None).codes.float()
         seen, rows = group.coarse()
         found_rows.append((hits(by_profiles(seen, reference), rows, torch.arange(len(reference))), len(reference)))
