@@ -5,6 +5,7 @@
 
     1. the client writes header and payload, their lengths, and rings number n
     2. the server takes private copies and overwrites what it took with zeros; only then it looks at them
+       (rows of a step, which are numbers and nothing else, are read once, a block at a time: kv_shield/native/step.cpp)
     3. the server writes the answer and rings n; the client takes it likewise
 
 A server without CURVE keys offers a lane to a peer that its ZeroMQ socket has admitted (see `wire.admission`); messages, schema and limits
