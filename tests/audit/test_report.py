@@ -91,5 +91,10 @@ def test_adversaries(adversary: str, code: str) -> None:
 def test_adversaries_of_private_lora_have_a_headline() -> None:
     from cloven.audit import private_lora
 
-    for words, code in ((private_lora._CLIENT, "A6"), (private_lora._SERVER, "A5")):
+    for words, code in ((private_lora._CLIENT, "A6"), (private_lora._SERVER, "A5"), ("a client that sends honest queries", "A6")):
         assert code_of(attack(adversary=words, scheme="private-lora/lwe")) == code
+
+
+def test_an_adversary_that_nobody_has_numbered() -> None:
+    page = report(Findings("private-lora", [attack(adversary="somebody else", scheme="private-lora/lwe")]))
+    assert "<strong>somebody else</strong>" in page

@@ -30,6 +30,7 @@ _IN_WORDS = {  # those that do not begin with their letter and number
     "has the public model and the device's weights": "A4",
     "a server that wants the input": "A5",
     "a client that wants the adapter": "A6",
+    "a client that sends honest queries": "A6",
 }
 _TITLES = {"slip": "SLIP: weights split between two machines", "kv-shield": "KV-Shield: the keyed KV cache", "private-lora": "Private LoRA"}
 _STYLE = importlib.resources.files("cloven.audit").joinpath("report.css")
@@ -65,9 +66,9 @@ def report(findings: Findings) -> str:
 
 
 def code_of(attack: Attack) -> str:
-    """The adversary's letter and number."""
+    """The adversary's letter and number, or its words where it has none: then it has a headline of its own."""
     first = attack.adversary.split(",")[0].split()[0]
-    return first if first in _ADVERSARIES else _IN_WORDS[attack.adversary]
+    return first if first in _ADVERSARIES else _IN_WORDS.get(attack.adversary, attack.adversary)
 
 
 def worst(attacks: Iterable[Attack]) -> Verdict:
@@ -85,7 +86,8 @@ def _card(code: str, attacks: list[Attack]) -> str:
     counts = ", ".join(f"{sum(a.verdict == v for a in attacks)} {v}" for v in _ORDER[::-1] if any(a.verdict == v for a in attacks))
     named = [attack for attack in attacks if attack.verdict == verdict and verdict != "holds"]
     most = f"<small>{_text(', '.join(sorted({_name(attack) for attack in named})))}</small>" if named else ""
-    return f"<li class={verdict}><strong>{_text(_ADVERSARIES[code])}</strong>{_verdict(verdict)} <small>({counts})</small> {most}</li>"
+    headline = _ADVERSARIES.get(code, code)
+    return f"<li class={verdict}><strong>{_text(headline)}</strong>{_verdict(verdict)} <small>({counts})</small> {most}</li>"
 
 
 def _table(attacks: Sequence[Attack]) -> str:
