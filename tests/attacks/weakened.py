@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from cloven.field.prg import SecretStream
+from cloven.masks.one_time import PadKey
 from cloven.slip.decomposition import Split, truncated_svd
 
 
@@ -25,3 +27,13 @@ def split_with_copied_values(w: Tensor, rank: int, values: Tensor, stream: Secre
     decoy = kept[(torch.from_numpy(stream.uniform(rank)) * len(kept)).long(), None] * stream.orthogonal(rank)
     secret_b = u @ (torch.diag(s) - decoy)
     return Split(w - secret_b @ vt, vt, secret_b)
+
+
+def pads_used_again(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Sessions that open from now on use pad i again as pad i + after."""
+    honest = PadKey.residues
+
+    def again(self: PadKey, group: int, first: int, rows: int, width: int) -> Tensor:
+        return honest(self, group, 0, after, width)[(first + torch.arange(rows)) % after].contiguous()
+
+    monkeypatch.setattr(PadKey, "residues", again)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cloven.audit.attack import Attack, verdict_of
+from cloven.audit.attack import Attack, interval_of, verdict_of
 
 
 @pytest.mark.parametrize(
@@ -33,4 +33,14 @@ def test_a_record_as_json() -> None:
     attack = Attack("sorting", "kv-shield/session", "a thief", "tokens", 0.25, 0.1, 1.0, 16, "measured")
     record = json.loads(json.dumps(attack.to_dict()))
     assert Attack(**record) == attack
-    assert list(record) == ["name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"]
+    keys = ["name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict", "interval", "details"]
+    assert list(record) == keys
+    assert json.loads(json.dumps(Attack("a", "b", "c", "d", 0.25, 0.1, 1.0, 16, "measured", (0.1, 0.4), {"perplexity": 2.0}).to_dict()))[
+        "details"
+    ] == {"perplexity": 2.0}
+
+
+def test_an_interval_holds_the_share() -> None:
+    low, high = interval_of(0.1, 100)
+    assert (round(low, 3), round(high, 3)) == (0.055, 0.174)  # Wilson's, from a table
+    assert interval_of(0.0, 10)[0] == 0.0 and interval_of(1.0, 10)[1] == pytest.approx(1.0) and interval_of(1.0, 10)[0] < 0.8

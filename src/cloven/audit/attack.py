@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["holds", "measured", "broken"]
@@ -22,6 +24,8 @@ class Attack:
         weakened_value: what the same code reaches on a system without the protection.
         tries: how often it was tried; `value` is a fraction of them where it is one.
         verdict: "broken": the attack succeeds; "holds": it does no better than chance; "measured": between, or no claim is made.
+        interval: of 95 % for `value`, where it is a share of independent tries.
+        details: further numbers by name: perplexities, say.
     """
 
     name: str
@@ -33,6 +37,8 @@ class Attack:
     weakened_value: float
     tries: int
     verdict: Verdict
+    interval: tuple[float, float] | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -44,3 +50,10 @@ def verdict_of(value: float, chance: float, tries: int) -> Verdict:
     if value >= 0.5:
         return "broken"
     return "holds" if value <= chance + 3 * (chance * (1 - chance) / tries) ** 0.5 + 1 / tries else "measured"
+
+
+def interval_of(value: float, tries: int) -> tuple[float, float]:
+    """Wilson's interval of 95 % for a share of `tries`."""
+    z = 1.96
+    middle, spread = value + z * z / (2 * tries), z * math.sqrt(value * (1 - value) / tries + z * z / (4 * tries * tries))
+    return max(0.0, (middle - spread) / (1 + z * z / tries)), min(1.0, (middle + spread) / (1 + z * z / tries))

@@ -33,7 +33,7 @@ def _demo_subject(precision: str, scramble: bool) -> Subject:
     out = scratch() / f"audit-{precision}-{scramble}"
     config = SlipConfig(precision=precision, scramble=scramble)
     prepare_slip(demo_model_path(), out, config, engine="inline")
-    return open_subject(out, text(), seed=1, seconds=0.5)
+    return open_subject(out, text(), seed=1)
 
 
 def tiny_subject(family: str = "llama") -> Subject:
@@ -43,7 +43,7 @@ def tiny_subject(family: str = "llama") -> Subject:
 
 @functools.cache
 def _tiny_subject(family: str) -> Subject:
-    return open_subject(tiny_bundle(family).path, torch.randint(1, 40, (4, 64), generator=torch.Generator().manual_seed(0)), 0, 0.5)
+    return open_subject(tiny_bundle(family).path, torch.randint(1, 40, (4, 64), generator=torch.Generator().manual_seed(0)), 0)
 
 
 def named(attacks: list[Attack]) -> dict[str, Attack]:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing
+from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing, random_secret, without_gifts
+from cloven.zoo.text import perplexity
 from tests.audit.slip.subjects import demo_subject, named
 from tests.split_models import demo_model
 
@@ -14,10 +15,39 @@ from tests.split_models import demo_model
 def test_what_is_left_of_the_demo_model() -> None:
     subject = demo_subject()
     found = named(exposed_half(replace(subject, relative=demo_model())))
-    assert set(found) == {f"exposed_half{end}" for end in ("", "_unscrambled", "_random_secret", "_relatives_secret")}
+    ends = ("", "_unscrambled", "_random_secret", "_relatives_secret")
+    assert set(found) == {f"exposed_half{end}{gifts}" for end in ends for gifts in ("", "_without_gifts")}
     assert found["exposed_half"].value < 0.05 and found["exposed_half_unscrambled"].value < 0.2
     # the control: a relative that is the model itself gives the secret away
     assert found["exposed_half_relatives_secret"].value > 0.9
+    assert found["exposed_half_relatives_secret_without_gifts"].value > 0.5  # scales matter little, and the relative has the rest
+    reached = found["exposed_half_unscrambled"].details
+    assert reached["perplexity"] > 5 * reached["perplexity_of_the_model"]
+
+
+def test_what_the_attacker_makes_up() -> None:
+    subject = demo_subject()
+    model = without_gifts(subject.with_matrices(lambda group, part: group.weight(part)), subject)
+    own, made_up = dict(subject.plain.named_parameters()), dict(model.named_parameters())
+    split = {f"{member.name}.weight" for group in subject.groups for member, _ in group.parts}
+    assert set(own) == set(made_up)
+    for name, parameter in made_up.items():
+        assert torch.equal(parameter, own[name]) is (name in split), name
+    table = made_up["model.embed_tokens.weight"]
+    assert torch.allclose(table.std(), own["model.embed_tokens.weight"].std(), rtol=0.05)
+    assert bool((made_up["model.norm.weight"] == 1).all())
+    assert perplexity(model, subject.text) > 10 * perplexity(subject.plain, subject.text)
+    with_relative = without_gifts(model, replace(subject, relative=demo_model()))
+    assert all(torch.equal(p, own[name]) for name, p in with_relative.named_parameters() if name not in split)
+
+
+def test_a_random_secret_is_as_large_and_elsewhere() -> None:
+    exposed, coin = torch.zeros(9, 7), torch.Generator().manual_seed(0)
+    b, a = torch.randn(9, 2, generator=coin), torch.randn(2, 7, generator=coin)
+    made = random_secret(exposed, b, a, coin)
+    assert torch.allclose(torch.linalg.svdvals(made)[:2], torch.linalg.svdvals(b @ a)[:2], atol=1e-5)
+    assert float(torch.nn.functional.cosine_similarity(made.flatten(), (b @ a).flatten(), dim=0).abs()) < 0.5
+    assert torch.equal(random_secret(exposed, b[:, :0], a[:0], coin), exposed)
 
 
 def test_without_scramble_there_is_no_scrambled_half() -> None:
@@ -27,7 +57,7 @@ def test_without_scramble_there_is_no_scrambled_half() -> None:
 def test_with_the_secret_in_its_place_everything_is_known() -> None:
     subject = demo_subject()
     model = subject.with_matrices(lambda group, part: group.weight(part))
-    assert knowledge(model, subject) == pytest.approx(1.0, abs=1e-3)
+    assert knowledge(perplexity(model, subject.text), subject) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_nothing_is_the_entropy_of_the_tokens() -> None:
@@ -38,4 +68,4 @@ def test_nothing_is_the_entropy_of_the_tokens() -> None:
 def test_a_text_that_the_model_cannot_predict() -> None:
     subject = demo_subject()
     same = replace(subject, text=torch.full((1, 200), 7))
-    assert knowledge(subject.plain, same) == 0.0  # one token, over and over: its frequency says all
+    assert knowledge(perplexity(subject.plain, same.text), same) == 0.0  # one token, over and over: its frequency says all

@@ -8,16 +8,25 @@ from cloven.audit.slip import fractions
 from cloven.audit.slip.fractions import FRACTIONS, curve_over_fractions, spectra_figure
 from cloven.zoo.text import perplexity
 from tests.audit.slip.subjects import demo_subject
+from tests.split_models import demo_model
 
 
 def test_more_secret_is_worth_less() -> None:
     subject = demo_subject()
     (figure,) = curve_over_fractions(subject)
-    points = dict(figure.series["exposed half, scramble undone"])
+    assert set(figure.series) == {"zero in the secret's place", "a random part", "zero, embeddings and norms unknown", "the whole model"}
+    points = dict(figure.series["zero in the secret's place"])
     assert list(points) == [100 * fraction for fraction in FRACTIONS]
     whole = perplexity(subject.plain, subject.text)
     assert whole * 3 < points[0.5] < points[10.0]
+    assert all(dict(figure.series["a random part"])[x] > y for x, y in points.items())  # worse than nothing
+    assert min(dict(figure.series["zero, embeddings and norms unknown"]).values()) > 10 * whole
     assert set(dict(figure.series["the whole model"]).values()) == {whole}
+
+
+def test_a_relative_that_is_the_model_gives_the_secret_away() -> None:
+    (figure,) = curve_over_fractions(replace(demo_subject(), relative=demo_model()))
+    assert max(dict(figure.series["the relative's own part"]).values()) < 1.2 * min(dict(figure.series["the whole model"]).values())
 
 
 def test_a_large_model_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:

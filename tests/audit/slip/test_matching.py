@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cloven.audit.slip.matching import assigned, by_graph, by_profiles, cosines, profiles, spread_evenly
+from cloven.audit.slip.matching import aligned_to, assigned, by_graph, by_profiles, cosines, doubly_stochastic, profiles, spread_evenly
 from cloven.errors import BadInput
 
 
@@ -43,6 +43,37 @@ def test_a_basis_and_row_scales_do_not_matter() -> None:
     assert torch.allclose(even.norm(dim=1), torch.ones(60), atol=1e-5)
     assert torch.equal(by_graph(spread_evenly(mixed[order]), spread_evenly(x)), order)
     assert float((by_graph(spread_evenly(gaussian(60, 8, 9)), even) == torch.arange(60)).double().mean()) < 0.2
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_rows_columns_and_signs_are_aligned_together(noise: float) -> None:
+    x, coin = gaussian(60, 50, 5), torch.Generator().manual_seed(6)
+    rows, columns = torch.randperm(60, generator=coin), torch.randperm(50, generator=coin)
+    signs = [2 * torch.randint(0, 2, size, generator=coin) - 1 for size in ((60, 1), (1, 50))]
+    scrambled = (signs[0] * signs[1] * x)[rows][:, columns] + noise * torch.randn(60, 50, generator=coin)
+    found = aligned_to(scrambled, x)
+    assert torch.equal(found.rows, rows) and torch.equal(found.columns, columns)
+    assert float(torch.nn.functional.cosine_similarity(found.applied(scrambled).flatten(), x.flatten(), dim=0)) > 0.95
+
+
+def test_soft_permutations_find_what_profiles_do_not() -> None:
+    x, coin = torch.randn(90, 80, generator=torch.Generator().manual_seed(7)), torch.Generator().manual_seed(8)
+    rows, columns = torch.randperm(90, generator=coin), torch.randperm(80, generator=coin)
+    noisy = x[rows][:, columns] + 0.2 * torch.randn(90, 80, generator=coin)
+    assert float((by_profiles(noisy, x) == rows).double().mean()) < 0.5
+    assert torch.equal(aligned_to(noisy, x).rows, rows)
+
+
+def test_nothing_is_aligned_where_nothing_is_alike() -> None:
+    found = aligned_to(gaussian(60, 50, 1), gaussian(60, 50, 2))
+    assert sorted(found.rows.tolist()) == list(range(60)) and sorted(found.columns.tolist()) == list(range(50))
+    assert float((found.rows == torch.arange(60)).double().mean()) < 0.2
+
+
+def test_rows_and_columns_sum_to_one() -> None:
+    soft = doubly_stochastic(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(soft.sum(0), torch.ones(40), atol=1e-4) and torch.allclose(soft.sum(1), torch.ones(40), atol=1e-2)
+    assert bool((soft >= 0).all())
 
 
 def test_the_best_assignment() -> None:

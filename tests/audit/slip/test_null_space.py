@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from cloven.audit.slip.null_space import null_space
+from cloven.audit.slip.null_space import View, null_space
+from cloven.slip.exposed_matrix import expose
 from tests.audit.slip.subjects import demo_subject, named, tiny_subject
 
 
@@ -12,11 +14,29 @@ from tests.audit.slip.subjects import demo_subject, named, tiny_subject
 @pytest.mark.parametrize("scramble", [True, False])
 def test_the_decoy_hides_the_hole(precision: str, scramble: bool) -> None:
     found = named(null_space(demo_subject(precision, scramble)))
-    assert set(found) == {f"null_space_{name}" for name in ("bottom", "top", "closest_pairs", "peaked")}
+    other = "_int8x2" if precision == "int8" else "_int8"
+    kinds = ("", other, "_scrambled") if scramble else ("", other)
+    assert set(found) == {f"null_space_{name}{kind}" for name in ("bottom", "top", "closest_pairs", "peaked") for kind in kinds}
     for attack in found.values():
         assert attack.value < attack.chance + 0.2 and attack.tries > 50
-    bottom = found["null_space_bottom"]
-    assert bottom.weakened_value > 0.7 > 10 * bottom.chance
+        assert attack.value in attack.details.values()
+    for kind in ("", other):
+        bottom = found[f"null_space_bottom{kind}"]
+        assert bottom.weakened_value > 0.7 > 10 * bottom.chance
+    if scramble:
+        bottom = found["null_space_bottom_scrambled"]
+        assert bottom.weakened_value > 0.2 > 3 * bottom.chance  # a group's members share columns: one's hole is another's content
+
+
+def test_secret_directions_are_where_the_codes_have_them() -> None:
+    """The truth of the scrambled case: with nothing taken out, a matrix's own top directions are its secret ones."""
+    group = tiny_subject().groups[0]
+    whole = expose(torch.cat([group.weight(part) for part in range(len(group.parts))]), group.terms, None)
+    view, scrambled = View.as_it_lies(whole, group), View.as_it_lies(group.stored(), group)
+    assert view.secret_left.shape == scrambled.secret_left.shape and view.k == sum(m.secret_a.shape[0] for m, _ in group.parts)
+    codes = whole.codes.double()
+    aligned = torch.linalg.norm(codes @ view.secret_right) / torch.linalg.norm(codes)
+    assert float(aligned) > (view.k / codes.shape[1]) ** 0.5
 
 
 def test_without_a_secret_part_there_is_nothing_to_find() -> None:

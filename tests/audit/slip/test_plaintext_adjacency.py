@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
+from cloven.audit.slip import plaintext_adjacency as module
 from cloven.audit.slip.plaintext_adjacency import plaintext_adjacency, recovered_share, solve
 from tests.audit.slip.subjects import demo_subject, named
 
@@ -13,6 +15,16 @@ from tests.audit.slip.subjects import demo_subject, named
 def test_leaked_pairs_give_the_secret_and_masked_ones_nothing() -> None:
     attack = named(plaintext_adjacency(demo_subject()))["plaintext_adjacency"]
     assert attack.value < 0.05 and attack.weakened_value > 0.99 and attack.verdict == "holds"
+
+
+def test_what_a_worker_recorded_in_the_clear_gives_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weakened system: rows without masks, of a layer whose output is the next one's input."""
+    subject = demo_subject()
+    pair = module.pair_of(subject)
+    assert pair is not None and pair[0].parts[0][0].secret_a.shape[0] == max(g.parts[0][0].secret_a.shape[0] for g in subject.groups[:-1])
+    monkeypatch.setattr(module, "recorded", lambda subject, group, _second: module._rows_into(subject, group))
+    attack = named(plaintext_adjacency(subject))["plaintext_adjacency"]
+    assert attack.value > 0.95 and attack.verdict == "broken"
 
 
 def test_nothing_to_solve_for() -> None:

@@ -51,13 +51,13 @@ def test_a_text_is_sampled_where_none_is_given(monkeypatch: pytest.MonkeyPatch) 
     import cloven.audit.slip.subject as subject_module
 
     monkeypatch.setattr(subject_module, "TEXT_TOKENS", 32)
-    subject = open_subject(tiny_bundle("llama").path, None, 0, 1.0)
-    assert subject.text.shape == (8, 32) and torch.equal(subject.text, open_subject(tiny_bundle("llama").path, None, 0, 1.0).text)
+    subject = open_subject(tiny_bundle("llama").path, None, 0)
+    assert subject.text.shape == (8, 32) and torch.equal(subject.text, open_subject(tiny_bundle("llama").path, None, 0).text)
 
 
 def test_a_short_text_is_refused() -> None:
     with pytest.raises(BadInput, match="the text has 64 tokens: give at least 128"):
-        open_subject(tiny_bundle("llama").path, torch.ones(1, 64, dtype=torch.int64), 0, 1.0)
+        open_subject(tiny_bundle("llama").path, torch.ones(1, 64, dtype=torch.int64), 0)
 
 
 def test_an_altered_half_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,18 +66,18 @@ def test_an_altered_half_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Bundle, "verify", altered)
     with pytest.raises(TamperedBundle):
-        open_subject(tiny_bundle("llama").path, text(), 0, 1.0)
+        open_subject(tiny_bundle("llama").path, text(), 0)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_a_relative_of_another_architecture_is_refused(family: str) -> None:
     with pytest.raises(BadInput, match=r"the relative has no .* of the bundle's shape"):
-        open_subject(tiny_bundle("llama" if family == "gpt2" else "gpt2").path, None, 0, 1.0, tiny(family))
+        open_subject(tiny_bundle("llama" if family == "gpt2" else "gpt2").path, None, 0, tiny(family))
 
 
 def test_a_relatives_matrices_lie_as_the_models() -> None:
     """GPT-2 stores them the other way round."""
-    subject = open_subject(tiny_bundle("gpt2").path, torch.ones(1, 200, dtype=torch.int64), 0, 1.0, tiny("gpt2"))
+    subject = open_subject(tiny_bundle("gpt2").path, torch.ones(1, 200, dtype=torch.int64), 0, tiny("gpt2"))
     for group in subject.groups:
         for part, (member, _) in enumerate(group.parts):
             weight = subject.relative_weight(member)
@@ -90,3 +90,19 @@ def test_coins_depend_on_the_seed() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, torch.rand(3, generator=replace(subject, seed=9).random("x")))
     assert "secret" not in repr(subject) and "tensor" not in repr(subject)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8x2"])
+def test_scales_are_those_of_the_model(precision: str) -> None:
+    """The first term, put in the model's order by the truth and scaled by what attackers are given, is E up to signs."""
+    for group in demo_subject(precision).groups[:3]:
+        codes, rows = group.coarse()
+        back = torch.empty_like(codes)
+        back[rows[:, None], group.columns[None]] = codes
+        sizes = group.sizes()
+        ours = back * sizes[0][:, None] * sizes[1]
+        assert float((ours.abs() - group.exposed.abs()).norm() / group.exposed.norm()) < 0.02
+        assert torch.equal(group.stored().codes, group.codes)
+        flat, exposed = group.without_scales(0), group.exposed[group.parts[0][1]]
+        assert torch.allclose(flat.norm(), exposed.norm(), rtol=1e-3) and torch.equal(flat.sign(), exposed.sign())
+        assert float(flat.norm(dim=0).std() / flat.norm(dim=0).mean()) < 0.2

@@ -10,13 +10,13 @@ from cloven.audit.slip.transcripts import (
     correlation_p,
     neighbour_tests,
     plane_tests,
-    record,
     rejected,
     repeat_tests,
     transcripts,
     uniform_p,
 )
 from cloven.field.residues import H
+from tests.attacks.weakened import pads_used_again
 from tests.audit.slip.subjects import named, tiny_subject
 from tests.helpers import random_residues
 
@@ -30,13 +30,14 @@ def test_a_real_recording_is_noise() -> None:
     assert found["transcript_repeated_prompt"].weakened_value == found["transcript_neighbours"].weakened_value == 1.0
 
 
-def test_what_is_recorded() -> None:
-    subject = tiny_subject()
-    first, second = record(subject, subject.text[:1, :9], 2)
-    assert list(first) == list(second) == [group.group.index for group in subject.groups]
-    for group in subject.groups:
-        ours, theirs = first[group.group.index], second[group.group.index]
-        assert ours.shape == theirs.shape == (9, group.codes.shape[1]) and not torch.equal(ours, theirs)
+@pytest.mark.parametrize(("after", "seen_by"), [(module.TOKENS, "transcript_repeated_prompt"), (1, "transcript_neighbours")])
+def test_pads_that_are_used_again_are_told(monkeypatch: pytest.MonkeyPatch, after: int, seen_by: str) -> None:
+    """The weakened system, in real processes: the second pass under the first one's pads, and every token under one pad."""
+    pads_used_again(monkeypatch, after)
+    found = named(transcripts(tiny_subject()))
+    assert found[seen_by].verdict == "broken" and found[seen_by].value == 1.0
+    if after > 1:
+        assert found["transcript_neighbours"].verdict == "holds"
 
 
 def test_unmasked_rows_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """What is the exposed half worth by itself?
 
-Adversary: A1, or a thief of the worker's disk, who is given embeddings, norms, biases and scales for free.
+Adversary: A1, or a thief of the worker's disk; once with embeddings, norms, biases and scales given for free, once without.
 Method: run the model with zero in the place of the secret part; then with a random part of the same spectrum; and, where a public
-    relative was named, with the relative's own top components. Once as the matrices lie, and once with the scramble undone (the worst
-    case, in which only the secret part is missing).
+    relative was named, with the relative's own top components. Zero once as the matrices lie, and else with the scramble undone (the
+    worst case, in which only the secret part is missing). Without gifts the embeddings are random or the relative's, norms one or the
+    relative's, biases zero, and every row and column of a matrix has the same scale.
 Success: the share of what the model knows of the text that is left: 1 − (L − L_model) / (L_nothing − L_model), L in nats per token,
     where "nothing" is the best guess without the matrices: the frequencies of the tokens in the text itself.
 Weakened: nothing secret: the whole model, which knows all.
@@ -12,16 +13,20 @@ Source: the measure is ours.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cloven.audit.attack import Attack, verdict_of
 from cloven.audit.exposed_only import exposed_only
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.zoo.text import perplexity
+
+Matrix = Callable[[AttackedGroup, int], Tensor]
 
 
 def nothing(text: Tensor) -> float:
@@ -31,50 +36,99 @@ def nothing(text: Tensor) -> float:
     return float(-(shares * shares.log()).sum())
 
 
-def knowledge(model: PreTrainedModel, subject: Subject) -> float:
-    """The share of what the unsplit model knows of the text, between 0 and 1."""
+def knowledge(perplexity_reached: float, subject: Subject) -> float:
+    """The share of what the unsplit model knows of the text, between 0 and 1, of a model with this perplexity."""
     best, worst = subject.nats, nothing(subject.text)
     if worst <= best:
         return 0.0
-    return min(1.0, max(0.0, (worst - math.log(perplexity(model, subject.text))) / (worst - best)))
+    return min(1.0, max(0.0, (worst - math.log(perplexity_reached)) / (worst - best)))
 
 
-def _random_secret(group: AttackedGroup, part: int, random: torch.Generator) -> Tensor:
-    """As large as the secret, in random directions."""
-    member, rows = group.parts[part]
-    k = member.secret_a.shape[0]
-    sizes = torch.linalg.svdvals(member.secret_b @ torch.linalg.qr(member.secret_a.t())[1].t()) if k else torch.empty(0)
-    left, right = (torch.linalg.qr(torch.randn(n, k, generator=random))[0] for n in (member.out_features, member.in_features))
-    matrix: Tensor = group.exposed[rows] + (left * sizes) @ right.t()
+def random_secret(exposed: Tensor, secret_b: Tensor, secret_a: Tensor, random: torch.Generator) -> Tensor:
+    """E with something as large as the secret B A on it, in random directions."""
+    sizes = torch.linalg.svdvals(secret_b @ torch.linalg.qr(secret_a.t())[1].t()) if len(secret_a) else secret_b.new_empty(0)
+    left, right = (torch.linalg.qr(torch.randn(n, len(secret_a), generator=random, dtype=sizes.dtype))[0] for n in exposed.shape)
+    matrix: Tensor = exposed + ((left * sizes) @ right.t()).to(exposed.dtype)
     return matrix
 
 
-def _secret_of_relative(group: AttackedGroup, part: int, weight: Tensor) -> Tensor:
-    """The relative's own top k components in the place of what the exposed half holds there."""
-    member, rows = group.parts[part]
-    k, exposed = member.secret_a.shape[0], group.exposed[rows]
+def relatives_secret(exposed: Tensor, k: int, weight: Tensor) -> Tensor:
+    """The relative's own top k components in the place of what E holds there."""
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     matrix: Tensor = exposed - exposed @ vt[:k].t() @ vt[:k] + (u[:, :k] * s[:k]) @ vt[:k]
     return matrix
 
 
+def without_gifts(model: PreTrainedModel, subject: Subject) -> PreTrainedModel:
+    """The same matrices with embeddings, norms and biases that the attacker makes up, or takes from a relative."""
+    mine = {member.name for group in subject.groups for member, _ in group.parts}
+    shared: dict[int, nn.Parameter] = {id(p): p for name in mine for p in [model.get_submodule(name).get_parameter("weight")]}
+    twin: PreTrainedModel = copy.deepcopy(model, shared)
+    public = dict(subject.relative.named_parameters()) if subject.relative is not None else {}
+    random = subject.random("gifts")
+    for name, parameter in list(twin.named_parameters()):
+        where, _, kind = name.rpartition(".")
+        if where in mine and kind == "weight":
+            continue
+        if name in public and public[name].shape == parameter.shape:
+            parameter.data = public[name].detach().to(parameter.dtype)
+        elif parameter.dim() > 1:
+            parameter.data = torch.randn(parameter.shape, generator=random) * parameter.std()
+        else:
+            parameter.data = torch.ones_like(parameter) if kind == "weight" else torch.zeros_like(parameter)
+    return twin
+
+
+def as_they_lie(group: AttackedGroup, part: int) -> Tensor:
+    """The rows and columns of the codes as they lie, at the size of the true matrix: float32 [N, K]."""
+    codes, exposed = group.codes[group.parts[part][1]].float(), unscrambled(group, part)
+    scaled: Tensor = codes * (exposed.norm() / codes.norm().clamp_min(1e-30))
+    return scaled
+
+
+def unscrambled(group: AttackedGroup, part: int) -> Tensor:
+    """E of one member, float32 [N, K]."""
+    return group.exposed[group.parts[part][1]]
+
+
 @torch.no_grad()
 def exposed_half(subject: Subject) -> list[Attack]:
     """See the module."""
-    systems = {"exposed_half": exposed_only(subject.split, subject.exposed, knows_scramble=False)} if subject.scrambled else {}
-    systems["exposed_half_unscrambled"] = exposed_only(subject.split, subject.exposed, knows_scramble=True)
-    random = subject.random("exposed half")
-    systems["exposed_half_random_secret"] = subject.with_matrices(lambda group, part: _random_secret(group, part, random))
-    if subject.relative is not None:
-        systems["exposed_half_relatives_secret"] = subject.with_matrices(
-            lambda group, part: _secret_of_relative(group, part, subject.relative_weight(group.parts[part][0]))
-        )
-    tokens = subject.text[:, 1:].numel()
     found = []
-    for name, model in systems.items():
-        value = knowledge(model, subject)
-        adversary = "A1, given embeddings, norms and scales" + ("" if name == "exposed_half" else ", and the scramble")
+    for name, gifts, model in _systems(subject):
+        reached, tokens = perplexity(model, subject.text), subject.text[:, 1:].numel()
+        value = knowledge(reached, subject)
+        given = (["embeddings, norms and scales"] if gifts else []) + ([] if name == "exposed_half" else ["the scramble"])
+        adversary = "A1" + (f", given {' and '.join(given)}" if given else "")
         metric = f"share of the model's knowledge of {tokens} tokens that the exposed half keeps without training"
-        verdict = verdict_of(value, 0.0, tokens)
-        found.append(Attack(name, subject.scheme, adversary, metric, value, 0.0, 1.0, tokens, verdict))
+        name, verdict = name + ("" if gifts else "_without_gifts"), verdict_of(value, 0.0, tokens)
+        details = {"perplexity": reached, "perplexity_of_the_model": math.exp(subject.nats)}
+        found.append(Attack(name, subject.scheme, adversary, metric, value, 0.0, 1.0, tokens, verdict, details=details))
     return found
+
+
+def _systems(subject: Subject) -> Iterator[tuple[str, bool, PreTrainedModel]]:
+    """(name, whether there are gifts, the attacker's model)."""
+    if subject.scrambled:
+        yield "exposed_half", True, exposed_only(subject.split, subject.exposed, knows_scramble=False)
+        yield "exposed_half", False, without_gifts(subject.with_matrices(as_they_lie), subject)
+    for gifts in (True, False):
+        exposed, random = unscrambled if gifts else AttackedGroup.without_scales, subject.random("exposed half")
+
+        def zero(group: AttackedGroup, part: int, exposed: Matrix = exposed) -> Tensor:
+            return exposed(group, part)
+
+        def at_random(group: AttackedGroup, part: int, exposed: Matrix = exposed, random: torch.Generator = random) -> Tensor:
+            member = group.parts[part][0]
+            return random_secret(exposed(group, part), member.secret_b, member.secret_a, random)
+
+        def from_relative(group: AttackedGroup, part: int, exposed: Matrix = exposed) -> Tensor:
+            member = group.parts[part][0]
+            return relatives_secret(exposed(group, part), member.secret_a.shape[0], subject.relative_weight(member))
+
+        systems = {"unscrambled": zero, "random_secret": at_random}
+        if subject.relative is not None:
+            systems["relatives_secret"] = from_relative
+        for name, matrix in systems.items():
+            model = subject.with_matrices(matrix)
+            yield f"exposed_half_{name}", gifts, model if gifts else without_gifts(model, subject)

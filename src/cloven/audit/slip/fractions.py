@@ -1,19 +1,22 @@
 """What the secret fraction buys: the exposed half's perplexity for fractions from 0.5 to 10 %, and the singular values with the secret
 part marked.
 
-Nothing is trained, the scramble is undone and nothing is quantised: what the secret part alone withholds.
+Nothing is trained, the scramble is undone and nothing is quantised: what the secret part alone withholds. In its place: zero, a random
+part of the same size, or a public relative's own; with embeddings and norms given, and for zero also without.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cloven.audit.figure import Figure
+from cloven.audit.slip.exposed_half import random_secret, relatives_secret, without_gifts
 from cloven.audit.slip.subject import Subject
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.decomposition import allocate_ranks, spectrum, split
@@ -33,13 +36,26 @@ def curve_over_fractions(subject: Subject) -> list[Figure]:
     spectra = [spectrum(weight) for weight in weights]
     shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
     stream = SecretStream(secrets.token_bytes(KEY_BYTES), "audit")
-    points = []
+    members = [member for group in subject.groups for member, _ in group.parts]
+    series: dict[str, list[tuple[float, float]]] = {}
     for fraction in FRACTIONS:
         ranks = allocate_ranks(spectra, shapes, fraction)
-        exposed = iter([split(w, k, values, stream).exposed.float() for w, k, values in zip(weights, ranks, spectra, strict=True)])
-        points.append((100 * fraction, _perplexity_with(subject, exposed)))
+        parts = [split(w, k, values, stream) for w, k, values in zip(weights, ranks, spectra, strict=True)]
+        exposed, random = [part.exposed.float() for part in parts], subject.random("fractions")
+        fillings = {
+            "zero in the secret's place": exposed,
+            "a random part": [random_secret(part.exposed, part.secret_b, part.secret_a, random).float() for part in parts],
+        }
+        if subject.relative is not None:
+            public = [subject.relative_weight(member) for member in members]
+            own = [relatives_secret(e, k, w) for e, k, w in zip(exposed, ranks, public, strict=True)]
+            fillings["the relative's own part"] = own
+        for name, matrices in fillings.items():
+            series.setdefault(name, []).append((100 * fraction, perplexity(_with(subject, matrices), subject.text)))
+        alone = without_gifts(_with(subject, exposed), subject)
+        series.setdefault("zero, embeddings and norms unknown", []).append((100 * fraction, perplexity(alone, subject.text)))
     whole = math.exp(subject.nats)
-    series = {"exposed half, scramble undone": points, "the whole model": [(100 * fraction, whole) for fraction in FRACTIONS]}
+    series["the whole model"] = [(100 * fraction, whole) for fraction in FRACTIONS]
     return [
         Figure(
             "fractions",
@@ -53,8 +69,9 @@ def curve_over_fractions(subject: Subject) -> list[Figure]:
     ]
 
 
-def _perplexity_with(subject: Subject, matrices: Iterator[Tensor]) -> float:
-    return perplexity(subject.with_matrices(lambda group, part: next(matrices)), subject.text)
+def _with(subject: Subject, matrices: Sequence[Tensor]) -> PreTrainedModel:
+    following = iter(matrices)
+    return subject.with_matrices(lambda group, part: next(following))
 
 
 @torch.no_grad()

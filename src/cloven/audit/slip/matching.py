@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,25 @@ from cloven.errors import BadInput
 
 POINTS = 128  # of a profile
 _ROUNDS = 12
+_SURE = 0.5  # mean |cos| of matched rows above which an alignment has found itself
+_HEAT = torch.linspace(2, 16, 30)  # Sinkhorn's inverse temperatures
+_SWEEPS = 12
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the rows and columns of a scrambled matrix [n, m] lie in a reference: places int64 [n] and [m], signs ±1 float32."""
+
+    rows: Tensor
+    columns: Tensor
+    row_signs: Tensor
+    column_signs: Tensor
+
+    def applied(self, scrambled: Tensor) -> Tensor:
+        """The matrix in the reference's order and signs."""
+        placed = torch.empty_like(scrambled)
+        placed[self.rows[:, None], self.columns[None]] = scrambled * self.row_signs[:, None] * self.column_signs
+        return placed
 
 
 def profiles(vectors: Tensor) -> Tensor:
@@ -54,6 +75,84 @@ def by_graph(a: Tensor, b: Tensor) -> Tensor:
             break
         match, value = following, reached
     return match
+
+
+def doubly_stochastic(likeness: Tensor) -> Tensor:
+    """exp(likeness) [n, n], scaled until rows and columns sum to one (Sinkhorn)."""
+    kernel = (likeness - likeness.amax(1, keepdim=True)).exp().clamp_min(1e-30)
+    right = kernel.new_ones(len(kernel))
+    for _ in range(_SWEEPS):
+        left = 1 / (kernel @ right)
+        right = 1 / (left @ kernel)
+    return left[:, None] * kernel * right
+
+
+def aligned_to(scrambled: Tensor, reference: Tensor) -> Alignment:
+    """Align rows, columns and signs, all unknown, with a reference [n, m], by alternating: given the columns, rows are matched by their
+    directions, and the other way round. Begins with the profiles; where that leads nowhere, with the graph of one side, which the other
+    follows by its magnitudes; at last with soft permutations of the magnitudes, heated up from the profiles on (mean-field steps on the
+    squared distance, projected by Sinkhorn). The most alike of them counts."""
+    x, r = (torch.nn.functional.normalize(matrix.float(), dim=1) for matrix in (scrambled, reference))
+    a, b = (matrix.abs() - matrix.abs().mean() for matrix in (x, r))
+
+    def rows_first() -> tuple[Tensor, Tensor]:
+        rows = by_graph(x, r)
+        return rows, assigned(a.t() @ b[rows])
+
+    def columns_first() -> tuple[Tensor, Tensor]:
+        columns = by_graph(x.t(), r.t())
+        return assigned(a @ b[:, columns].t()), columns
+
+    best, likeness = _alternating(x, r, by_profiles(x, r), by_profiles(x.t(), r.t()))
+    for start in (rows_first, columns_first, lambda: _softly(a, b, x, r)):
+        if likeness >= _SURE:
+            break
+        other, reached = _alternating(x, r, *start())
+        if reached > likeness:
+            best, likeness = other, reached
+    return best
+
+
+def _softly(a: Tensor, b: Tensor, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    distance = torch.cdist(profiles(x.t()), profiles(r.t()))
+    columns = doubly_stochastic(-6 * distance / distance.std().clamp_min(1e-30))
+    for heat in _HEAT:
+        gradient = (a @ columns) @ b.t()
+        rows = doubly_stochastic(heat * gradient / gradient.std().clamp_min(1e-30))
+        gradient = (a.t() @ rows) @ b
+        columns = doubly_stochastic(heat * gradient / gradient.std().clamp_min(1e-30))
+    return assigned(rows), assigned(columns)
+
+
+def _alternating(x: Tensor, r: Tensor, rows: Tensor, columns: Tensor) -> tuple[Alignment, float]:
+    for _ in range(_ROUNDS):
+        column_signs = _column_signs(x, r[rows][:, columns])
+        placed = torch.empty_like(x)
+        placed[:, columns] = x * column_signs
+        cosine = placed @ r.t()
+        following = assigned(cosine.abs())
+        found = cosine[torch.arange(len(x)), following]
+        row_signs = torch.where(found < 0, -1.0, 1.0)
+        back = torch.empty_like(x)
+        back[following] = x * row_signs[:, None]
+        products = back.t() @ r
+        next_columns = assigned(products.abs())
+        settled = torch.equal(following, rows) and torch.equal(next_columns, columns)
+        rows, columns = following, next_columns
+        if settled:
+            break
+    column_signs = torch.where(products[torch.arange(len(columns)), columns] < 0, -1.0, 1.0)
+    return Alignment(rows, columns, row_signs, column_signs), float(found.abs().mean())
+
+
+def _column_signs(x: Tensor, r: Tensor) -> Tensor:
+    """x ≈ s tᵀ ∘ r: t is the sign of the first right singular vector of x ∘ r."""
+    product = x * r
+    vector = product.abs().mean(0)
+    for _ in range(30):
+        vector = product.t() @ (product @ vector)
+        vector = vector / vector.norm().clamp_min(1e-30)
+    return torch.where(vector < 0, -1.0, 1.0)
 
 
 def spread_evenly(vectors: Tensor, rounds: int = 30) -> Tensor:

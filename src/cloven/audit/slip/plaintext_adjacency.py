@@ -1,26 +1,28 @@
 """Does what the worker sees go together with what comes out of a layer?
 
 Adversary: A1, with everything that it received.
-Method: whoever has the plaintext input and output of a split layer solves for its secret part by linear algebra. The attacker takes the
-    masked rows of one group for inputs and the masked rows of the next group for outputs, and solves by least squares.
+Method: whoever has the plaintext input and output of a split layer solves for its secret part by linear algebra. A real worker records
+    real passes; the attacker takes its rows of one group for inputs and those of the next group for outputs, in the true order of their
+    columns, and solves by least squares.
 Success: the share of the secret part B A that is recovered: 1 − ‖recovered − B A‖ / ‖B A‖ after the best scale.
-Weakened: the same rows without masks.
+Weakened: plaintext pairs, leaked on purpose.
 Source: known for SLIP-like schemes; design of the project.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack, verdict_of
+from cloven.audit.slip.recording import record
 from cloven.audit.slip.subject import AttackedGroup, Subject
-from cloven.field.codec import encode, row_bounds
-from cloven.field.residues import add
-from cloven.masks.one_time import PadKey
 
 MOST_COLUMNS = 1024  # of a layer: it takes as many tokens
 _MORE = 1.1  # rows per column
+_TOKENS = 64  # of a recorded sequence
 
 
 def solve(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -51,23 +53,45 @@ def _rows_into(subject: Subject, group: AttackedGroup) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in caught]).double(), torch.cat([y for _, y in caught]).double()
 
 
+def pair_of(subject: Subject) -> tuple[AttackedGroup, AttackedGroup] | None:
+    """The group with most secret directions in its first linear, and the one after it, whose input follows from its output."""
+    pairs = [
+        (first, second)
+        for first, second in itertools.pairwise(subject.groups)
+        if first.codes.shape[1] <= MOST_COLUMNS and first.parts[0][0].secret_a.shape[0]
+    ]
+    return max(pairs, key=lambda pair: pair[0].parts[0][0].secret_a.shape[0], default=None)
+
+
+def recorded(subject: Subject, group: AttackedGroup, second: AttackedGroup) -> tuple[Tensor, Tensor]:
+    """What a real worker received for both groups, in the model's order of columns (the worst case), float64."""
+    needed, vocabulary = int(_MORE * group.codes.shape[1]) + 8, int(subject.plain.config.get_text_config().vocab_size)
+    ids = torch.randint(vocabulary, (-(-needed // _TOKENS), _TOKENS), generator=subject.random("adjacency, recorded"))
+    (seen,) = record(subject, ids, 1)
+    rows = []
+    for one in (group, second):
+        ordered = torch.empty(seen[one.group.index].shape, dtype=torch.float64)
+        ordered[:, one.columns] = seen[one.group.index].double()
+        rows.append(ordered)
+    return rows[0], rows[1]
+
+
 @torch.no_grad()
 def plaintext_adjacency(subject: Subject) -> list[Attack]:
     """See the module."""
-    candidates = [group for group in subject.groups if group.codes.shape[1] <= MOST_COLUMNS and group.parts[0][0].secret_a.shape[0]]
-    if not candidates:
+    pair = pair_of(subject)
+    if pair is None:
         return []
-    group = max(candidates, key=lambda one: one.parts[0][0].secret_a.shape[0])
+    group, second = pair
     member, rows = group.parts[0]
     secret, exposed = (member.secret_b @ member.secret_a).double(), group.exposed[rows].double()
     x, y = _rows_into(subject, group)
     y = y - (member.bias.double() if member.bias is not None else 0.0)
     leaked = recovered_share(solve(x, y) - exposed, secret)
-    inputs, _ = encode(x, row_bounds(group.codes))
-    outputs, _ = encode(y, row_bounds(torch.ones(1, y.shape[1], dtype=torch.int8)))  # as some next layer's input
-    key = PadKey()
-    c, c_next = (add(values, key.residues(number, 0, *values.shape)) for number, values in enumerate((inputs, outputs)))
-    value = recovered_share(solve(c, c_next) - exposed, secret)
-    metric = f"share of the secret part of {member.name} recovered from {len(x)} rows of it and of what follows"
+    c, c_next = recorded(subject, group, second)
+    width = min(len(secret), c_next.shape[1])
+    found = solve(c, c_next[:, :width])
+    value = max(recovered_share(found, secret[:width]), recovered_share(found - exposed[:width], secret[:width]))
+    metric = f"share of the secret part of {member.name} recovered from {len(c)} rows that a worker received for it and for what follows"
     adversary = "A1, with all that it received"
-    return [Attack("plaintext_adjacency", subject.scheme, adversary, metric, value, 0.0, leaked, len(x), verdict_of(value, 0.0, len(x)))]
+    return [Attack("plaintext_adjacency", subject.scheme, adversary, metric, value, 0.0, leaked, len(c), verdict_of(value, 0.0, len(c)))]

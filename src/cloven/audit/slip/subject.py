@@ -27,7 +27,7 @@ TEXT_WINDOWS, TEXT_TOKENS = 8, 256
 _LEAST_TOKENS = 128
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class AttackedGroup:
     """One group: what the worker holds, and the truth that an attack is marked by.
 
@@ -65,10 +65,28 @@ class AttackedGroup:
         rows[gather.flatten()] = torch.arange(gather.shape[1]).repeat(gather.shape[0])
         return rows
 
+    def stored(self) -> ExposedMatrix:
+        """The codes and the secret keys and scales, as `expose` made them."""
+        return _stored(self.group, self.codes)
+
     def coarse(self) -> tuple[Tensor, Tensor]:
         """The rows of the first int8 term, float32 [N, K], and which of the model's rows each is; attackers tell terms by their spread."""
         first = torch.cat([member.row_gather[0] for member in self.group.members]).long().sort().values
         return self.codes[first].float(), self.rows[first]
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Scales of the model's rows [N] and columns [K], without signs: gifts to an attacker."""
+        members = self.group.members
+        columns = torch.empty(self.codes.shape[1])
+        columns[self.columns] = members[0].column_scale.abs()
+        return torch.cat([member.row_scale[0] for member in members]).abs(), columns
+
+    def without_scales(self, part: int) -> Tensor:
+        """One member's E in the model's order, every row and column of the same scale: only the size of the whole is right."""
+        exposed, (rows, columns) = self.exposed[self.parts[part][1]], self.sizes()
+        flat = exposed / rows[self.parts[part][1], None] / columns
+        scaled: Tensor = flat * (exposed.norm() / flat.norm().clamp_min(1e-30))
+        return scaled
 
     def weight(self, part: int) -> Tensor:
         """W = E + B A of one member, float32."""
@@ -76,7 +94,7 @@ class AttackedGroup:
         return self.exposed[rows] + member.secret_b @ member.secret_a
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Subject:
     """A bundle under attack.
 
@@ -85,7 +103,6 @@ class Subject:
         plain: the unsplit model, float32.
         text: windows that perplexities are measured on, int64 [windows, tokens].
         seed: of the attackers' own choices; no secret depends on it.
-        seconds: how long an attack that trains may take.
         relative: a public relative of the model, where the user has named one.
     """
 
@@ -96,7 +113,6 @@ class Subject:
     groups: tuple[AttackedGroup, ...]
     text: Tensor
     seed: int
-    seconds: float
     relative: PreTrainedModel | None = None
 
     @property
@@ -130,7 +146,7 @@ class Subject:
 
 
 @torch.no_grad()
-def open_subject(out: Path, text: Tensor | None, seed: int, seconds: float, relative: PreTrainedModel | None = None) -> Subject:
+def open_subject(out: Path, text: Tensor | None, seed: int, relative: PreTrainedModel | None = None) -> Subject:
     """Read both halves and put the model together again, in float32 and in memory.
 
     Args:
@@ -151,22 +167,20 @@ def open_subject(out: Path, text: Tensor | None, seed: int, seconds: float, rela
         text = sample_text(plain, TEXT_WINDOWS, TEXT_TOKENS, seed)
     if text.numel() < _LEAST_TOKENS:
         raise BadInput(f"the text has {text.numel()} tokens: give at least {_LEAST_TOKENS}")
-    return Subject(bundle, split, plain, exposed, groups, text, seed, seconds, relative)
+    return Subject(bundle, split, plain, exposed, groups, text, seed, relative)
 
 
 def _attacked(group: SplitGroup, codes: Tensor) -> AttackedGroup:
     members = group.members
-    leader = members[0]
-    stored = ExposedMatrix(
-        codes,
-        leader.column_gather,
-        leader.column_scale,
-        torch.cat([member.row_gather for member in members], dim=1),
-        torch.cat([member.row_scale for member in members], dim=1),
-    )
     starts = [sum(member.out_features for member in members[:i]) for i in range(len(members))]
     parts = tuple((member, slice(start, start + member.out_features)) for member, start in zip(members, starts, strict=True))
-    return AttackedGroup(group, codes, stored.dequantised().float(), parts)
+    return AttackedGroup(group, codes, _stored(group, codes).dequantised().float(), parts)
+
+
+def _stored(group: SplitGroup, codes: Tensor) -> ExposedMatrix:
+    leader = group.members[0]
+    gather, scale = (torch.cat([getattr(member, name) for member in group.members], dim=1) for name in ("row_gather", "row_scale"))
+    return ExposedMatrix(codes, leader.column_gather, leader.column_scale, gather, scale)
 
 
 def _require_relative(relative: PreTrainedModel, groups: tuple[AttackedGroup, ...]) -> None:

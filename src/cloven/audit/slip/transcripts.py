@@ -13,20 +13,15 @@ Source: chi-square, Pearson; the use is ours.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from cloven.audit.attack import Attack, Verdict
+from cloven.audit.slip.recording import record
 from cloven.audit.slip.subject import Subject
-from cloven.cluster.worker_process import WorkerProcess
 from cloven.field.residues import P
-from cloven.model.attach import attach
-from cloven.worker.transcript import read_transcript
 
 LEVEL = 0.001
 TOKENS = 48
@@ -53,22 +48,6 @@ def plane_tests(c: Tensor) -> list[float]:
     """p of the four byte planes of residues int32 [M, K]; the highest has 7 bits."""
     values = c.long() % P
     return [uniform_p((values >> (8 * plane)) & 255, 128 if plane == 3 else 256) for plane in range(4)]
-
-
-def record(subject: Subject, ids: Tensor, passes: int) -> list[dict[int, Tensor]]:
-    """What a worker process receives in passes over ids [1, T]: by group, int32 [T, K]."""
-    with tempfile.TemporaryDirectory(prefix="cloven-audit-") as folder:
-        path = Path(folder) / "transcript"
-        model = AutoModelForCausalLM.from_pretrained(subject.bundle.trusted, dtype=torch.float32, trust_remote_code=False)
-        with (
-            WorkerProcess(subject.bundle.exposed.absolute(), None, "--record", str(path)) as worker,
-            attach(model, worker.address, exposed=subject.bundle.exposed, look_ahead=0),
-        ):
-            for _ in range(passes):
-                model(input_ids=ids, use_cache=False)
-        rows = list(read_transcript(path))
-    by_group = {group.group.index: torch.cat([c for index, c in rows if index == group.group.index]) for group in subject.groups}
-    return [{index: c.view(passes, -1, c.shape[1])[number] for index, c in by_group.items()} for number in range(passes)]
 
 
 def repeat_tests(first: dict[int, Tensor], second: dict[int, Tensor]) -> list[float]:

@@ -2,9 +2,10 @@
 
 Adversary: A1, who holds all exposed matrices: every group's rows and columns are permuted and flipped by keys of its own.
 Method: groups that read the residual stream have the same columns in different orders; who matches them has one basis for all. Columns
-    are matched by their sorted magnitudes, and by the graph of their cosines (quadratic assignment); columns and lm_head's rows against
-    the embeddings, given for free, likewise; and rows and columns against a public relative, where the user has named one.
-Success: the share of places found. Chance: 1 / places.
+    are matched by their sorted magnitudes, and by the graph of their cosines (quadratic assignment), between groups and with the
+    embeddings, given for free. What an MLP's first matrices make, its last one reads: their rows are matched with its columns, both ways.
+    lm_head's rows and columns are matched with the embeddings', by soft permutations (Sinkhorn) and alternating directions.
+Success: the share of places found, with an interval of 95 %. Chance: 1 / places.
 Weakened: the same code where there is something to find: a second scramble of a near-duplicate (1 % noise) of the same matrix.
 Source: matching obfuscated weights is published for permutation-based schemes; quadratic assignment by Vogelstein et al. 2015.
 """
@@ -18,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cloven.audit.attack import Attack, verdict_of
-from cloven.audit.slip.matching import by_graph, by_profiles
+from cloven.audit.attack import Attack, interval_of, verdict_of
+from cloven.audit.slip.matching import aligned_to, by_graph, by_profiles
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.exposed_matrix import expose
@@ -63,71 +64,69 @@ def _between(subject: Subject, name: str, matcher: Matcher) -> list[Attack]:
     places = first.codes.shape[1]
     metric = f"share of columns matched between groups of one residual stream, {len(pairs)} pairs"
     chance, tries = 1 / places, places * len(pairs)
-    return [Attack(name, subject.scheme, "A1", metric, value, chance, weak, tries, verdict_of(value, chance, tries))]
+    return [_attack(subject, name, "A1", metric, value, chance, weak, tries)]
 
 
-def _against(subject: Subject, name: str, adversary: str, metric: str, found: list[tuple[float, int]], weak: float) -> list[Attack]:
+def _attack(subject: Subject, name: str, adversary: str, metric: str, value: float, chance: float, weak: float, tries: int) -> Attack:
+    verdict, interval = verdict_of(value, chance, tries), interval_of(value, tries)
+    return Attack(name, subject.scheme, adversary, metric, value, chance, weak, tries, verdict, interval)
+
+
+def over_matrices(subject: Subject, name: str, adversary: str, metric: str, found: list[tuple[float, int]], weak: float) -> list[Attack]:
     """One attack from (share, places) of several matrices."""
     if not found:
         return []
     tries = sum(places for _, places in found)
     value = sum(share * places for share, places in found) / tries
-    chance = len(found) / tries
-    return [Attack(name, subject.scheme, adversary, metric, value, chance, weak, tries, verdict_of(value, chance, tries))]
+    return [_attack(subject, name, adversary, metric, value, len(found) / tries, weak, tries)]
 
 
 def _from_embeddings(subject: Subject) -> list[Attack]:
-    embeddings = subject.plain.get_input_embeddings().weight.detach().float()
-    table = expose(embeddings, 1, None).codes.float()  # equalised and quantised as what it is compared with
-    groups = [group for group in residual_groups(subject) if group.codes.shape[1] <= MOST_PLACES]
+    table, attacks = embeddings(subject), list[Attack]()
+    codes, rows, columns = near_duplicate(subject.plain.get_input_embeddings().weight.detach().float(), 1)
+    places, adversary = table.shape[1], "A1, given the embeddings"
+    groups = [group for group in residual_groups(subject) if group.codes.shape[1] <= MOST_PLACES][:MOST_PAIRS]
     metric = "share of columns of groups that read the residual stream matched with the embeddings' columns"
-    found = [
-        (hits(by_profiles(group.coarse()[0].t(), table.t()), group.columns, torch.arange(table.shape[1])), table.shape[1])
-        for group in groups[:MOST_PAIRS]
-    ]
-    codes, rows, columns = near_duplicate(embeddings, 1)
-    weak = hits(by_profiles(codes.t(), table.t()), columns, torch.arange(table.shape[1]))
-    attacks = _against(subject, "unscramble_columns_by_embeddings", "A1, given the embeddings", metric, found, weak)
+    for how, matcher in (("", by_profiles), ("_graph", by_graph)):
+        found = [(hits(matcher(group.coarse()[0].t(), table.t()), group.columns, torch.arange(places)), places) for group in groups]
+        weak = hits(matcher(codes.t(), table.t()), columns, torch.arange(places))
+        attacks += over_matrices(subject, f"unscramble_columns_by_embeddings{how}", adversary, metric, found, weak)
     head = next((group for group in subject.groups if group.parts[0][0].out_features == len(table) and len(group.parts) == 1), None)
     if head is None or len(table) > MOST_PLACES:
         return attacks
-    metric = "share of lm_head's rows matched with the embeddings' rows"
     seen, truth = head.coarse()
-    found = [(hits(by_profiles(seen, table), truth, torch.arange(len(table))), len(table))]
-    weak = hits(by_profiles(codes, table), rows, torch.arange(len(table)))
-    return attacks + _against(subject, "unscramble_lm_head_by_embeddings", "A1, given the embeddings", metric, found, weak)
+    found = [(hits(aligned_to(seen, table).rows, truth, torch.arange(len(table))), len(table))]
+    weak = hits(aligned_to(codes, table).rows, rows, torch.arange(len(table)))
+    metric = "share of lm_head's rows matched with the embeddings' rows"
+    return attacks + over_matrices(subject, "unscramble_lm_head_by_embeddings", adversary, metric, found, weak)
 
 
-def _with_relative(subject: Subject) -> list[Attack]:
-    if subject.relative is None:
-        return []
-    found_rows, found_columns = [], []
-    for group in subject.groups:
-        if max(group.exposed.shape) > MOST_PLACES:
+def embeddings(subject: Subject) -> Tensor:
+    """The embeddings, equalised and quantised as what they are compared with: [V, h]."""
+    return expose(subject.plain.get_input_embeddings().weight.detach().float(), 1, None).codes.float()
+
+
+def _between_layers(subject: Subject) -> list[Attack]:
+    """Rows of a matrix whose outputs are the next group's inputs, one by one, with that group's columns."""
+    found, weak = list[tuple[float, int]](), 0.0
+    for first, second in itertools.pairwise(subject.groups):
+        places = second.codes.shape[1]
+        if not _feeds(first, second) or places > MOST_PLACES or len(found) >= MOST_PAIRS:
             continue
-        public = torch.cat([_without_top(subject.relative_weight(member), member.secret_a.shape[0]) for member, _ in group.parts])
-        reference = expose(public, 1, None).codes.float()
-        seen, rows = group.coarse()
-        found_rows.append((hits(by_profiles(seen, reference), rows, torch.arange(len(reference))), len(reference)))
-        match = by_profiles(seen.t(), reference.t())
-        found_columns.append((hits(match, group.columns, torch.arange(len(match))), len(match)))
-    adversary, weak = "A1, who has a public relative", _planted(subject)
-    return _against(
-        subject, "unscramble_rows_by_relative", adversary, "share of rows matched with the relative's", found_rows, weak
-    ) + _against(subject, "unscramble_columns_by_relative", adversary, "share of columns matched with the relative's", found_columns, weak)
+        (seen, truth), columns = first.coarse(), second.coarse()[0].t()
+        mine = truth < places  # the first member's rows: to tell members apart is a gift
+        matches = [matcher(seen[mine], columns) for matcher in (by_profiles, by_graph)]
+        found.append((max(hits(match, truth[mine], second.columns) for match in matches), places))
+        if not weak:
+            codes, rows, _ = near_duplicate(first.exposed[:places], first.terms)
+            weak = hits(by_graph(seen[mine], codes), truth[mine], rows)
+    metric = "share of the rows of an MLP's first matrix matched with the columns of its last one, the better of two matchers"
+    return over_matrices(subject, "unscramble_rows_by_next_columns", "A1", metric, found, weak)
 
 
-def _planted(subject: Subject) -> float:
-    group = next(one for one in subject.groups if max(one.exposed.shape) <= MOST_PLACES)
-    codes, rows, _ = near_duplicate(group.exposed, group.terms)
-    seen, truth = group.coarse()
-    return hits(by_profiles(seen, codes), truth, rows)
-
-
-def _without_top(weight: Tensor, k: int) -> Tensor:
-    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    rest: Tensor = weight - (u[:, :k] * s[:k]) @ vt[:k]
-    return rest
+def _feeds(first: AttackedGroup, second: AttackedGroup) -> bool:
+    parent = [group.parts[0][0].name.rpartition(".")[0] for group in (first, second)]
+    return parent[0] == parent[1] and first.parts[0][0].out_features == second.codes.shape[1] != second.parts[0][0].out_features
 
 
 @torch.no_grad()
@@ -139,5 +138,5 @@ def unscrambling(subject: Subject) -> list[Attack]:
         *_between(subject, "unscramble_columns_by_magnitudes", by_profiles),
         *_between(subject, "unscramble_columns_by_graph", by_graph),
         *_from_embeddings(subject),
-        *_with_relative(subject),
+        *_between_layers(subject),
     ]

@@ -1,0 +1,31 @@
+"""What a real worker process receives in real passes of the model: recorded, for the attacks that read transcripts."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cloven.audit.slip.subject import Subject
+from cloven.cluster.worker_process import WorkerProcess
+from cloven.model.attach import attach
+from cloven.worker.transcript import read_transcript
+
+
+def record(subject: Subject, ids: Tensor, passes: int) -> list[dict[int, Tensor]]:
+    """What a worker process receives in passes over ids [B, T]: for each pass by group, int32 [B·T, K]."""
+    with tempfile.TemporaryDirectory(prefix="cloven-audit-") as folder:
+        path = Path(folder) / "transcript"
+        model = AutoModelForCausalLM.from_pretrained(subject.bundle.trusted, dtype=torch.float32, trust_remote_code=False)
+        with (
+            WorkerProcess(subject.bundle.exposed.absolute(), None, "--record", str(path)) as worker,
+            attach(model, worker.address, exposed=subject.bundle.exposed, look_ahead=0),
+        ):
+            for _ in range(passes):
+                model(input_ids=ids, use_cache=False)
+        rows = list(read_transcript(path))
+    by_group = {group.group.index: torch.cat([c for index, c in rows if index == group.group.index]) for group in subject.groups}
+    return [{index: c.view(passes, -1, c.shape[1])[number] for index, c in by_group.items()} for number in range(passes)]

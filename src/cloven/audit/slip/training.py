@@ -1,0 +1,117 @@
+"""How attackers train: AdamW on text sampled from the model, or on the model's own distributions (distillation)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cloven.audit.slip.subject import AttackedGroup, Subject
+from cloven.zoo.text import perplexity, sample_text
+
+BATCH, WINDOW = 8, 128
+RATE = 1e-3
+GROWTH = 2.2  # of the tokens from one point of a curve to the next
+LEAST_STEPS = 3
+MOST_SEQUENCES = 512
+_LOOKS = 8  # at the perplexity, in one training: about
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins.
+
+    Args:
+        model: makes the model; what requires a gradient is learnt.
+        distilled: learn the unsplit model's distributions, which a generous API shows, not its text alone.
+        rate: of AdamW.
+    """
+
+    model: Callable[[], PreTrainedModel]
+    distilled: bool = False
+    rate: float = RATE
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the model at its end, the perplexity before it, and after so many tokens."""
+
+    model: PreTrainedModel
+    before: float
+    curve: tuple[tuple[float, float], ...]
+
+    @property
+    def perplexity(self) -> float:
+        """The least one on the way: the attacker keeps the best model."""
+        return min(self.before, *(value for _, value in self.curve))
+
+
+def trainable(subject: Subject, matrix: Callable[[AttackedGroup, int], Tensor]) -> PreTrainedModel:
+    """A model whose matrices are copies of these, to be learnt; everything else is the gift, and frozen."""
+    model = subject.with_matrices(lambda group, part: matrix(group, part).clone())
+    for group in subject.groups:
+        for member, _ in group.parts:
+            model.get_submodule(member.name).get_parameter("weight").requires_grad_(True)
+    return model
+
+
+class _Trainer:
+    """A model under training."""
+
+    def __init__(self, subject: Subject, start: Start, data: Tensor) -> None:
+        self.model, self._data, self._random = start.model(), data, subject.random("batches")
+        self._teacher = subject.plain if start.distilled else None
+        learnt = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._optimiser = torch.optim.AdamW(learnt, lr=start.rate, weight_decay=0.0)
+
+    def step(self) -> None:
+        """One batch."""
+        batch = self._data[torch.randint(len(self._data), (BATCH,), generator=self._random)]
+        self.model.train()
+        if self._teacher is None:
+            loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        else:
+            with torch.no_grad():
+                right = self._teacher(input_ids=batch, use_cache=False).logits.log_softmax(-1)
+            guess = self.model(input_ids=batch, use_cache=False).logits.log_softmax(-1)
+            loss = torch.nn.functional.kl_div(guess.flatten(0, 1), right.flatten(0, 1), reduction="batchmean", log_target=True)
+        self._optimiser.zero_grad()
+        loss.backward()
+        self._optimiser.step()
+
+
+def train(subject: Subject, start: Start, data: Tensor, steps: int) -> Run:
+    """Train for that many steps on token ids [sequences, WINDOW]."""
+    trainer, curve, mark = _Trainer(subject, start, data), list[tuple[float, float]](), 1
+    before = perplexity(trainer.model.eval(), subject.text)
+    for done in range(1, steps + 1):
+        trainer.step()
+        if done in (mark, steps):
+            mark = math.ceil(mark * GROWTH)
+            curve.append((float(done * BATCH * WINDOW), perplexity(trainer.model.eval(), subject.text)))
+    return Run(trainer.model.eval(), before, tuple(curve))
+
+
+def training_text(subject: Subject) -> Tensor:
+    """Text sampled from the model, another than what is measured on: int64 [sequences, WINDOW]."""
+    with torch.no_grad():
+        return sample_text(subject.plain, MOST_SEQUENCES, WINDOW, subject.seed + 1)
+
+
+def steps_that_fit(subject: Subject, starts: Iterable[Start], data: Tensor, seconds: float) -> int:
+    """How many steps each training may have, so that all of them together take the time that was given."""
+    steps = looks = 0.0
+    for start in starts:
+        trainer = _Trainer(subject, start, data)
+        trainer.step()  # warms up
+        started = time.monotonic()
+        trainer.step()
+        done = time.monotonic()
+        perplexity(trainer.model.eval(), subject.text)
+        steps, looks = steps + done - started, looks + time.monotonic() - done
+    return max(LEAST_STEPS, int((seconds - _LOOKS * looks) / steps))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cloven.audit.slip import learned_permutations as module
+from cloven.audit.slip.learned_permutations import learned_permutations
+from cloven.audit.slip.matching import Alignment
+from tests.audit.slip.subjects import demo_subject, named, tiny_subject
+from tests.split_models import tiny
+
+
+def data() -> Tensor:
+    return torch.randint(1, 40, (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+def test_nothing_is_learnt_where_there_is_nothing_to_begin_with_and_nothing_is_lost_where_there_is() -> None:
+    subject = replace(demo_subject(), groups=demo_subject().groups[:4])
+    attack = named(learned_permutations(subject, subject.text[:, :32], 0.0))["learned_permutations"]
+    assert attack.value < 0.02 and attack.verdict == "holds"
+    assert attack.weakened_value >= 0.95  # begun at a planted near-duplicate
+    assert attack.interval is not None and set(attack.details) == {"perplexity", "knowledge"}
+
+
+def test_with_a_relative_it_begins_there() -> None:
+    attack = named(learned_permutations(replace(tiny_subject(), relative=tiny("llama")), data(), 0.0))["learned_permutations"]
+    assert attack.value > 0.9 and attack.verdict == "broken" and attack.adversary.endswith("who has a public relative")
+
+
+def test_a_known_order_gives_the_exposed_matrix() -> None:
+    """The soft permutations, begun at the truth and sure of it, are the unscrambling."""
+    subject = tiny_subject()
+    group = subject.groups[0]
+    codes, rows = group.coarse()
+    back = torch.empty_like(codes)
+    back[rows[:, None], group.columns[None]] = codes
+    exposed = group.exposed
+    signs = module.aligned_to(codes, exposed / (group.sizes()[0][:, None] * group.sizes()[1]))
+    assert torch.equal(signs.rows, rows) and torch.equal(signs.columns, group.columns)
+    order = module._Order(group, Alignment(rows, group.columns, signs.row_signs, signs.column_signs), subject.random("x"))
+    with torch.no_grad():
+        order.rows.mul_(10)
+        order.columns.mul_(10)
+        order.compute()
+    assert float((order.matrix - exposed).norm() / exposed.norm()) < 0.05
+
+
+def test_gradients_reach_places_and_signs() -> None:
+    subject = tiny_subject()
+    model = module._model(subject, [None] * len(subject.groups))
+    with torch.enable_grad():
+        model(input_ids=data(), labels=data(), use_cache=False).loss.backward()
+    learnt = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert learnt == {"rows", "columns", "row_signs", "column_signs"}
+    assert all(parameter.grad is None for parameter in subject.plain.parameters())
+
+
+def test_not_without_a_scramble_and_not_on_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert learned_permutations(demo_subject(scramble=False), data(), 0.0) == []
+    monkeypatch.setattr(module, "MOST_PLACES", 16)
+    assert learned_permutations(tiny_subject(), data(), 0.0) == []

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from cloven.audit.slip.weight_directions import aligned_matrix, alignments, weight_directions
+from tests.audit.slip.subjects import demo_subject, named
+from tests.split_models import demo_model
+
+
+def test_a_relative_breaks_the_scramble() -> None:
+    """The control on the whole attack: the model itself for a relative, and then one that differs by 10 %."""
+    few = replace(demo_subject(), groups=demo_subject().groups[:4])
+    for noise in (0.0, 0.1):
+        relative, random = type(demo_model())(demo_model().config), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for ours, true in zip(relative.parameters(), demo_model().parameters(), strict=True):
+                ours.copy_(true + noise * true.std() * torch.randn(true.shape, generator=random) if true.dim() > 1 else true)
+        subject = replace(few, relative=relative)
+        found = named(weight_directions(subject))
+        for side in ("rows", "columns"):
+            attack = found[f"unscramble_{side}_by_relative"]
+            assert attack.value > 0.9 and attack.weakened_value > 0.95 and attack.verdict == "broken"
+        for group in subject.groups[:2]:
+            ours, true = aligned_matrix(subject, group, 0), group.exposed[group.parts[0][1]]
+            assert float((ours - true).norm() / true.norm()) < 0.05
+
+
+def test_a_relative_that_is_none() -> None:
+    subject = replace(demo_subject(), relative=type(demo_model())(demo_model().config), groups=demo_subject().groups[:4])
+    found = named(weight_directions(subject))
+    assert found["unscramble_rows_by_relative"].value < 0.05 and found["unscramble_columns_by_relative"].value < 0.05
+
+
+def test_without_a_relative_there_is_a_guess_for_the_residual_stream() -> None:
+    subject = demo_subject()
+    guesses = alignments(subject)
+    assert sum(guess is not None for guess in guesses) == 11
+    attack = named(weight_directions(subject))["unscrambled_model"]
+    assert attack.value < 0.02 and attack.verdict == "holds" and attack.weakened_value == 1.0
+    left_alone = next(group for group, guess in zip(subject.groups, guesses, strict=True) if guess is None)
+    lying = aligned_matrix(subject, left_alone, 0)
+    assert torch.allclose(lying.norm(), left_alone.exposed.norm(), rtol=0.2)
+
+
+def test_without_a_scramble_there_is_nothing_to_match() -> None:
+    assert weight_directions(demo_subject(scramble=False)) == []
