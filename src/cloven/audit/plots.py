@@ -9,7 +9,9 @@ from typing import Any
 from cloven.audit.figure import Figure
 from cloven.errors import BadInput
 
-_SIZE = (6.4, 3.6)  # inches
+_SIZE, _WITH_LEGEND_BESIDE = (6.4, 3.6), (8.8, 3.8)  # inches
+_MOST_INSIDE = 4  # lines whose names fit in the plot
+_STYLES = ("-", "--", ":")
 _COLOURS = ("#2456a6", "#c0392b", "#2a9d6f", "#8e6bbf", "#d98a1f", "#5a6872")
 
 
@@ -20,11 +22,14 @@ def svg_of(figure: Figure) -> str:
         BadInput: Matplotlib is not installed.
     """
     canvas = matplotlib_parts()
-    drawing = canvas.Figure(figsize=_SIZE, layout="constrained")
+    beside = len(figure.series) > _MOST_INSIDE
+    drawing = canvas.Figure(figsize=_WITH_LEGEND_BESIDE if beside else _SIZE, layout="constrained")
     axes = drawing.subplots()
-    for colour, (name, points) in zip(_COLOURS * (1 + len(figure.series) // len(_COLOURS)), figure.series.items(), strict=False):
+    for number, (name, points) in enumerate(figure.series.items()):
         x, y = zip(*points, strict=True) if points else ((), ())
-        axes.plot(x, y, label=name, color=colour, linewidth=1.8, marker="o" if len(points) < 20 else "", markersize=4)
+        colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        marker = "o" if len(points) < 20 else ""
+        axes.plot(x, y, label=name, color=colour, linestyle=style, linewidth=1.8, marker=marker, markersize=4)
     if figure.log_x:
         axes.set_xscale("log")
     if figure.log_y:
@@ -36,7 +41,7 @@ def svg_of(figure: Figure) -> str:
     axes.set_ylabel(figure.y)
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, **({"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if beside else {}))
     buffer = io.StringIO()
     with canvas.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.name}):
         drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
