@@ -8,11 +8,18 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from cloven.audit.slip.audit import ATTACKS
+from cloven.audit.kv_shield import audit as kv_shield
+from cloven.audit.private_lora import audit as private_lora
+from cloven.audit.slip import audit as slip
 from cloven.audit.slip.recovery import recovery
 
 PAGE = Path(__file__).parents[1] / "docs" / "threat-model.md"
-BEGIN, END = "<!-- begin: docstrings of src/cloven/audit/slip -->", "<!-- end: docstrings -->"
+BEGIN, END = "<!-- begin: docstrings of src/cloven/audit -->", "<!-- end: docstrings -->"
+ATTACKS = {
+    "SLIP": (*slip.ATTACKS, recovery),
+    "KV-Shield": kv_shield.ATTACKS,
+    "private LoRA": private_lora.ATTACKS,
+}
 FIELDS = ("Adversary", "Method", "Success", "Weakened", "Source")
 
 
@@ -28,9 +35,11 @@ def entry(module: ModuleType) -> str:
 
 
 def section() -> str:
-    """All of them, between the marks."""
-    modules = [sys.modules[attack.__module__] for attack in (*ATTACKS, recovery)]
-    return "\n\n".join([BEGIN, *map(entry, modules), END])
+    """All of them, between the marks, under a heading for every scheme."""
+    parts = [BEGIN]
+    for scheme, attacks in ATTACKS.items():
+        parts += [f"### Attacks on {scheme}", *(entry(sys.modules[attack.__module__]) for attack in attacks)]
+    return "\n\n".join([*parts, END])
 
 
 def written(page: str) -> str:

@@ -25,6 +25,14 @@ def test_the_page_is_up_to_date(script: ModuleType) -> None:
     assert script.written(page) == page, "run scripts/write_threat_model.py"
 
 
+def test_every_scheme_has_its_attacks(script: ModuleType) -> None:
+    section = script.section()
+    for scheme, attacks in script.ATTACKS.items():
+        under = section.partition(f"### Attacks on {scheme}\n")[2].partition("\n### ")[0]
+        assert under.count("- Adversary: ") == len(attacks) > 0
+        assert all(f"(`{attack.__module__.removeprefix('cloven.')}`)" in under for attack in attacks)
+
+
 def test_an_attack_without_its_adversary(script: ModuleType) -> None:
     module = ModuleType("cloven.audit.nothing", "What?\n\nMethod: none.")
     with pytest.raises(ValueError, match="not \\['Adversary'"):

@@ -14,7 +14,11 @@ from transformers import DynamicCache
 
 import cloven
 from cloven.audit.attack import Attack
-from cloven.audit.kv_shield import MODES, audit_kv_shield, by_norms, by_sorting, by_table, layer0_of
+from cloven.audit.kv_shield.audit import attack_cache
+from cloven.audit.kv_shield.norms import by_norms
+from cloven.audit.kv_shield.sorting import by_sorting
+from cloven.audit.kv_shield.subject import MODES, layer0_of
+from cloven.audit.kv_shield.table import by_table
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.enclave import Enclave
 from cloven.kv_shield.messages import NO_SESSION
@@ -39,7 +43,7 @@ def text() -> Tensor:
 @functools.cache
 def found() -> dict[tuple[str, str], Attack]:
     """Every attack in every mode, by (name, mode)."""
-    attacks = audit_kv_shield(demo_model(), text())
+    attacks = attack_cache(demo_model(), text())
     by_name = {(attack.name, attack.scheme.removeprefix("kv-shield/")): attack for attack in attacks}
     assert len(by_name) == len(attacks)
     return by_name
@@ -95,7 +99,7 @@ def test_known_plaintext_breaks_session_once_there_is_enough_of_it_and_not_befor
 
 def test_more_noise_needs_more_known_plaintext() -> None:
     """With ρ = 64 the tokens that broke ρ = 16 are less than d + ρ."""
-    noisy = audit_kv_shield(demo_model(), text(), KvShieldConfig("session", 64))
+    noisy = attack_cache(demo_model(), text(), KvShieldConfig("session", 64))
     half = next(attack for attack in noisy if (attack.name, attack.scheme) == ("known_plaintext_half", "kv-shield/session"))
     assert f"once {(D + 64) // 2} are known" in half.metric
     assert half.value < 0.9

@@ -7,8 +7,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cloven.audit.fhe import primes, residues, weights_of, with_residues
 from cloven.audit.linear_algebra import solve_left
+from cloven.audit.private_lora.ciphertexts import primes, residues, with_residues
+from cloven.audit.private_lora.division import weights_of
 from cloven.field.gaussian import gaussians
 from cloven.field.products import multiply
 from cloven.field.residues import subtract

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from cloven.audit import registry
 from cloven.audit.findings import Findings
-from cloven.audit.kv_shield import MODES
-from cloven.audit.registry import TEXT_TOKENS, audit
+from cloven.audit.kv_shield.subject import MODES
+from cloven.audit.registry import audit
 from cloven.errors import BadBundle, BadInput, ForeignBundle
-from cloven.kv_shield.config import KvShieldConfig
 from tests.kv_bundles import kv_bundle
 from tests.lora_bundles import own_bundle
 from tests.split_models import tiny, tiny_bundle
@@ -43,17 +42,16 @@ def test_both_modes_give_the_same_public_model_to_the_thief() -> None:
     assert public[0] == public[1]
 
 
-def test_a_text_is_sampled_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
+def test_a_kv_shield_bundle_is_audited_with_and_without_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
 
-    def record(model: object, text: Tensor, config: KvShieldConfig) -> list[object]:
+    def record(out: Path, text: Tensor | None) -> Findings:
         seen.append(text)
-        assert config.mode == "session"
-        return []
+        return Findings("kv-shield", [])
 
     monkeypatch.setattr(registry, "audit_kv_shield", record)
-    assert audit(kv_bundle("llama", "session")).attacks == audit(kv_bundle("llama", "session")).attacks == []
-    assert seen[0].shape == (TEXT_TOKENS,) and torch.equal(seen[0], seen[1])
+    assert audit(kv_bundle("llama", "session")).scheme == audit(kv_bundle("llama", "session"), tokens(NEEDED)).scheme == "kv-shield"
+    assert seen[0] is None and torch.equal(seen[1], tokens(NEEDED))
 
 
 def test_a_text_must_be_long_enough() -> None:

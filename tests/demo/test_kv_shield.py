@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 import json
 
-from cloven.audit.kv_shield import MODES
+from cloven.audit.kv_shield.subject import MODES
 from cloven.demo.kv_shield import KvDemo, run_kv_demo
 
 STEPS: list[str] = []

@@ -220,10 +220,24 @@ def test_audit(shared: tuple[Path, str], cloven_here: Command) -> None:
         attacks = {attack["name"]: attack for attack in json.loads(outcome.out)["attacks"]}
         table = cloven_here("audit", str(out))
         assert used(out) == before
+    assert "Extraction against queries" in (out / "audit.html").read_text(encoding="utf-8")
     assert set(attacks["packing"]) == {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
     assert attacks["packing"]["verdict"] == "broken" and "budget of 3,000 answers" in attacks["packing"]["metric"]
     assert attacks["hint_inversion"]["verdict"] == attacks["averaging"]["verdict"] == "holds"
     assert table.code == 0 and "What the parties recover" in table.out and "hint inversion" in table.out
+
+
+def test_an_audit_without_matplotlib(tmp_path: Path, cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its report then has no figure; JSON has its numbers."""
+    out = own(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = cloven_here("audit", str(out), "--json")
+    assert outcome.code == 0 and "the report has no figures" in outcome.err
+    page = (out / "audit.html").read_text(encoding="utf-8")
+    assert "hint inversion" in page and "<svg" not in page
+    assert [figure["name"] for figure in json.loads(outcome.out)["figures"]] == ["extraction"]
+    quiet = cloven_here("audit", str(out), "--no-report")
+    assert quiet.code == 0 and "figures" not in quiet.err
 
 
 def test_a_text_for_the_audit_is_refused(tmp_path: Path, cloven_here: Command) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cloven
-from cloven.audit.fhe import residues, with_residues
+from cloven.audit.private_lora.ciphertexts import residues, with_residues
 from cloven.errors import BadInput, WorkerRefused
 from cloven.field.residues import H, P
 from cloven.model import runtime

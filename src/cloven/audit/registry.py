@@ -5,26 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cloven.audit.findings import Findings
-from cloven.audit.kv_shield import audit_kv_shield
-from cloven.audit.plain_model import plain_model
-from cloven.audit.private_lora import audit_private_lora
+from cloven.audit.kv_shield.audit import audit_kv_shield
+from cloven.audit.private_lora.audit import audit_private_lora
 from cloven.audit.slip.audit import audit_slip
 from cloven.audit.slip.subject import TEXT_TOKENS as WINDOW
 from cloven.bundle.manifest import manifest_format
 from cloven.bundle.trusted_manifest import FORMAT as SLIP_TRUSTED
 from cloven.errors import BadBundle, BadInput
 from cloven.kv_shield.manifest import TRUSTED
-from cloven.kv_shield.prepare import attention_shapes
 from cloven.private_lora.manifest import SERVER
-from cloven.zoo.text import sample_text
 
-TEXT_TOKENS = 256
-TEXT_SEED = 3
 MINUTES = 3.0
 
 
@@ -56,7 +50,7 @@ def audit(
     if manifest_format(out / "server") == SERVER:
         if tokens is not None:
             raise BadInput("a private-LoRA bundle is audited without a text: its attacks are on weights and queries")
-        return Findings("private-lora", audit_private_lora(out))
+        return audit_private_lora(out)
     if found == SLIP_TRUSTED:
         text = None
         if tokens is not None:
@@ -64,11 +58,4 @@ def audit(
         return audit_slip(out, text, seed=seed, minutes=minutes, relative=relative, progress=progress)
     if found != TRUSTED:
         raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
-    model, config = plain_model(out)
-    if tokens is None:
-        tokens = sample_text(model, 1, TEXT_TOKENS, TEXT_SEED)[0]
-    needed = 2 * (attention_shapes(model)[0].head_dim + config.noise_dims) + 16
-    if len(tokens) < needed:
-        raise BadInput(f"the text has {len(tokens)} tokens: give at least {needed}")
-    with torch.no_grad():
-        return Findings("kv-shield", audit_kv_shield(model, tokens, config))
+    return audit_kv_shield(out, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cloven.audit.attack import Attack
+    from cloven.audit.findings import Findings
 
 MOST_TOKENS = 4096
 
@@ -64,7 +66,7 @@ def audit(
         findings = run(out, tokens, seed=seed, minutes=budget_minutes, relative=public, progress=progress)
     if place is not None:
         try:
-            write_durably(place, page(findings).encode())
+            write_durably(place, page(_drawable(findings)).encode())
         except OSError as error:
             raise RunError(f"{place}: the report cannot be written: {error.strerror}") from error
     if as_json:
@@ -76,6 +78,20 @@ def audit(
         print_list(findings.attacks)
     if place is not None:
         typer.echo(f"report: {place}")
+
+
+def _drawable(findings: Findings) -> Findings:
+    """What a report can show here: without Matplotlib no figures, and a line that says so; SLIP's audit does not begin without it."""
+    from cloven.audit.plots import matplotlib_parts
+    from cloven.errors import BadInput
+
+    if findings.figures:
+        try:
+            matplotlib_parts()
+        except BadInput:
+            typer.echo("the report has no figures: they need Matplotlib, pip install 'cloven[audit]'", err=True)
+            return replace(findings, figures=[])
+    return findings
 
 
 def tokens_of(text: Path, out: Path) -> Tensor:

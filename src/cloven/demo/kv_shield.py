@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cloven.audit.attack import Attack
-from cloven.audit.kv_shield import MODES, audit_kv_shield
+from cloven.audit.kv_shield.audit import TEXT_SEED, TEXT_TOKENS, attack_cache
+from cloven.audit.kv_shield.subject import MODES
 from cloven.cluster.enclave_process import EnclaveProcess
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.preallocated import PreallocatedCache
@@ -26,8 +27,6 @@ from cloven.zoo.demo import demo_model_path
 from cloven.zoo.text import PROMPTS, sample_text
 
 Progress = Callable[[str, int, int], None]
-TEXT_TOKENS = 256
-TEXT_SEED = 3
 _RECOVERED = ("table", "sorting", "norms", "gram")
 
 
@@ -87,7 +86,7 @@ def run_kv_demo(progress: Progress, prompts: int = len(PROMPTS), new_tokens: int
                 )
             identical[mode] = sum(torch.equal(a, b) for a, b in zip(texts, expected, strict=True))
     progress("attacking", 0, 1)
-    attacks = audit_kv_shield(plain, sample_text(plain, 1, TEXT_TOKENS, TEXT_SEED)[0])
+    attacks = attack_cache(plain, sample_text(plain, 1, TEXT_TOKENS, TEXT_SEED)[0])
     value = {(attack.name, attack.scheme.removeprefix("kv-shield/")): attack.value for attack in attacks}
     count = sum(text.shape[1] - ids.shape[1] for text, ids in zip(expected, inputs, strict=True))
     return KvDemo(
