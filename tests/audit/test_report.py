@@ -82,7 +82,15 @@ def test_modes_by_attacks() -> None:
 
 @pytest.mark.parametrize(
     ("adversary", "code"),
-    [("A1, given much", "A1"), ("A1 and A8, with a recording", "A1"), ("A8, who sees", "A8"), ("A2", "A2")],
+    [
+        ("A1, given much", "A1"),
+        ("A1 and A8, with a recording", "A1"),
+        ("A1, given embeddings, norms and scales, with text, and the scramble", "A1+"),
+        ("A1, who knows 16 of 256 columns", "A1+"),
+        ("A1, who has a public relative", "A1+"),
+        ("A8, who sees", "A8"),
+        ("A2", "A2"),
+    ],
 )
 def test_adversaries(adversary: str, code: str) -> None:
     assert code_of(attack(adversary=adversary)) == code

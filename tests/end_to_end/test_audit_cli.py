@@ -11,7 +11,7 @@ import pytest
 from tests.end_to_end.commands import Command, one_line
 from tests.split_models import tiny_bundle
 
-KEYS = {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
+KEYS = {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict", "interval", "details"}
 SECRETS = {"transcript_uniform", "transcript_repeated_prompt", "transcript_neighbours", "plaintext_adjacency", "liar"}  # fresh at every run
 
 

@@ -38,6 +38,8 @@ from tests.split_models import (
 PROMPT = "ROMEO:"
 ONE_TOKEN = ("--prompt", PROMPT, "--max-new-tokens", "1", "--timeout", "2")
 
+KEYS = {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
+
 
 def check_prepared(mode: str, out: Path, printed: str) -> None:
     assert re.match(rf"Bundle [0-9a-f]{{32}}: KV-Shield, {mode}, [25] attention layers\n", printed)
@@ -145,7 +147,7 @@ def test_audit(bundles: dict[str, Path], cloven_here: Command) -> None:
     answer = json.loads(outcome.out)
     attacks, page = answer["attacks"], Path(answer["report"])
     assert page == bundles["session"] / "audit.html" and "Cache thief" in page.read_text() and page.stat().st_mode & 0o777 == 0o600
-    assert set(attacks[0]) == {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
+    assert set(attacks[0]) == {*KEYS, "interval", "details"}
     value = {(attack["name"], attack["scheme"]): attack for attack in attacks}
     assert value["sorting", "kv-shield/permute"]["verdict"] == "broken" and value["sorting", "kv-shield/session"]["verdict"] == "holds"
     assert "(d + ρ = 40)" in value["known_plaintext", "kv-shield/session"]["metric"]  # the bundle's ρ, not the default one

@@ -43,6 +43,8 @@ BASE = str(cloven.demo_model_path())
 TOKENS = 5
 BUDGET = 3000
 
+KEYS = {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
+
 
 def prepared(name: str = "demo", budget: int = BUDGET) -> Path:
     """OUT of the demo adapter (or, with another name, of one that is half as strong); not to be served: see `own`."""
@@ -221,7 +223,7 @@ def test_audit(shared: tuple[Path, str], cloven_here: Command) -> None:
         table = cloven_here("audit", str(out))
         assert used(out) == before
     assert "Extraction against queries" in (out / "audit.html").read_text(encoding="utf-8")
-    assert set(attacks["packing"]) == {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict"}
+    assert set(attacks["packing"]) == {*KEYS, "interval", "details"}
     assert attacks["packing"]["verdict"] == "broken" and "budget of 3,000 answers" in attacks["packing"]["metric"]
     assert attacks["hint_inversion"]["verdict"] == attacks["averaging"]["verdict"] == "holds"
     assert table.code == 0 and "What the parties recover" in table.out and "hint inversion" in table.out

@@ -18,6 +18,7 @@ _MEANING = {
 }
 _ADVERSARIES = {
     "A1": "Curious worker: records everything",
+    "A1+": "The same worker, if somebody gave it more: the scramble's keys, some columns, a public relative",
     "A2": "Malicious worker: answers wrongly",
     "A3": "Cache thief: has a snapshot of the accelerator's cache",
     "A4": "Live observer: reads the accelerator while it runs",
@@ -25,6 +26,7 @@ _ADVERSARIES = {
     "A6": "Extracting client: wants the adapter",
     "A8": "API user in league with the worker",
 }
+_GIVEN_MORE = ("the scramble", "who knows", "public relative")
 _IN_WORDS = {  # those that do not begin with their letter and number
     "has the public model and a snapshot of the cache": "A3",
     "has the public model and the device's weights": "A4",
@@ -68,6 +70,8 @@ def report(findings: Findings) -> str:
 def code_of(attack: Attack) -> str:
     """The adversary's letter and number, or its words where it has none: then it has a headline of its own."""
     first = attack.adversary.split(",")[0].split()[0]
+    if first == "A1" and any(words in attack.adversary for words in _GIVEN_MORE):
+        return "A1+"
     return first if first in _ADVERSARIES else _IN_WORDS.get(attack.adversary, attack.adversary)
 
 

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cloven.audit.slip.matching import aligned_to, assigned, by_graph, by_profiles, cosines, doubly_stochastic, profiles, spread_evenly
+from cloven.audit.slip.matching import (
+    Known,
+    aligned_to,
+    assigned,
+    by_graph,
+    by_known,
+    by_profiles,
+    cosines,
+    doubly_stochastic,
+    profiles,
+    spread_evenly,
+)
 from cloven.errors import BadInput
 
 
@@ -68,6 +79,19 @@ def test_nothing_is_aligned_where_nothing_is_alike() -> None:
     found = aligned_to(gaussian(60, 50, 1), gaussian(60, 50, 2))
     assert sorted(found.rows.tolist()) == list(range(60)) and sorted(found.columns.tolist()) == list(range(50))
     assert float((found.rows == torch.arange(60)).double().mean()) < 0.2
+
+
+@pytest.mark.parametrize("given", [0, 12])
+def test_a_few_known_vectors_give_the_others(given: int) -> None:
+    coin = torch.Generator().manual_seed(3)
+    basis = torch.randn(120, 40, generator=coin)
+    a, b = (basis @ torch.randn(40, 200, generator=coin) for _ in range(2))  # one geometry, other coordinates
+    order, signs = torch.randperm(120, generator=coin), 2.0 * torch.randint(0, 2, (120,), generator=coin) - 1
+    scrambled = signs[:, None] * b[order]
+    places, ways = order.argsort(), signs[order.argsort()]
+    match = by_known(a, scrambled, Known(torch.arange(given), places[:given], ways[:given]))
+    found = float((match == places)[given:].double().mean())
+    assert found > 0.95 if given else found < 0.1
 
 
 def test_rows_and_columns_sum_to_one() -> None:

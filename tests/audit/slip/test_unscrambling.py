@@ -18,10 +18,13 @@ def test_the_scramble_is_not_undone(precision: str) -> None:
         "unscramble_columns_by_embeddings",
         "unscramble_columns_by_embeddings_graph",
         "unscramble_rows_by_next_columns",
+        "unscramble_columns_from_known",
         "unscramble_lm_head_by_embeddings",
     }
+    known = found["unscramble_columns_from_known"]
+    assert known.value > 0.3 and known.adversary == "A1, who knows 16 of 256 columns"  # a few give many away: measured, not hidden
     for name, attack in found.items():
-        assert attack.value < 0.03, name  # chance is 0.1 to 0.4 %
+        assert attack.value < 0.03 or attack is known, name  # chance is 0.1 to 0.4 %
         assert attack.weakened_value >= 0.95, name  # the planted near-duplicate
         assert attack.interval is not None and attack.interval[0] <= attack.value <= attack.interval[1]
 

@@ -17,6 +17,15 @@ _SWEEPS = 12
 
 
 @dataclass(frozen=True)
+class Known:
+    """Vectors whose partners somebody gave away: places int64 [s] in both lists, and whether the partner points the same way, ±1 [s]."""
+
+    first: Tensor
+    second: Tensor
+    signs: Tensor
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Where the rows and columns of a scrambled matrix [n, m] lie in a reference: places int64 [n] and [m], signs ±1 float32."""
 
@@ -75,6 +84,30 @@ def by_graph(a: Tensor, b: Tensor) -> Tensor:
             break
         match, value = following, reached
     return match
+
+
+def by_known(a: Tensor, b: Tensor, known: Known) -> Tensor:
+    """For every vector of a its partner among b, from a few that are known: by cosines with these, signs included, then with all that
+    were found (Frank-Wolfe steps on the signed graphs)."""
+    first, second = (_signed_cosines(vectors) for vectors in (a, b))
+    match, signs = torch.zeros(len(first), dtype=torch.int64), torch.zeros(len(first))
+    match[known.first], signs[known.first] = known.second, known.signs
+    value = -float("inf")
+    for _ in range(_ROUNDS):
+        gradient = (first * signs) @ second[match]
+        following = assigned(gradient.abs())
+        pointing = torch.where(gradient[torch.arange(len(first)), following] < 0, -1.0, 1.0)
+        following[known.first], pointing[known.first] = known.second, known.signs
+        reached = float((first * second[following][:, following] * pointing[:, None] * pointing).sum())
+        if reached <= value:
+            break
+        match, signs, value = following, pointing, reached
+    return match
+
+
+def _signed_cosines(vectors: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(vectors.float(), dim=1)
+    return (unit @ unit.t()).fill_diagonal_(0)
 
 
 def doubly_stochastic(likeness: Tensor) -> Tensor:

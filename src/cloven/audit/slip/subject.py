@@ -74,6 +74,10 @@ class AttackedGroup:
         first = torch.cat([member.row_gather[0] for member in self.group.members]).long().sort().values
         return self.codes[first].float(), self.rows[first]
 
+    def column_signs(self) -> Tensor:
+        """The exposed columns' secret signs, ±1 [K], as they lie."""
+        return self.group.members[0].column_scale.sign()
+
     def sizes(self) -> tuple[Tensor, Tensor]:
         """Scales of the model's rows [N] and columns [K], without signs: gifts to an attacker."""
         members = self.group.members

@@ -4,6 +4,7 @@ Adversary: A1, who holds all exposed matrices: every group's rows and columns ar
 Method: groups that read the residual stream have the same columns in different orders; who matches them has one basis for all. Columns
     are matched by their sorted magnitudes, and by the graph of their cosines (quadratic assignment), between groups and with the
     embeddings, given for free. What an MLP's first matrices make, its last one reads: their rows are matched with its columns, both ways.
+    Groups of one kind in neighbouring layers are matched once 16 columns are known, by cosines with their signs.
     lm_head's rows and columns are matched with the embeddings', by soft permutations (Sinkhorn) and alternating directions.
 Success: the share of places found, with an interval of 95 %. Chance: 1 / places.
 Weakened: the same code where there is something to find: a second scramble of a near-duplicate (1 % noise) of the same matrix.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack, interval_of, verdict_of
-from cloven.audit.slip.matching import aligned_to, by_graph, by_profiles
+from cloven.audit.slip.matching import Known, aligned_to, by_graph, by_known, by_profiles
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.exposed_matrix import expose
@@ -28,6 +29,7 @@ from cloven.slip.exposed_matrix import expose
 MOST_PLACES = 4096  # rows or columns that are matched
 MOST_PAIRS = 8
 NOISE = 0.01
+KNOWN = 16  # columns that an attacker is given
 Matcher = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -129,6 +131,31 @@ def _feeds(first: AttackedGroup, second: AttackedGroup) -> bool:
     return parent[0] == parent[1] and first.parts[0][0].out_features == second.codes.shape[1] != second.parts[0][0].out_features
 
 
+def _from_known(subject: Subject) -> list[Attack]:
+    """Between groups of one kind in neighbouring layers, once some columns are known."""
+    groups, pairs = residual_groups(subject), list[tuple[AttackedGroup, AttackedGroup]]()
+    for place, first in enumerate(groups):
+        alike = [other for other in groups[place + 1 :] if other.codes.shape == first.codes.shape]
+        pairs += [(first, alike[0])] if alike and max(first.codes.shape) <= MOST_PLACES else []
+    found = [(_share_from_known(subject, a.coarse()[0], a, b.coarse()[0], b), a.codes.shape[1] - KNOWN) for a, b in pairs[:MOST_PAIRS]]
+    if not found or found[0][1] < KNOWN:
+        return []
+    first = pairs[0][0]
+    noise = torch.randn(first.codes.shape, generator=torch.Generator().manual_seed(7))
+    weak = _share_from_known(subject, first.coarse()[0], first, first.coarse()[0] * (1 + NOISE * noise[: len(first.exposed)]), first)
+    metric = f"share of the other columns matched between groups of one kind in neighbouring layers, {len(found)} pairs"
+    adversary = f"A1, who knows {KNOWN} of {first.codes.shape[1]} columns"
+    return over_matrices(subject, "unscramble_columns_from_known", adversary, metric, found, weak)
+
+
+def _share_from_known(subject: Subject, a: Tensor, first: AttackedGroup, b: Tensor, second: AttackedGroup) -> float:
+    truth = second.columns.argsort()[first.columns]
+    signs = first.column_signs() * second.column_signs()[truth]
+    given = torch.randperm(len(truth), generator=subject.random("known columns"))
+    match = by_known(a.t(), b.t(), Known(given[:KNOWN], truth[given[:KNOWN]], signs[given[:KNOWN]]))
+    return float((match == truth)[given[KNOWN:]].double().mean())
+
+
 @torch.no_grad()
 def unscrambling(subject: Subject) -> list[Attack]:
     """See the module."""
@@ -139,4 +166,5 @@ def unscrambling(subject: Subject) -> list[Attack]:
         *_between(subject, "unscramble_columns_by_graph", by_graph),
         *_from_embeddings(subject),
         *_between_layers(subject),
+        *_from_known(subject),
     ]
