@@ -106,3 +106,15 @@ def test_adversaries_of_private_lora_have_a_headline() -> None:
 def test_an_adversary_that_nobody_has_numbered() -> None:
     page = report(Findings("private-lora", [attack(adversary="somebody else", scheme="private-lora/lwe")]))
     assert "<strong>somebody else</strong>" in page
+
+
+@pytest.mark.parametrize(("seal_idle", "headline"), [(False, "holds"), (True, "measured")])
+def test_the_headline_is_about_the_bundles_own_mode(seal_idle: bool, headline: str) -> None:
+    thief = "A3, who has the public model"
+    found = [
+        attack("table", verdict, thief, f"kv-shield/{mode}")
+        for mode, verdict in (("none", "broken"), ("session", "holds"), ("sealed", "measured"))
+    ]
+    page = report(Findings("kv-shield", found, parameters={"mode": "session", "seal_idle": seal_idle}))
+    assert re.search(rf"<li class={headline}><strong>Cache thief", page) and ("sealed while idle" in page) is seal_idle
+    assert page.count("<td class='n cell broken'>") == 1  # none is in the table all the same

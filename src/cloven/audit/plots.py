@@ -10,7 +10,8 @@ from cloven.audit.figure import Figure
 from cloven.errors import BadInput
 
 _SIZE, _WITH_LEGEND_BESIDE = (6.4, 3.6), (8.8, 3.8)  # inches
-_MOST_INSIDE = 4  # lines whose names fit in the plot
+_MOST_INSIDE = 2  # lines whose names fit in the plot
+_WIDTHS = (3.2, 2.4, 1.8, 1.2)  # lines that lie on each other are seen
 _STYLES = ("-", "--", ":")
 _COLOURS = ("#2456a6", "#c0392b", "#2a9d6f", "#8e6bbf", "#d98a1f", "#5a6872")
 
@@ -29,19 +30,28 @@ def svg_of(figure: Figure) -> str:
         x, y = zip(*points, strict=True) if points else ((), ())
         colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
         marker = "o" if len(points) < 20 else ""
-        axes.plot(x, y, label=name, color=colour, linestyle=style, linewidth=1.8, marker=marker, markersize=4)
+        axes.plot(
+            x,
+            y,
+            label=name.replace("_", " "),
+            color=colour,
+            linestyle=style,
+            linewidth=_WIDTHS[number % len(_WIDTHS)],
+            marker=marker,
+            markersize=4,
+        )
     if figure.log_x:
         axes.set_xscale("log")
     if figure.log_y:
         axes.set_yscale("log")
     if figure.mark is not None:
-        axes.axvspan(axes.get_xlim()[0], figure.mark, color="#c0392b", alpha=0.12, linewidth=0)
+        axes.axvspan(min(x for points in figure.series.values() for x, _ in points), figure.mark, color="#c0392b", alpha=0.12, linewidth=0)
         axes.axvline(figure.mark, color="#c0392b", linewidth=1, linestyle="--")
     axes.set_xlabel(figure.x)
     axes.set_ylabel(figure.y)
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, **({"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if beside else {}))
+    axes.legend(frameon=False, fontsize=9, handlelength=3, **({"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if beside else {}))
     buffer = io.StringIO()
     with canvas.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.name}):
         drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -48,15 +48,16 @@ def report(findings: Findings) -> str:
     not_tested = "".join(f"<li>{_text(line)}</li>" for line in findings.not_tested)
     parameters = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in findings.parameters.items())
     figures = "".join(f"<figure>{svg_of(figure)}<figcaption>{_text(figure.title)}</figcaption></figure>" for figure in findings.figures)
+    cards = "".join(_card(code, attacks) for code, attacks in _by_adversary(_own(findings)))
     meanings = "; ".join(f"{_verdict(verdict)}: {_text(_MEANING[verdict])}" for verdict in _ORDER[::-1])
     parts = [
         f"<h1>Audit: {_text(title)}</h1>",
         "<p class=lead>Attacks that were run against this bundle, and against the same system without its protection. Keep this page with "
         "the bundle's secret half: figures may show what is secret, such as singular values.</p>",
-        f"<h2>In short</h2><ul class=cards>{''.join(_card(code, attacks) for code, attacks in _by_adversary(findings.attacks))}</ul>",
+        f"<h2>In short</h2>{_own_mode(findings)}<ul class=cards>{cards}</ul>",
         f"<p><small>{meanings}.</small></p>",
-        f"<h2>Attacks</h2><div class=scroll>{_matrix(findings) if findings.scheme == 'kv-shield' else _table(findings.attacks)}</div>",
         f"<h2>Figures</h2>{figures}" if figures else "",
+        f"<h2>Attacks</h2><div class=scroll>{_matrix(findings) if findings.scheme == 'kv-shield' else _table(findings.attacks)}</div>",
         f"<h2>What was not tested</h2><ul>{not_tested}</ul>" if not_tested else "",
         f"<h2>Parameters</h2><dl>{parameters}</dl>" if parameters else "",
     ]
@@ -78,6 +79,21 @@ def code_of(attack: Attack) -> str:
 def worst(attacks: Iterable[Attack]) -> Verdict:
     """The worst verdict of several attacks."""
     return min((attack.verdict for attack in attacks), key=_ORDER.index)
+
+
+def _own(findings: Findings) -> list[Attack]:
+    """The attacks on what the bundle is: KV-Shield's audit runs in every mode, to compare."""
+    if "mode" not in findings.parameters:
+        return findings.attacks
+    modes = [findings.parameters["mode"], *(["sealed"] if findings.parameters["seal_idle"] else [])]
+    return [attack for attack in findings.attacks if attack.scheme.rpartition("/")[2] in modes]
+
+
+def _own_mode(findings: Findings) -> str:
+    if "mode" not in findings.parameters:
+        return ""
+    idle = ", sealed while idle" if findings.parameters["seal_idle"] else ""
+    return f"<p>This bundle's mode: <strong>{_text(findings.parameters['mode'])}{idle}</strong>. The others are below, to compare.</p>"
 
 
 def _by_adversary(attacks: Sequence[Attack]) -> list[tuple[str, list[Attack]]]:
@@ -114,7 +130,10 @@ def _matrix(findings: Findings) -> str:
     for name in dict.fromkeys(attack.name for attack in findings.attacks):
         found = {attack.scheme: attack for attack in findings.attacks if attack.name == name}
         one = next(iter(found.values()))
-        cells = "".join(f"<td class=n>{found[s].value:.1%} {_verdict(found[s].verdict)}</td>" if s in found else "<td>" for s in schemes)
+        cells = "".join(
+            f"<td class='n cell {found[s].verdict}'>{found[s].value:.1%} {_verdict(found[s].verdict)}</td>" if s in found else "<td>"
+            for s in schemes
+        )
         rows += f"<tr><td>{_text(_name(one))}<small>{_text(one.metric)}</small></td>{cells}<td class=n>{one.chance:.1%}</td></tr>"
     return f"<table>{head}{rows}</table>"
 
