@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -118,3 +119,8 @@ def test_the_headline_is_about_the_bundles_own_mode(seal_idle: bool, headline: s
     page = report(Findings("kv-shield", found, parameters={"mode": "session", "seal_idle": seal_idle}))
     assert re.search(rf"<li class={headline}><strong>Cache thief", page) and ("sealed while idle" in page) is seal_idle
     assert page.count("<td class='n cell broken'>") == 1  # none is in the table all the same
+
+
+def test_intervals_and_further_numbers_are_shown() -> None:
+    page = report(Findings("slip", [replace(attack(), interval=(0.0123, 0.0456), details={"perplexity_of_the_model": 13.24})]))
+    assert "1.2% … 4.6%" in page and "perplexity of the model 13.24" in page

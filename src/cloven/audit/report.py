@@ -112,13 +112,23 @@ def _card(code: str, attacks: list[Attack]) -> str:
 
 def _table(attacks: Sequence[Attack]) -> str:
     rows = "".join(
-        f"<tr><td>{_text(_name(attack))}<small>{_text(attack.metric)}</small><small>{_text(attack.adversary)}</small></td>"
-        f"<td class=n>{attack.value:.1%}</td><td class=n>{attack.chance:.1%}</td><td class=n>{attack.weakened_value:.1%}</td>"
+        f"<tr><td>{_text(_name(attack))}<small>{_text(attack.metric)}</small><small>{_text(attack.adversary)}</small>{_details(attack)}</td>"
+        f"<td class=n>{attack.value:.1%}{_interval(attack)}</td><td class=n>{attack.chance:.1%}</td>"
+        f"<td class=n>{attack.weakened_value:.1%}</td>"
         f"<td class=n>{attack.tries:,}</td><td>{_verdict(attack.verdict)}</td></tr>"
         for attack in attacks
     )
     head = "<tr><th>attack<th class=n>reached<th class=n>chance<th class=n>without protection<th class=n>tries<th>verdict</tr>"
     return f"<table>{head}{rows}</table>"
+
+
+def _details(attack: Attack) -> str:
+    numbers = "; ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in attack.details.items())
+    return f"<small>{_text(numbers)}</small>" if numbers else ""
+
+
+def _interval(attack: Attack) -> str:
+    return f"<small>{attack.interval[0]:.1%} … {attack.interval[1]:.1%}</small>" if attack.interval is not None else ""
 
 
 def _matrix(findings: Findings) -> str:
