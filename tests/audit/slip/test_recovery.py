@@ -19,7 +19,7 @@ from tests.split_models import demo_model
 
 STEPS = 1
 ATTACKS = {"recovery_full", "recovery_distilled", "recovery_low_rank", "recovery_guessed_subspace"}
-SCRAMBLED = {"recovery_scrambled", "recovery_aligned"}
+SCRAMBLED = {"recovery_scrambled", "recovery_scrambled_distilled", "recovery_aligned"}
 
 
 def data() -> Tensor:

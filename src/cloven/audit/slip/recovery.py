@@ -3,11 +3,12 @@
 Adversary: A1 with data: given embeddings, norms, biases and scales, and as much text sampled from the model (its black-box outputs) as
     it likes.
 Method: fine-tune the exposed half by AdamW: all of its matrices, by the text and by the model's distributions (distillation); or only
-    low-rank factors in the place of the secret part. With the scramble undone; as it lies; and put in order by the best match that there
-    is (`weight_directions`). The baselines, with the same steps and the same gifts: random matrices, by the text and distilled; and a
-    public relative where the user has named one.
-Success: the share of the model's knowledge that is recovered (see `exposed_half`), beyond the best baseline's, which is what anybody
-    can have without the exposed half. Broken: more than half of the way from the baseline to the model.
+    low-rank factors in the place of the secret part. With the scramble undone; as it lies, by text and distilled; and put in order by
+    the best match that there is (`weight_directions`). The baselines, with the same steps and the same gifts: random matrices, by text
+    and distilled; and a public relative where the user has named one.
+Success: the share of the model's knowledge that is recovered (see `exposed_half`), beyond the best baseline's that saw the same outputs
+    (text alone, or distributions too), which is what anybody can have without the exposed half. Broken: more than half of the way from
+    the baseline to the model.
 Weakened: nothing secret: the same training from the whole model.
 Source: fine-tuning attacks on partially exposed models are published; measuring them against the best baseline is ours.
 """
@@ -30,6 +31,7 @@ from cloven.audit.slip.training import BATCH, WINDOW, Run, Start, steps_that_fit
 from cloven.audit.slip.weight_directions import aligned_matrix
 from cloven.slip.layer import SplitLinear
 
+_WITHOUT_KEYS = ("recovery_scrambled", "recovery_scrambled_distilled", "recovery_aligned")
 _ADVERSARY = "A1, given embeddings, norms and scales, with text"
 
 
@@ -89,7 +91,8 @@ def attacks_of(subject: Subject) -> dict[str, Start]:
         "recovery_guessed_subspace": inside_a_guess(subject),
     }
     if subject.scrambled:
-        starts["recovery_scrambled"] = Start(lambda: trainable(subject, as_they_lie))
+        lying = lambda: trainable(subject, as_they_lie)  # noqa: E731
+        starts["recovery_scrambled"], starts["recovery_scrambled_distilled"] = Start(lying), Start(lying, distilled=True)
         starts["recovery_aligned"] = Start(lambda: trainable(subject, lambda group, part: aligned_matrix(subject, group, part)))
     return starts
 
@@ -115,8 +118,11 @@ def recovery(
         for number, (name, start) in enumerate(starts.items()):
             progress("training", number, len(starts))
             runs[name] = train(subject, start, data, steps)
-    best = min(base, key=lambda name: runs[name].perplexity)
-    found = [_attack(subject, name, runs[name], runs[best], _control(runs, name), steps * BATCH * WINDOW) for name in attacks]
+    found = []
+    for name, start in attacks.items():
+        alike = [runs[other] for other, baseline in base.items() if start.distilled or not baseline.distilled]
+        best = min(alike, key=lambda run: run.perplexity)
+        found.append(_attack(subject, name, runs[name], best, _control(runs, name), steps * BATCH * WINDOW))
     series = {name: run.curve for name, run in runs.items()}
     return found, [Figure("recovery", "Recovery by training", "tokens trained on", "perplexity", series, log_x=True, log_y=True)]
 
@@ -128,8 +134,8 @@ def _control(runs: dict[str, Run], name: str) -> Run:
 def _attack(subject: Subject, name: str, run: Run, baseline: Run, control: Run, tokens: int) -> Attack:
     value, best, weak = (knowledge(one.perplexity, subject) for one in (run, baseline, control))
     verdict: Verdict = "broken" if value > (1 + best) / 2 else "holds" if value <= best + 0.02 else "measured"
-    adversary = _ADVERSARY + ("" if name in ("recovery_scrambled", "recovery_aligned") else ", and the scramble")
-    metric = f"share of the model's knowledge after training on {tokens:,} tokens; chance: the best baseline's"
+    adversary = _ADVERSARY + ("" if name in _WITHOUT_KEYS else ", and the scramble")
+    metric = f"share of the model's knowledge after training on {tokens:,} tokens; chance: the best baseline's of its kind"
     details = {
         "perplexity": run.perplexity,
         "perplexity_of_the_best_baseline": baseline.perplexity,
