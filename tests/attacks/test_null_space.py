@@ -64,6 +64,11 @@ def ranks() -> dict[str, int]:
 
 
 @functools.cache
+def _top(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    u, _, vt = torch.linalg.svd(w.double(), full_matrices=False)
+    return u[:, :k], vt[:k].t()
+
+
 def views(splitter: Splitter, terms: int, layers: tuple[str, ...]) -> tuple[View, ...]:
     """Split, quantise and scramble every layer; undo the scramble; singular value decompositions."""
     seen = []
@@ -71,7 +76,7 @@ def views(splitter: Splitter, terms: int, layers: tuple[str, ...]) -> tuple[View
         w, k = weight(name), ranks()[name]
         if k:
             exposed = expose(splitter(w, k, spectrum(w), stream()).exposed, terms, stream()).dequantised()
-            seen.append(View.of(exposed, w, k))
+            seen.append(View.of(exposed, *_top(w, k)))
     return tuple(seen)
 
 

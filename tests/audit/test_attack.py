@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from cloven.audit.attack import Attack, interval_of, verdict_of
+from cloven.audit.attack import Attack, controlled, interval_of, verdict_of
 
 
 @pytest.mark.parametrize(
     ("value", "chance", "tries", "verdict"),
     [
         (1.0, 0.01, 100, "broken"),
-        (0.5, 0.01, 100, "broken"),
-        (0.5, 0.5, 100, "broken"),  # no claim is made where guessing succeeds
+        (0.505, 0.01, 100, "broken"),
+        (0.5, 0.5, 100, "measured"),  # no claim is made where guessing succeeds
+        (0.58, 0.578, 64, "measured"),
+        (0.54, 0.1, 100, "measured"),  # not yet half of the way from chance to all
+        (0.55, 0.1, 100, "broken"),
         (0.49, 0.01, 100, "measured"),
         (0.01, 0.01, 100, "holds"),
         (0.0, 0.01, 100, "holds"),
@@ -22,11 +26,19 @@ from cloven.audit.attack import Attack, interval_of, verdict_of
         (0.1 + 0.09 + 0.01, 0.1, 100, "holds"),  # three standard deviations of 3 %, and one try
         (0.1 + 0.09 + 0.011, 0.1, 100, "measured"),
         (0.12, 0.1, 10_000, "measured"),  # more tries, less chance
-        (0.3, 0.1, 10, "holds"),
+        (0.3, 0.1, 10, "measured"),  # too few to tell
+        (0.1, 0.1, 10, "holds"),
     ],
 )
 def test_verdicts(value: float, chance: float, tries: int, verdict: str) -> None:
     assert verdict_of(value, chance, tries) == verdict
+
+
+def test_nothing_holds_whose_control_failed() -> None:
+    good = Attack("a", "s", "A1", "share", 0.01, 0.01, 0.9, 100, "holds")
+    assert controlled(good) == good and controlled(replace(good, verdict="broken", weakened_value=0.0)).verdict == "broken"
+    failed = controlled(replace(good, weakened_value=0.0))
+    assert failed.verdict == "measured" and failed.metric == "share; its control did no better than chance: no conclusion"
 
 
 def test_a_record_as_json() -> None:

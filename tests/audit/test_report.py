@@ -86,9 +86,9 @@ def test_modes_by_attacks() -> None:
     [
         ("A1, given much", "A1"),
         ("A1 and A8, with a recording", "A1"),
-        ("A1, given embeddings, norms and scales, with text, and the scramble", "A1+"),
-        ("A1, who knows 16 of 256 columns", "A1+"),
-        ("A1, who has a public relative", "A1+"),
+        ("A1, given embeddings, norms and scales, with text, and the scramble", "A1 keys"),
+        ("A1, who knows 16 of 256 columns", "A1 columns"),
+        ("A1, who has a public relative", "A1 relative"),
         ("A8, who sees", "A8"),
         ("A2", "A2"),
     ],

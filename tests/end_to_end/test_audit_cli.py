@@ -47,6 +47,8 @@ def test_a_table_and_the_same_numbers_for_one_seed(out: Path, tmp_path: Path, cl
 
 def test_what_is_wrong_is_named(out: Path, tmp_path: Path, cloven_here: Command) -> None:
     one_line(cloven_here("audit", str(out), "--text", str(tmp_path / "none")), 2, "cannot be read as text")
+    one_line(cloven_here("audit", str(tmp_path / "nowhere"), "--text", str(tmp_path / "none")), 2, "no bundle here with both halves")
+    one_line(cloven_here("audit", str(out), "--report", str(tmp_path)), 2, "cannot be written there")
     with next((out / "exposed").glob("*.safetensors")).open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)

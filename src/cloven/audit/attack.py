@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+_ENOUGH = 50  # tries
 Verdict = Literal["holds", "measured", "broken"]
 
 
@@ -46,10 +47,26 @@ class Attack:
 
 
 def verdict_of(value: float, chance: float, tries: int) -> Verdict:
-    """Broken from one half on; holds up to three standard deviations above chance, and one try."""
-    if value >= 0.5:
+    """Broken from half of the way from chance to all; holds up to three standard deviations above chance, and one try.
+
+    No more than "measured" is said where guessing succeeds half of the time; nor "holds" above chance with fewer than 50 tries.
+    """
+    if chance >= 0.5:
+        return "measured"
+    if value - chance >= (1 - chance) / 2:
         return "broken"
-    return "holds" if value <= chance + 3 * (chance * (1 - chance) / tries) ** 0.5 + 1 / tries else "measured"
+    likely = chance + 3 * (chance * (1 - chance) / tries) ** 0.5 + 1 / tries
+    return "holds" if value <= chance or (tries >= _ENOUGH and value <= likely) else "measured"
+
+
+def controlled(attack: Attack) -> Attack:
+    """The attack; but where it "holds" and its control does no better than chance, nothing follows, and it says so."""
+    failed = (
+        attack.weakened_value <= attack.chance or verdict_of(attack.weakened_value, attack.chance, max(attack.tries, _ENOUGH)) == "holds"
+    )
+    if attack.verdict != "holds" or not failed:
+        return attack
+    return replace(attack, verdict="measured", metric=f"{attack.metric}; its control did no better than chance: no conclusion")
 
 
 def interval_of(value: float, tries: int) -> tuple[float, float]:

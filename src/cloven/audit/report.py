@@ -18,15 +18,17 @@ _MEANING = {
 }
 _ADVERSARIES = {
     "A1": "Curious worker: records everything",
-    "A1+": "The same worker, if somebody gave it more: the scramble's keys, some columns, a public relative",
+    "A1 keys": "Curious worker that was given the scramble's keys",
+    "A1 columns": "Curious worker that knows some columns' places",
+    "A1 relative": "Curious worker that has a public relative of the model",
     "A2": "Malicious worker: answers wrongly",
     "A3": "Cache thief: has a snapshot of the accelerator's cache",
-    "A4": "Live observer: reads the accelerator while it runs",
+    "A4": "Thief of the accelerator's weights (who watches it while it runs sees the conversation: not protected)",
     "A5": "Adapter server: wants the client's input",
     "A6": "Extracting client: wants the adapter",
     "A8": "API user in league with the worker",
 }
-_GIVEN_MORE = ("the scramble", "who knows", "public relative")
+_GIVEN_MORE = {"public relative": "A1 relative", "the scramble": "A1 keys", "who knows": "A1 columns"}
 _IN_WORDS = {  # those that do not begin with their letter and number
     "has the public model and a snapshot of the cache": "A3",
     "has the public model and the device's weights": "A4",
@@ -71,8 +73,8 @@ def report(findings: Findings) -> str:
 def code_of(attack: Attack) -> str:
     """The adversary's letter and number, or its words where it has none: then it has a headline of its own."""
     first = attack.adversary.split(",")[0].split()[0]
-    if first == "A1" and any(words in attack.adversary for words in _GIVEN_MORE):
-        return "A1+"
+    if first == "A1":
+        return next((code for words, code in _GIVEN_MORE.items() if words in attack.adversary), first)
     return first if first in _ADVERSARIES else _IN_WORDS.get(attack.adversary, attack.adversary)
 
 

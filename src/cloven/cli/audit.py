@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,7 +42,7 @@ def audit(
     from cloven.bundle.trusted_manifest import FORMAT as SLIP_TRUSTED
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.cli.progress import progress_bars
-    from cloven.errors import BadInput, RunError
+    from cloven.errors import BadBundle, BadInput, RunError
     from cloven.model.quiet import quiet_transformers
     from cloven.private_lora.manifest import SERVER
 
@@ -51,11 +52,15 @@ def audit(
         raise BadInput("--report beside --no-report: give one of them")
     if text is not None and manifest_format(out / "server") == SERVER:
         raise BadInput("a private-LoRA bundle is audited without --text: its attacks are on weights and queries")
+    if not manifest_format(out / "trusted") and not manifest_format(out / "server"):
+        raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
     place = None if no_report else report or out / "audit.html"
     if place is not None and manifest_format(out / "trusted") == SLIP_TRUSTED:
         matplotlib_parts()  # for the figures; where it is missing, now and not in an hour
     if report is not None and not report.parent.is_dir():
         raise BadInput(f"{report}: no such folder for the report")
+    if place is not None and (place.is_dir() or not os.access(place.parent, os.W_OK)):  # now, and not when all is done
+        raise BadInput(f"{place}: the report cannot be written there; give --report FILE or --no-report")
     public = None
     if relative is not None:
         from cloven.model.source import open_source
@@ -64,13 +69,14 @@ def audit(
     with progress_bars() as progress:
         tokens = tokens_of(text, out) if text is not None else None
         findings = run(out, tokens, seed=seed, minutes=budget_minutes, relative=public, progress=progress)
+    if as_json:  # first: nothing is lost if the page cannot be written
+        typer.echo(json.dumps({**findings.to_dict(), "report": str(place.absolute()) if place is not None else None}))
     if place is not None:
         try:
             write_durably(place, page(_drawable(findings)).encode())
         except OSError as error:
             raise RunError(f"{place}: the report cannot be written: {error.strerror}") from error
     if as_json:
-        typer.echo(json.dumps({**findings.to_dict(), "report": str(place) if place is not None else None}))
         return
     if findings.scheme == "kv-shield":
         print_table(findings.attacks)

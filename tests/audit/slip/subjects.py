@@ -36,6 +36,20 @@ def _demo_subject(precision: str, scramble: bool) -> Subject:
     return open_subject(out, text(), seed=1)
 
 
+@functools.cache
+def based_subject() -> Subject:
+    """A full-rank synthetic fine-tune of the demo model, split by its difference from it, with the demo model as the relative."""
+    tuned, random = type(demo_model())(demo_model().config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for ours, true in zip(tuned.parameters(), demo_model().parameters(), strict=True):
+            ours.copy_(true + 0.03 * true.std() * torch.randn(true.shape, generator=random) if true.dim() > 1 else true)
+    folder, out = scratch() / "tuned", scratch() / "audit-tuned"
+    tuned.save_pretrained(folder)
+    config = SlipConfig(scramble=False, origin="public-base")
+    prepare_slip(folder, out, config, engine="inline", public_base=demo_model_path())
+    return open_subject(out, text(), 1, demo_model())
+
+
 def tiny_subject(family: str = "llama") -> Subject:
     """A tiny random model, split."""
     return _tiny_subject(family)

@@ -7,7 +7,7 @@ import pytest
 from cloven.audit.slip import fractions
 from cloven.audit.slip.fractions import FRACTIONS, curve_over_fractions, spectra_figure
 from cloven.zoo.text import perplexity
-from tests.audit.slip.subjects import demo_subject
+from tests.audit.slip.subjects import based_subject, demo_subject
 from tests.split_models import demo_model
 
 
@@ -27,6 +27,10 @@ def test_more_secret_is_worth_less() -> None:
 def test_a_relative_that_is_the_model_gives_the_secret_away() -> None:
     (figure,) = curve_over_fractions(replace(demo_subject(), relative=demo_model()))
     assert max(dict(figure.series["the relative's own part"]).values()) < 1.2 * min(dict(figure.series["the whole model"]).values())
+
+
+def test_no_curve_where_the_secret_is_a_difference() -> None:
+    assert curve_over_fractions(based_subject()) == []
 
 
 def test_a_large_model_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:

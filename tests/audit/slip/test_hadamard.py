@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cloven.audit.slip.hadamard import both_sides, hadamard, seen, transform
-from tests.audit.slip.subjects import demo_subject, named
+from tests.audit.slip.subjects import demo_subject, named, tiny_subject
 
 
 @pytest.mark.parametrize("columns", [1, 2, 8, 12, 7, 96])
@@ -24,7 +24,7 @@ def test_it_is_hadamards_matrix() -> None:
 
 def test_what_is_left_when_it_is_undone() -> None:
     matrix = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
-    left, rows, columns = seen(matrix)
+    left, rows, columns = seen(matrix, tiny_subject().stream("x"))
     back = torch.empty_like(left)
     back[rows[:, None], columns[None]] = left
     assert float(torch.nn.functional.cosine_similarity(back.abs(), matrix.abs(), dim=1).mean()) > 0.9

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cloven.audit.slip import liars as module
-from cloven.audit.slip.liars import LIES, liars, lies_about
+from cloven.audit.slip.liars import LIES, liars, lies_about, verdict_of_lies
 from cloven.field.freivalds import Freivalds
 from cloven.field.selection import select_backend
 from tests.audit.slip.subjects import demo_subject, named
@@ -34,3 +34,7 @@ def test_lies_are_lies() -> None:
 def test_an_answer_that_is_right_is_no_lie() -> None:
     told = list(lies_about(torch.zeros(4, 6, dtype=torch.int8), None, select_backend()))
     assert 0 < len(told) < len(LIES)  # zeros, say, are the right answer
+
+
+def test_a_single_lie_that_is_believed_breaks_it() -> None:
+    assert verdict_of_lies(0) == "holds" and verdict_of_lies(1) == "broken"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from cloven.audit.attack import controlled
 from cloven.audit.slip.null_space import View, null_space
 from cloven.slip.exposed_matrix import expose
-from tests.audit.slip.subjects import demo_subject, named, tiny_subject
+from tests.audit.slip.subjects import based_subject, demo_subject, named, tiny_subject
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
@@ -16,7 +19,9 @@ def test_the_decoy_hides_the_hole(precision: str, scramble: bool) -> None:
     found = named(null_space(demo_subject(precision, scramble)))
     other = "_int8x2" if precision == "int8" else "_int8"
     kinds = ("", other, "_scrambled") if scramble else ("", other)
-    assert set(found) == {f"null_space_{name}{kind}" for name in ("bottom", "top", "closest_pairs", "peaked") for kind in kinds}
+    names = {f"null_space_{name}{kind}" for name in ("bottom", "top", "closest_pairs", "peaked") for kind in kinds}
+    assert set(found) == names - {"null_space_closest_pairs_scrambled"}
+    assert all(controlled(attack).verdict == attack.verdict for attack in found.values())  # every control succeeds
     for attack in found.values():
         assert attack.value < attack.chance + 0.2 and attack.tries > 50
         assert attack.value in attack.details.values()
@@ -39,8 +44,13 @@ def test_secret_directions_are_where_the_codes_have_them() -> None:
     assert float(aligned) > (view.k / codes.shape[1]) ** 0.5
 
 
-def test_without_a_secret_part_there_is_nothing_to_find() -> None:
-    from dataclasses import replace
+def test_the_base_shows_the_directions_of_a_difference() -> None:
+    """Stated in the threat model: --public-base has no decoy."""
+    attack = named(null_space(based_subject()))["null_space_against_the_base"]
+    assert attack.value > 0.9 and attack.weakened_value > 0.9 and attack.verdict == "broken"
+    assert null_space(replace(based_subject(), relative=None)) == []
 
+
+def test_without_a_secret_part_there_is_nothing_to_find() -> None:
     subject = tiny_subject()
     assert null_space(replace(subject, groups=())) == []

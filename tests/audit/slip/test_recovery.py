@@ -39,6 +39,7 @@ def test_what_is_trained_and_reported() -> None:
     attacks, (figure,) = recovered(replace(demo_subject(), relative=demo_model()))
     found = named(attacks)
     assert set(found) == ATTACKS | SCRAMBLED
+    assert set(attacks_of(demo_subject())) == ATTACKS | SCRAMBLED - {"recovery_aligned"}  # nothing to align by
     baselines = {"random matrices", "random matrices, distilled", "public relative"}
     assert set(figure.series) == {*baselines, *found, "nothing secret", "guessed subspace, no decoy"}
     for name, attack in found.items():

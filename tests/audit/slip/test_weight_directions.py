@@ -33,15 +33,11 @@ def test_a_relative_that_is_none() -> None:
     assert found["unscramble_rows_by_relative"].value < 0.05 and found["unscramble_columns_by_relative"].value < 0.05
 
 
-def test_without_a_relative_there_is_a_guess_for_the_residual_stream() -> None:
+def test_without_a_relative_there_is_no_guess() -> None:
     subject = demo_subject()
-    guesses = alignments(subject)
-    assert sum(guess is not None for guess in guesses) == 11
-    attack = named(weight_directions(subject))["unscrambled_model"]
-    assert attack.value < 0.02 and attack.verdict == "holds" and attack.weakened_value == 1.0
-    left_alone = next(group for group, guess in zip(subject.groups, guesses, strict=True) if guess is None)
-    lying = aligned_matrix(subject, left_alone, 0)
-    assert torch.allclose(lying.norm(), left_alone.exposed.norm(), rtol=0.2)
+    assert alignments(subject) == (None,) * len(subject.groups) and weight_directions(subject) == []
+    lying = aligned_matrix(subject, subject.groups[1], 0)
+    assert torch.allclose(lying.norm(), subject.groups[1].exposed.norm(), rtol=0.2)
 
 
 def test_without_a_scramble_there_is_nothing_to_match() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cloven.audit.attack import Attack
+from cloven.audit.attack import Attack, controlled
 from cloven.audit.findings import Findings
-from cloven.audit.slip.exposed_half import exposed_half
+from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing
 from cloven.audit.slip.fractions import curve_over_fractions, spectra_figure
 from cloven.audit.slip.full_logits import full_logits
 from cloven.audit.slip.hadamard import hadamard
@@ -23,7 +24,7 @@ from cloven.audit.slip.null_space import null_space
 from cloven.audit.slip.plaintext_adjacency import plaintext_adjacency
 from cloven.audit.slip.recovery import recovery
 from cloven.audit.slip.subject import Subject, open_subject
-from cloven.audit.slip.training import training_text
+from cloven.audit.slip.training import MOST_SEQUENCES, WINDOW, training_text
 from cloven.audit.slip.transcripts import transcripts
 from cloven.audit.slip.unscrambling import unscrambling
 from cloven.audit.slip.weight_directions import weight_directions
@@ -45,6 +46,11 @@ NOT_TESTED = (
     "Training with more text, time or another recipe than the budget allows: raise --budget-minutes.",
     "Permutations learned by gradient on matrices with more than 2,048 rows or columns, and matching on those with more than 4,096.",
     "Training on text that no black box gave, such as the model's own training data.",
+    f"Training on more than {MOST_SEQUENCES * WINDOW:,} different tokens: with more time they are seen again.",
+    "A search for the scramble from nothing: from two to four known columns a beam search finds the others (see the threat model).",
+    "Two bundles of one model: they give the secret subspaces away (see the threat model).",
+    "Rows of one group that belong together, such as a gate row and its partner among the up rows.",
+    "Sliding through the wire as a stranger, pads stored on disk, traffic analysis, the trusted machine's host.",
     "Side channels of the machines: timing, memory access, power.",
     "Public relatives of the model that nobody named with --relative.",
 )
@@ -79,12 +85,18 @@ def audit_slip(
         "budget_minutes": minutes,
         "text_tokens": int(subject.text.numel()),
         "text": "given" if text is not None else "sampled from the model",
-        "relative": relative is not None,
+        "relative": relative.config.name_or_path if relative is not None else "none",
+        "perplexity_of_the_model": round(math.exp(subject.nats), 4),
+        "random": "pads of the recordings and questions to the worker are drawn anew; steps of training follow the machine's speed",
     }
-    attacks: list[Attack] = []
+    attacks, skipped = list[Attack](), list[str]()
     for number, attack in enumerate(ATTACKS):
         progress("attacks", number, len(ATTACKS))
-        attacks += attack(subject)
+        found = attack(subject)
+        attacks += found
+        skipped += (
+            [] if found else [f"{attack.__name__.replace('_', ' ').capitalize()}: not for this bundle, or its matrices are too large."]
+        )
     progress("curves", 0, 1)
     figures = [*spectra_figure(subject), *curve_over_fractions(subject)]
     if minutes > 0:
@@ -95,5 +107,12 @@ def audit_slip(
         trained, curves = recovery(subject, text_to_train_on, (1 - ORDERING) * seconds, progress)
         attacks += trained + learned_permutations(subject, text_to_train_on, ORDERING * seconds, progress)
         figures += curves
-    skipped = () if minutes > 0 else ("Recovery by training: --budget-minutes 0.",)
-    return Findings("slip", attacks, figures, parameters, (*skipped, *NOT_TESTED))
+    else:
+        skipped.append("Recovery by training: --budget-minutes 0.")
+    if knowledge(math.exp(subject.nats), subject) == 0.0:
+        guess = math.exp(nothing(subject.text))
+        skipped.append(
+            f"What the exposed half knows of the text: the model's own perplexity on it, {math.exp(subject.nats):.4g}, is no better than "
+            f"that of the tokens' frequencies, {guess:.4g}. Give a text that the model knows, or none."
+        )
+    return Findings("slip", [controlled(attack) for attack in attacks], figures, parameters, (*skipped, *NOT_TESTED))

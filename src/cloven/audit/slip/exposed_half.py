@@ -80,10 +80,10 @@ def without_gifts(model: PreTrainedModel, subject: Subject) -> PreTrainedModel:
 
 
 def as_they_lie(group: AttackedGroup, part: int) -> Tensor:
-    """The rows and columns of the codes as they lie, at the size of the true matrix: float32 [N, K]."""
-    codes, exposed = group.codes[group.parts[part][1]].float(), unscrambled(group, part)
-    scaled: Tensor = codes * (exposed.norm() / codes.norm().clamp_min(1e-30))
-    return scaled
+    """The first term's rows and columns as they lie, with the true scales in the model's order: float32 [N, K]."""
+    rows, columns = group.sizes()
+    scaled: Tensor = group.coarse()[0] * rows[:, None] * columns
+    return scaled[group.parts[part][1]]
 
 
 def unscrambled(group: AttackedGroup, part: int) -> Tensor:
@@ -103,7 +103,8 @@ def exposed_half(subject: Subject) -> list[Attack]:
         metric = f"share of the model's knowledge of {tokens} tokens that the exposed half keeps without training"
         name, verdict = name + ("" if gifts else "_without_gifts"), verdict_of(value, 0.0, tokens)
         details = {"perplexity": reached, "perplexity_of_the_model": math.exp(subject.nats)}
-        found.append(Attack(name, subject.scheme, adversary, metric, value, 0.0, 1.0, tokens, verdict, details=details))
+        weak = knowledge(math.exp(subject.nats), subject)
+        found.append(Attack(name, subject.scheme, adversary, metric, value, 0.0, weak, tokens, verdict, details=details))
     return found
 
 

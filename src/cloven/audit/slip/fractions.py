@@ -8,7 +8,6 @@ part of the same size, or a public relative's own; with embeddings and norms giv
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel
 from cloven.audit.figure import Figure
 from cloven.audit.slip.exposed_half import random_secret, relatives_secret, without_gifts
 from cloven.audit.slip.subject import Subject
-from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.decomposition import allocate_ranks, spectrum, split
 from cloven.zoo.text import perplexity
 
@@ -29,13 +27,18 @@ _POINTS = 200
 
 @torch.no_grad()
 def curve_over_fractions(subject: Subject) -> list[Figure]:
-    """Perplexity of the exposed half against the secret fraction; none for large models."""
+    """Perplexity of the exposed half against the secret fraction.
+
+    None for large models, nor where the secret is a difference from a base.
+    """
+    if subject.origin != "private":
+        return []
     weights = [group.weight(part) for group in subject.groups for part in range(len(group.parts))]
     if sum(weight.numel() for weight in weights) > MOST_ENTRIES:
         return []
     spectra = [spectrum(weight) for weight in weights]
     shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
-    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "audit")
+    stream = subject.stream("fractions")
     members = [member for group in subject.groups for member, _ in group.parts]
     series: dict[str, list[tuple[float, float]]] = {}
     for fraction in FRACTIONS:
@@ -88,5 +91,5 @@ def spectra_figure(subject: Subject) -> list[Figure]:
     series = {}
     for name, matrix in (("the model's", group.weight(part)), ("the exposed half's", group.exposed[rows])):
         values = spectrum(matrix)
-        series[name] = [(float(i + 1), float(values[i])) for i in range(0, len(values), max(1, len(values) // _POINTS))]
+        series[name] = [(float(i + 1), float(f"{float(values[i]):.3g}")) for i in range(0, len(values), max(1, len(values) // _POINTS))]
     return [Figure("spectra", f"Singular values of {member.name}", "number", "singular value", series, log_y=True, mark=k + 0.5)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cloven.audit.attack import Attack, verdict_of
+from cloven.audit.attack import Attack, interval_of, verdict_of
 from cloven.audit.slip.matching import by_graph, spread_evenly
 from cloven.audit.slip.subject import Subject
 from cloven.audit.slip.unscrambling import MOST_PLACES, hits, near_duplicate
@@ -48,4 +48,17 @@ def full_logits(subject: Subject) -> list[Attack]:
     metric = "share of lm_head's rows whose token is found from full logits"
     adversary = "A8, who sees full logits and holds the exposed half"
     verdict = verdict_of(value, 1 / vocabulary, vocabulary)
-    return [Attack("full_logits", subject.scheme, adversary, metric, value, 1 / vocabulary, weak, vocabulary, verdict)]
+    return [
+        Attack(
+            "full_logits",
+            subject.scheme,
+            adversary,
+            metric,
+            value,
+            1 / vocabulary,
+            weak,
+            vocabulary,
+            verdict,
+            interval_of(value, vocabulary),
+        )
+    ]

@@ -2,7 +2,8 @@
 
 Adversary: A1 with data, in its best case: given embeddings, norms, biases and scales, the scramble and the rank k of every matrix.
 Method: W = E + B A. Whoever knows the row space of A has only B [N, k] to learn. The attacker takes the k right singular vectors at the
-    bottom of E's spectrum for it, where a plain SVD split has its hole, starts from B = 0, and trains B alone.
+    bottom of E's spectrum for it, where a plain SVD split has its hole, starts from B = 0, and trains B alone; of wide matrices, whose
+    right null space is large anyway, the left ones for the columns of B, and trains A.
 Success: as for recovery by training.
 Weakened: the plain SVD split, without the decoy: its hole is the subspace.
 Source: ours.
@@ -21,21 +22,23 @@ from cloven.audit.slip.training import Start
 
 
 class _Inside(nn.Module):
-    """W ↦ W + B A with A [k, K] fixed; B begins at zero."""
+    """W ↦ W + L F, or F L where the rows are guessed: F [k, K] or [N, k] fixed, L begins at zero."""
 
-    def __init__(self, a: Tensor, rows: int) -> None:
+    def __init__(self, exposed: Tensor, k: int) -> None:
         super().__init__()
-        self.a = nn.Parameter(a, requires_grad=False)
-        self.b = nn.Parameter(torch.zeros(rows, len(a)))
+        n, columns = exposed.shape
+        self.wide = n < columns
+        self.fixed = nn.Parameter(guessed(exposed.t(), k).t() if self.wide else guessed(exposed, k), requires_grad=False)
+        self.learnt = nn.Parameter(torch.zeros(k, columns) if self.wide else torch.zeros(n, k))
 
     def forward(self, weight: Tensor) -> Tensor:
         """W + B A."""
-        return weight + self.b @ self.a
+        return weight + (self.fixed @ self.learnt if self.wide else self.learnt @ self.fixed)
 
 
 def guessed(exposed: Tensor, k: int) -> Tensor:
-    """The k right singular vectors of E at the bottom: float32 [k, K]."""
-    vt: Tensor = torch.linalg.svd(exposed, full_matrices=exposed.shape[0] < exposed.shape[1])[2]
+    """The k right singular vectors at the bottom of E [N, K], N ≥ K: float32 [k, K]."""
+    vt: Tensor = torch.linalg.svd(exposed, full_matrices=False)[2]
     return vt[len(vt) - k :].contiguous()
 
 
@@ -65,6 +68,5 @@ def _with_guesses(subject: Subject, exposed: dict[tuple[AttackedGroup, int], Ten
     for (group, part), matrix in exposed.items():
         member = group.parts[part][0]
         if k := member.secret_a.shape[0]:
-            inside = _Inside(guessed(matrix, k), member.out_features)
-            parametrize.register_parametrization(model.get_submodule(member.name), "weight", inside)
+            parametrize.register_parametrization(model.get_submodule(member.name), "weight", _Inside(matrix, k))
     return model

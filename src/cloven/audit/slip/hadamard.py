@@ -12,7 +12,6 @@ Source: randomised Hadamard transforms are used to spread outliers before quanti
 from __future__ import annotations
 
 import itertools
-import secrets
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from cloven.audit.attack import Attack
 from cloven.audit.slip.matching import aligned_to, by_graph, by_profiles
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.audit.slip.unscrambling import MOST_PAIRS, MOST_PLACES, NOISE, embeddings, hits, over_matrices, residual_groups
-from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.field.prg import SecretStream
 from cloven.slip.exposed_matrix import expose
 
 
@@ -43,9 +42,8 @@ def both_sides(matrix: Tensor) -> Tensor:
     return transform(transform(matrix).t().contiguous()).t().contiguous()
 
 
-def seen(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def seen(matrix: Tensor, stream: SecretStream) -> tuple[Tensor, Tensor, Tensor]:
     """What is left after the attacker undid the transform: (matrix [N, K], places of its rows, places of its columns)."""
-    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "audit")
     flat = expose(matrix, 1, None).codes.float()  # equalised, as the scramble in use
     rows, columns = stream.permutation(len(flat)), stream.permutation(flat.shape[1])
     scrambled = flat[rows][:, columns] * stream.signs(len(flat))[:, None].float() * stream.signs(flat.shape[1]).float()
@@ -63,10 +61,10 @@ def hadamard(subject: Subject) -> list[Attack]:
     groups = _small(residual_groups(subject))[: MOST_PAIRS + 1]
     if not subject.scrambled or len(groups) < 2:
         return []
-    views = [seen(group.exposed) for group in groups]
+    views = [seen(group.exposed, subject.stream(f"hadamard {number}")) for number, group in enumerate(groups)]
     table, places = embeddings(subject), groups[0].exposed.shape[1]
     noise = torch.randn(groups[0].exposed.shape, generator=torch.Generator().manual_seed(7))
-    twin, rows, columns = seen(groups[0].exposed * (1 + NOISE * noise))
+    twin, rows, columns = seen(groups[0].exposed * (1 + NOISE * noise), subject.stream("hadamard, planted"))
     found = aligned_to(views[0][0], twin)
     weak = min(hits(found.rows, views[0][1], rows), hits(found.columns, views[0][2], columns))
     attacks = []

@@ -2,8 +2,8 @@
 
 Adversary: A1 with data: given embeddings, norms, biases and scales, and text sampled from the model.
 Method: every group's secret permutations are doubly stochastic matrices (Sinkhorn), its secret signs are real numbers, and all of them
-    are trained by AdamW to predict the text, through the whole model. They begin at the best match that there is (`weight_directions`),
-    or at random. At the end places are read off by assignment.
+    are trained by AdamW to predict the text, through the whole model. They begin at the match with a public relative
+    (`weight_directions`), or at random. At the end places are read off by assignment.
 Success: the share of places found, of rows and columns. Chance: 1 / places.
 Weakened: they begin at the match with a planted near-duplicate (1 % noise) of every matrix: training must not lose what is found.
 Source: learning permutations through Sinkhorn's operator: Mena et al. 2018; the use is ours.

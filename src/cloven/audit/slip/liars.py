@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cloven.audit.attack import Attack, verdict_of
+from cloven.audit.attack import Attack, Verdict
 from cloven.audit.slip.subject import Subject
 from cloven.errors import VerificationFailed
 from cloven.field.freivalds import CHECKS, Freivalds
@@ -101,6 +101,11 @@ def lies_about(codes: Tensor, other: Tensor | None, backend: Backend) -> Iterato
             yield c, z, answer.to(torch.int32)
 
 
+def verdict_of_lies(believed: int) -> Verdict:
+    """One lie in 2^61 is believed by chance: a single one breaks the claim."""
+    return "broken" if believed else "holds"
+
+
 def liars(subject: Subject) -> list[Attack]:
     """See the module."""
     backend = select_backend()
@@ -119,5 +124,5 @@ def liars(subject: Subject) -> list[Attack]:
                 continue
             believed += 1
     metric = f"share of the lies of {len(LIES) + 2} kinds about {len(groups)} of the bundle's matrices that were believed"
-    adversary = "A2, a worker that answers wrongly"
-    return [Attack("liar", subject.scheme, adversary, metric, believed / told, 0.0, 1.0, told, verdict_of(believed / told, 0.0, told))]
+    adversary, verdict = "A2, a worker that answers wrongly", verdict_of_lies(believed)
+    return [Attack("liar", subject.scheme, adversary, metric, believed / told, 0.0, 1.0, told, verdict)]

@@ -16,7 +16,7 @@ _HEAT = torch.linspace(2, 16, 30)  # Sinkhorn's inverse temperatures
 _SWEEPS = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Known:
     """Vectors whose partners somebody gave away: places int64 [s] in both lists, and whether the partner points the same way, ±1 [s]."""
 
@@ -25,7 +25,7 @@ class Known:
     signs: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment:
     """Where the rows and columns of a scrambled matrix [n, m] lie in a reference: places int64 [n] and [m], signs ±1 float32."""
 

@@ -6,15 +6,16 @@ Method: removing the top k singular triples leaves U_k and V_k as the directions
     matrix, choose vectors that stand out (at the bottom of the spectrum, where a hole would be; at the top, where the secret was; by
     singular values that nearly coincide, as copied ones would; by peaked entries), and see how much of U_k and V_k they span. With the
     bundle's precision, and on a new split of the same matrices with the other one.
+    Of a model whose secret is its difference from a public base, E less the base is attacked, where the base is named as a relative.
 Success: ‖Xᵀ U_k‖² / k above the share of all vectors that were chosen, which is chance; on the side that shows more, left or right.
     Averaged over matrices, weighted by k.
-Weakened: the plain SVD split, without the decoy; scrambled too where the attacked one is.
+Weakened: a split in which each of them succeeds: without the decoy (bottom), with copied singular values in the hole (pairs), with
+    nothing taken out (top, peaked); scrambled too where the attacked one is.
 Source: the attack on published SVD splits is ours; so is the decoy.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from cloven.audit.attack import Attack, verdict_of
 from cloven.audit.slip.subject import AttackedGroup, Subject
-from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.field.prg import SecretStream
 from cloven.slip.decomposition import spectrum, split
 from cloven.slip.exposed_matrix import ExposedMatrix, expose
 
@@ -31,7 +32,7 @@ MOST_MATRICES = 12  # those with most secret directions
 MOST_ENTRIES = 2**24  # of a matrix whose exact SVD is computed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class View:
     """What an attacker computes from one exposed matrix, and what it looks for."""
 
@@ -43,26 +44,30 @@ class View:
     secret_right: Tensor
 
     @classmethod
-    def of(cls, exposed: Tensor, weight: Tensor, k: int) -> View:
-        """Of E [N, K], and W, whose top k directions are secret."""
+    def of(cls, exposed: Tensor, left: Tensor, right: Tensor) -> View:
+        """Of E [N, K], and orthonormal bases [N, k] and [K, k] of the secret directions."""
         u, s, vt = torch.linalg.svd(exposed.double(), full_matrices=False)
-        secret_u, _, secret_vt = torch.linalg.svd(weight.double(), full_matrices=False)
-        return cls(k, s, u, vt.t(), secret_u[:, :k], secret_vt[:k].t())
+        return cls(right.shape[1], s, u, vt.t(), left, right)
 
     @classmethod
     def as_it_lies(cls, made: ExposedMatrix, group: AttackedGroup) -> View:
         """Of a group's first int8 term, scrambled and without scales: secret directions in the codes' own coordinates."""
         order = made.row_gather[0].long().sort()  # the rows of the first term as they lie, and which of the model's each is
-        u, s, vt = torch.linalg.svd(made.codes[order.values].double(), full_matrices=False)
-        lefts, rights = [], []
-        for part, (member, _) in enumerate(group.parts):
-            k = member.secret_a.shape[0]
-            secret_u, _, secret_vt = torch.linalg.svd(group.weight(part).double(), full_matrices=False)
-            lefts.append(secret_u[:, :k])
-            rights.append(secret_vt[:k].t())
+        lefts, rights = zip(*(secret_directions(group, part) for part in range(len(group.parts))), strict=True)
         left = torch.block_diag(*lefts)[order.indices] / made.row_scale[0].double()[order.indices, None]
         right = torch.cat(rights, 1)[made.column_gather.long()] / made.column_scale.double()[:, None]
-        return cls(left.shape[1], s, u, vt.t(), torch.linalg.qr(left)[0], torch.linalg.qr(right)[0])
+        return cls.of(made.codes[order.values], torch.linalg.qr(left)[0], torch.linalg.qr(right)[0])
+
+
+def secret_directions(group: AttackedGroup, part: int) -> tuple[Tensor, Tensor]:
+    """U_k [N, k] and V_k [K, k] of one member of a private model, float64. A's rows are V_kᵀ; B is more than U_k, by the decoy."""
+    k = _rank(group, part)
+    return torch.linalg.svd(group.weight(part).double(), full_matrices=False)[0][:, :k], _rows(group, part)
+
+
+def _rows(group: AttackedGroup, part: int) -> Tensor:
+    rows: Tensor = torch.linalg.qr(group.parts[part][0].secret_a.double().t())[0]
+    return rows
 
 
 def bottom(view: View, vectors: Tensor) -> Tensor:
@@ -125,61 +130,93 @@ def null_space(subject: Subject) -> list[Attack]:
     )[:MOST_MATRICES]
     if not chosen:
         return []
-    terms = chosen[0][0].terms
+    if subject.origin != "private":
+        return _against_the_base(subject, chosen) if subject.relative is not None else []
+    terms, stream = chosen[0][0].terms, subject.stream("null space")
     best_case = "A1, who knows the scramble and all scales"
-    real = [View.of(group.exposed[group.parts[part][1]], group.weight(part), _rank(group, part)) for group, part in chosen]
-    found = _attacks(subject, "", best_case, real, _hollows(chosen, terms))
+    real = [View.of(group.exposed[group.parts[part][1]], *secret_directions(group, part)) for group, part in chosen]
+    found = _attacks(subject, "", best_case, real, _controls(chosen, terms, stream))
     other, precision = (2, "int8x2") if terms == 1 else (1, "int8")
-    again = [
-        View.of(_split_again(group.weight(part), _rank(group, part), other), group.weight(part), _rank(group, part))
-        for group, part in chosen
-    ]
-    found += _attacks(subject, f"_{precision}", best_case, again, _hollows(chosen, other))
+    again = _views(chosen, lambda weight, k: split(weight, k, spectrum(weight), stream).exposed, other)
+    found += _attacks(subject, f"_{precision}", best_case, again, _controls(chosen, other, stream))
     groups = [group for group in dict.fromkeys(group for group, _ in chosen) if group.exposed.numel() <= MOST_ENTRIES]
     if subject.scrambled and groups:
         lying = [View.as_it_lies(group.stored(), group) for group in groups]
-        found += _attacks(subject, "_scrambled", "A1", lying, [View.as_it_lies(_hollow_group(group), group) for group in groups])
+        found += _attacks(subject, "_scrambled", "A1", lying, _controls_as_they_lie(groups, stream))
     return found
 
 
-def _attacks(subject: Subject, which: str, adversary: str, real: list[View], weakened: list[View]) -> list[Attack]:
+def _attacks(subject: Subject, which: str, adversary: str, real: list[View], weakened: dict[str, list[View]]) -> list[Attack]:
     total, found = sum(view.k for view in real), []
     metric = f"share of the {total} secret directions of {len(real)} matrices that the chosen singular vectors of the exposed half span"
-    for choose in CHOOSERS:
+    for choose in (choose for choose in CHOOSERS if choose.__name__ in weakened):
         (left, _), (right, _) = side(real, choose, 0), side(real, choose, 1)
         value, chance = share(real, choose)
         name, verdict, details = f"null_space_{choose.__name__}{which}", verdict_of(value, chance, total), {"left": left, "right": right}
-        weak = share(weakened, choose)[0]
+        weak = share(weakened[choose.__name__], choose)[0]
         found.append(Attack(name, subject.scheme, adversary, metric, value, chance, weak, total, verdict, details=details))
     return found
+
+
+def _against_the_base(subject: Subject, chosen: list[tuple[AttackedGroup, int]]) -> list[Attack]:
+    """The secret is the top of W − W_base: the bottom of E − W_base. There is no decoy in this mode; the relative is taken for the base."""
+    views, weakened = [], []
+    for group, part in chosen:
+        member, rows = group.parts[part]
+        left, right = torch.linalg.qr(member.secret_b.double())[0], _rows(group, part)
+        base = subject.relative_weight(member).double()
+        views.append(View.of(group.exposed[rows].double() - base, left, right))
+        weakened.append(View.of(_hollow(group.weight(part).double() - base, _rank(group, part)), left, right))
+    value, chance = share(views, bottom)
+    total = sum(view.k for view in views)
+    metric = f"share of the {total} secret directions of {len(views)} matrices at the bottom of the spectrum of exposed half less base"
+    verdict, weak = verdict_of(value, chance, total), share(weakened, bottom)[0]
+    adversary = "A1, who has a public relative: the base"
+    return [Attack("null_space_against_the_base", subject.scheme, adversary, metric, value, chance, weak, total, verdict)]
 
 
 def _rank(group: AttackedGroup, part: int) -> int:
     return int(group.parts[part][0].secret_a.shape[0])
 
 
-def _split_again(weight: Tensor, k: int, terms: int) -> Tensor:
-    """E of a split of its own, with the decoy, quantised."""
-    exposed = split(weight, k, spectrum(weight), SecretStream(secrets.token_bytes(KEY_BYTES), "audit")).exposed
-    return expose(exposed, terms, None).dequantised()
+def _views(chosen: list[tuple[AttackedGroup, int]], made: Callable[[Tensor, int], Tensor], terms: int) -> list[View]:
+    """Views of `made(W, k)`, quantised like an exposed matrix."""
+    return [
+        View.of(expose(made(group.weight(part), _rank(group, part)), terms, None).dequantised(), *secret_directions(group, part))
+        for group, part in chosen
+    ]
 
 
-def _hollows(chosen: list[tuple[AttackedGroup, int]], terms: int) -> list[View]:
-    matrices = ((group.weight(part), _rank(group, part)) for group, part in chosen)
-    return [View.of(hollow(weight, k, terms), weight, k) for weight, k in matrices]
+def _controls(chosen: list[tuple[AttackedGroup, int]], terms: int, stream: SecretStream) -> dict[str, list[View]]:
+    """For every chooser a split in which it must succeed."""
+    nothing_taken = _views(chosen, lambda weight, k: weight, terms)
+    copied = _views(chosen, lambda weight, k: _copied(weight, k, stream), terms)
+    return {"bottom": _views(chosen, _hollow, terms), "top": nothing_taken, "closest_pairs": copied, "peaked": nothing_taken}
+
+
+def _controls_as_they_lie(groups: list[AttackedGroup], stream: SecretStream) -> dict[str, list[View]]:
+    def views(made: Callable[[Tensor, int], Tensor]) -> list[View]:
+        stacks = [torch.cat([made(group.weight(part), _rank(group, part)) for part in range(len(group.parts))]) for group in groups]
+        return [View.as_it_lies(expose(stack, group.terms, stream), group) for stack, group in zip(stacks, groups, strict=True)]
+
+    nothing_taken = views(lambda weight, k: weight)
+    return {"bottom": views(_hollow), "top": nothing_taken, "peaked": nothing_taken}  # scales part the pairs: nothing to see
 
 
 def hollow(weight: Tensor, k: int, terms: int) -> Tensor:
     """R = W − U_k Σ_k V_kᵀ, quantised like an exposed matrix."""
-    return expose(_without(weight, k), terms, None).dequantised()
+    return expose(_hollow(weight, k), terms, None).dequantised()
 
 
-def _hollow_group(group: AttackedGroup) -> ExposedMatrix:
-    stack = torch.cat([_without(group.weight(part), _rank(group, part)) for part in range(len(group.parts))])
-    return expose(stack, group.terms, SecretStream(secrets.token_bytes(KEY_BYTES), "audit"))
-
-
-def _without(weight: Tensor, k: int) -> Tensor:
+def _hollow(weight: Tensor, k: int) -> Tensor:
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
     rest: Tensor = weight.double() - (u[:, :k] * s[:k]) @ vt[:k]
     return rest
+
+
+def _copied(weight: Tensor, k: int, stream: SecretStream) -> Tensor:
+    """R with copies of kept singular values in the hole: each of them is twice in the spectrum then."""
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    copies = s[k:][(torch.from_numpy(stream.uniform(k)) * (len(s) - k)).long()] if k else s[:0]
+    filled: Tensor = _hollow(weight, k) + u[:, :k] @ (copies[:, None] * stream.orthogonal(k)) @ vt[:k] if k else weight.double()
+    return filled

@@ -4,8 +4,8 @@ Adversary: A1 with data: given embeddings, norms, biases and scales, and as much
     it likes.
 Method: fine-tune the exposed half by AdamW: all of its matrices, by the text and by the model's distributions (distillation); or only
     low-rank factors in the place of the secret part. With the scramble undone; as it lies, by text and distilled; and put in order by
-    the best match that there is (`weight_directions`). The baselines, with the same steps and the same gifts: random matrices, by text
-    and distilled; and a public relative where the user has named one.
+    a public relative, where there is one (`weight_directions`). The baselines, with the same steps and the same gifts: random matrices,
+    by text and distilled; and the relative, where there is one.
 Success: the share of the model's knowledge that is recovered (see `exposed_half`), beyond the best baseline's that saw the same outputs
     (text alone, or distributions too), which is what anybody can have without the exposed half. Broken: more than half of the way from
     the baseline to the model.
@@ -93,7 +93,8 @@ def attacks_of(subject: Subject) -> dict[str, Start]:
     if subject.scrambled:
         lying = lambda: trainable(subject, as_they_lie)  # noqa: E731
         starts["recovery_scrambled"], starts["recovery_scrambled_distilled"] = Start(lying), Start(lying, distilled=True)
-        starts["recovery_aligned"] = Start(lambda: trainable(subject, lambda group, part: aligned_matrix(subject, group, part)))
+        if subject.relative is not None:
+            starts["recovery_aligned"] = Start(lambda: trainable(subject, lambda group, part: aligned_matrix(subject, group, part)))
     return starts
 
 

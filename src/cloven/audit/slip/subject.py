@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cloven.bundle.bundle import Bundle, open_bundle
 from cloven.bundle.exposed_copy import ExposedCopy
 from cloven.errors import BadInput
+from cloven.field.prg import SecretStream
 from cloven.model.linears import is_linear, matrix_of
 from cloven.slip.exposed_matrix import ExposedMatrix
 from cloven.slip.layer import SplitGroup, SplitLinear
@@ -130,6 +131,11 @@ class Subject:
         """Whether rows and columns of the exposed matrices are in secret places."""
         return bool(self.bundle.manifest.parameters["scramble"])
 
+    @property
+    def origin(self) -> str:
+        """Where the model comes from: "private", or a public base that the secret is a difference from."""
+        return str(self.bundle.manifest.parameters["origin"])
+
     @functools.cached_property
     def nats(self) -> float:
         """What the unsplit model needs per token of the text."""
@@ -138,6 +144,10 @@ class Subject:
     def random(self, what: str) -> torch.Generator:
         """An attacker's coin, the same for the same seed and use."""
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {what}".encode()).digest()[:7]))
+
+    def stream(self, what: str) -> SecretStream:
+        """Keys for systems that an attacker builds to learn from: they follow from the seed, so that its figures do."""
+        return SecretStream(hashlib.sha256(f"{self.seed} {what}".encode()).digest(), "audit")
 
     def with_matrices(self, matrix: Callable[[AttackedGroup, int], Tensor]) -> PreTrainedModel:
         """The model with other matrices, `matrix(group, part)` [N, K] for every linear; all else is the model's, shared and frozen."""

@@ -24,6 +24,7 @@ from cloven.audit.slip.subject import Subject
 from cloven.field.residues import P
 
 LEVEL = 0.001
+_SURE = 1e-6  # p of the most unlikely test, times their number
 TOKENS = 48
 _SMALL = 2**18  # numbers of the weakened systems are below
 
@@ -88,7 +89,8 @@ def transcripts(subject: Subject) -> list[Attack]:
     ):
         value, tries = rejected(real)
         likely = LEVEL * tries + 3 * math.sqrt(LEVEL * tries)
-        verdict: Verdict = "broken" if value >= 0.5 else "holds" if value * tries <= max(1.0, likely) else "measured"
+        sure = min(real) * tries < _SURE  # a pad used again in one group alone
+        verdict: Verdict = "broken" if value >= 0.5 or sure else "holds" if value * tries <= max(1.0, likely) else "measured"
         metric = f"share of tests ({what}) that tell what a worker recorded from noise, at p < {LEVEL}"
         found.append(Attack(name, subject.scheme, "A1 and A8, with a recording", metric, value, LEVEL, rejected(weak)[0], tries, verdict))
     return found

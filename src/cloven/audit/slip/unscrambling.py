@@ -14,7 +14,6 @@ Source: matching obfuscated weights is published for permutation-based schemes; 
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections.abc import Callable
 
 import torch
@@ -43,7 +42,7 @@ def residual_groups(subject: Subject) -> list[AttackedGroup]:
 def near_duplicate(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
     """A scramble of its own of the matrix with 1 % noise: (codes of its first term, their rows' places, its columns' places)."""
     noisy = matrix * (1 + NOISE * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(7)))
-    made = expose(noisy, terms, SecretStream(secrets.token_bytes(KEY_BYTES), "audit"))
+    made = expose(noisy, terms, SecretStream(bytes(KEY_BYTES), "a near-duplicate"))
     order = made.row_gather[0].long().sort()
     return made.codes[order.values].float(), order.indices, made.column_gather.long()
 
@@ -137,20 +136,24 @@ def _from_known(subject: Subject) -> list[Attack]:
     for place, first in enumerate(groups):
         alike = [other for other in groups[place + 1 :] if other.codes.shape == first.codes.shape]
         pairs += [(first, alike[0])] if alike and max(first.codes.shape) <= MOST_PLACES else []
-    found = [(_share_from_known(subject, a.coarse()[0], a, b.coarse()[0], b), a.codes.shape[1] - KNOWN) for a, b in pairs[:MOST_PAIRS]]
+    found = []
+    for a, b in pairs[:MOST_PAIRS]:
+        truth = b.columns.argsort()[a.columns]
+        share = _share_from_known(subject, a.coarse()[0], b.coarse()[0], truth, a.column_signs() * b.column_signs()[truth])
+        found.append((share, len(truth) - KNOWN))
     if not found or found[0][1] < KNOWN:
         return []
-    first = pairs[0][0]
-    noise = torch.randn(first.codes.shape, generator=torch.Generator().manual_seed(7))
-    weak = _share_from_known(subject, first.coarse()[0], first, first.coarse()[0] * (1 + NOISE * noise[: len(first.exposed)]), first)
+    codes, coin = pairs[0][0].coarse()[0], subject.random("planted columns")
+    order, signs = torch.randperm(codes.shape[1], generator=coin), 2.0 * torch.randint(0, 2, (codes.shape[1],), generator=coin) - 1
+    planted = (codes * (1 + NOISE * torch.randn(codes.shape, generator=coin)) * signs)[:, order]
+    weak = _share_from_known(subject, codes, planted, order.argsort(), signs)
     metric = f"share of the other columns matched between groups of one kind in neighbouring layers, {len(found)} pairs"
     adversary = f"A1, who knows {KNOWN} of {first.codes.shape[1]} columns"
     return over_matrices(subject, "unscramble_columns_from_known", adversary, metric, found, weak)
 
 
-def _share_from_known(subject: Subject, a: Tensor, first: AttackedGroup, b: Tensor, second: AttackedGroup) -> float:
-    truth = second.columns.argsort()[first.columns]
-    signs = first.column_signs() * second.column_signs()[truth]
+def _share_from_known(subject: Subject, a: Tensor, b: Tensor, truth: Tensor, signs: Tensor) -> float:
+    """The share of the other columns matched: column i of a [N, K] is column truth[i] of b [M, K], up to signs[i]."""
     given = torch.randperm(len(truth), generator=subject.random("known columns"))
     match = by_known(a.t(), b.t(), Known(given[:KNOWN], truth[given[:KNOWN]], signs[given[:KNOWN]]))
     return float((match == truth)[given[KNOWN:]].double().mean())

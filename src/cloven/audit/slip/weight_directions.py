@@ -13,32 +13,27 @@ Source: matching of weight directions with a public model is published for obfus
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack, verdict_of
 from cloven.audit.slip.exposed_half import knowledge
-from cloven.audit.slip.matching import Alignment, aligned_to, by_graph
+from cloven.audit.slip.matching import Alignment, aligned_to
 from cloven.audit.slip.subject import AttackedGroup, Subject
-from cloven.audit.slip.unscrambling import MOST_PLACES, embeddings, hits, near_duplicate, over_matrices, residual_groups
+from cloven.audit.slip.unscrambling import MOST_PLACES, hits, near_duplicate, over_matrices
 from cloven.slip.exposed_matrix import expose
 from cloven.zoo.text import perplexity
 
 
 @functools.lru_cache(maxsize=1)
 def alignments(subject: Subject) -> tuple[Alignment | None, ...]:
-    """The best guess of every group's scramble: by the relative; without one the columns of groups that read the residual stream, by the
-    embeddings. None: no guess, or the matrix is too large."""
-    residual = residual_groups(subject)
+    """The best guess of every group's scramble, by the relative. None: there is no relative, or the matrix is too large."""
     return tuple(
         None
-        if max(group.exposed.shape) > MOST_PLACES
+        if subject.relative is None or max(group.exposed.shape) > MOST_PLACES
         else aligned_to(group.coarse()[0], reference(subject, group))
-        if subject.relative is not None
-        else _columns_by_embeddings(subject, group)
-        if group in residual
-        else None
         for group in subject.groups
     )
 
@@ -47,11 +42,6 @@ def reference(subject: Subject, group: AttackedGroup) -> Tensor:
     """What the relative's exposed matrix would be, in its own order: float32 [N, K]."""
     public = torch.cat([_without_top(subject.relative_weight(member), member.secret_a.shape[0]) for member, _ in group.parts])
     return expose(public, 1, None).codes.float()
-
-
-def _columns_by_embeddings(subject: Subject, group: AttackedGroup) -> Alignment:
-    n, k = group.exposed.shape
-    return Alignment(torch.arange(n), by_graph(group.coarse()[0].t(), embeddings(subject).t()), torch.ones(n), torch.ones(k))
 
 
 def aligned_matrix(subject: Subject, group: AttackedGroup, part: int) -> Tensor:
@@ -80,20 +70,20 @@ def _planted(subject: Subject) -> tuple[float, float]:
 @torch.no_grad()
 def weight_directions(subject: Subject) -> list[Attack]:
     """See the module."""
-    if not subject.scrambled or all(max(group.exposed.shape) > MOST_PLACES for group in subject.groups):
+    if not subject.scrambled or subject.relative is None or all(max(group.exposed.shape) > MOST_PLACES for group in subject.groups):
         return []
     attacks = []
-    if subject.relative is not None:
-        pairs = [(group, guess) for group, guess in zip(subject.groups, alignments(subject), strict=True) if guess is not None]
-        adversary, (weak_rows, weak_columns) = "A1, who has a public relative", _planted(subject)
-        rows = [(hits(guess.rows, group.coarse()[1], torch.arange(len(guess.rows))), len(guess.rows)) for group, guess in pairs]
-        columns = [(hits(guess.columns, group.columns, torch.arange(len(guess.columns))), len(guess.columns)) for group, guess in pairs]
-        for side, found, weak in (("rows", rows, weak_rows), ("columns", columns, weak_columns)):
-            metric = f"share of {side} matched with the relative's"
-            attacks += over_matrices(subject, f"unscramble_{side}_by_relative", adversary, metric, found, weak)
+    pairs = [(group, guess) for group, guess in zip(subject.groups, alignments(subject), strict=True) if guess is not None]
+    adversary, (weak_rows, weak_columns) = "A1, who has a public relative", _planted(subject)
+    rows = [(hits(guess.rows, group.coarse()[1], torch.arange(len(guess.rows))), len(guess.rows)) for group, guess in pairs]
+    columns = [(hits(guess.columns, group.columns, torch.arange(len(guess.columns))), len(guess.columns)) for group, guess in pairs]
+    for which, found, weak in (("rows", rows, weak_rows), ("columns", columns, weak_columns)):
+        metric = f"share of {which} matched with the relative's"
+        attacks += over_matrices(subject, f"unscramble_{which}_by_relative", adversary, metric, found, weak)
     model = subject.with_matrices(lambda group, part: aligned_matrix(subject, group, part))
-    value, tokens = knowledge(perplexity(model, subject.text), subject), subject.text[:, 1:].numel()
-    by, relative = ("a public relative", ", who has a public relative") if subject.relative is not None else ("the embeddings", "")
-    metric = f"share of the model's knowledge of {tokens} tokens that the exposed half keeps when it is put in order by {by}"
-    adversary, verdict = f"A1, given embeddings, norms and scales{relative}", verdict_of(value, 0.0, tokens)
-    return [*attacks, Attack("unscrambled_model", subject.scheme, adversary, metric, value, 0.0, 1.0, tokens, verdict)]
+    reached, tokens = perplexity(model, subject.text), subject.text[:, 1:].numel()
+    value, weak = knowledge(reached, subject), knowledge(math.exp(subject.nats), subject)
+    metric = f"share of the model's knowledge of {tokens} tokens that the exposed half keeps when it is put in order by the relative"
+    adversary, verdict = "A1, given embeddings, norms and scales, who has a public relative", verdict_of(value, 0.0, tokens)
+    details = {"perplexity": reached}
+    return [*attacks, Attack("unscrambled_model", subject.scheme, adversary, metric, value, 0.0, weak, tokens, verdict, details=details)]
