@@ -50,7 +50,7 @@ NOT_TESTED = (
     "A search for the scramble from nothing: from two to four known columns a beam search finds the others (see the threat model).",
     "Two bundles of one model: they give the secret subspaces away (see the threat model).",
     "Rows of one group that belong together, such as a gate row and its partner among the up rows.",
-    "Sliding through the wire as a stranger, pads stored on disk, traffic analysis, the trusted machine's host.",
+    "Network attackers, stored pads, traffic analysis, and the host of the trusted machine.",
     "Side channels of the machines: timing, memory access, power.",
     "Public relatives of the model that nobody named with --relative.",
 )
@@ -95,7 +95,7 @@ def audit_slip(
         found = attack(subject)
         attacks += found
         skipped += (
-            [] if found else [f"{attack.__name__.replace('_', ' ').capitalize()}: not for this bundle, or its matrices are too large."]
+            [] if found else [f"{attack.__name__.replace('_', ' ').capitalize()}: not for this bundle (no relative was named, say), or its matrices are too large."]
         )
     progress("curves", 0, 1)
     figures = [*spectra_figure(subject), *curve_over_fractions(subject)]
