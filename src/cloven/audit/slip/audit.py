@@ -95,7 +95,11 @@ def audit_slip(
         found = attack(subject)
         attacks += found
         skipped += (
-            [] if found else [f"{attack.__name__.replace('_', ' ').capitalize()}: not for this bundle (no relative was named, say), or its matrices are too large."]
+            []
+            if found
+            else [
+                f"{attack.__name__.replace('_', ' ').capitalize()}: not for this bundle (no relative was named, say), or its matrices are too large."
+            ]
         )
     progress("curves", 0, 1)
     figures = [*spectra_figure(subject), *curve_over_fractions(subject)]
