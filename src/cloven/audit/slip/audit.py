@@ -94,13 +94,9 @@ def audit_slip(
         progress("attacks", number, len(ATTACKS))
         found = attack(subject)
         attacks += found
-        skipped += (
-            []
-            if found
-            else [
-                f"{attack.__name__.replace('_', ' ').capitalize()}: not for this bundle (no relative was named, say), or its matrices are too large."
-            ]
-        )
+        if not found:
+            name = attack.__name__.replace("_", " ").capitalize()
+            skipped.append(f"{name}: not for this bundle (no relative was named, say), or its matrices are too large.")
     progress("curves", 0, 1)
     figures = [*spectra_figure(subject), *curve_over_fractions(subject)]
     if minutes > 0:
