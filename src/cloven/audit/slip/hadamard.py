@@ -19,7 +19,7 @@ from torch import Tensor
 from cloven.audit.attack import Attack
 from cloven.audit.slip.matching import aligned_to, by_graph, by_profiles
 from cloven.audit.slip.subject import AttackedGroup, Subject
-from cloven.audit.slip.unscrambling import MOST_PAIRS, MOST_PLACES, NOISE, embeddings, hits, over_matrices, residual_groups
+from cloven.audit.slip.unscrambling import MOST_PAIRS, MOST_PLACES, embeddings, hits, over_matrices, residual_groups, with_noise
 from cloven.field.prg import SecretStream
 from cloven.slip.exposed_matrix import expose
 
@@ -63,8 +63,7 @@ def hadamard(subject: Subject) -> list[Attack]:
         return []
     views = [seen(group.exposed, subject.stream(f"hadamard {number}")) for number, group in enumerate(groups)]
     table, places = embeddings(subject), groups[0].exposed.shape[1]
-    noise = torch.randn(groups[0].exposed.shape, generator=torch.Generator().manual_seed(7))
-    twin, rows, columns = seen(groups[0].exposed * (1 + NOISE * noise), subject.stream("hadamard, planted"))
+    twin, rows, columns = seen(with_noise(groups[0].exposed), subject.stream("hadamard, planted"))
     found = aligned_to(views[0][0], twin)
     weak = min(hits(found.rows, views[0][1], rows), hits(found.columns, views[0][2], columns))
     attacks = []

@@ -22,7 +22,7 @@ from cloven.audit.slip.exposed_half import knowledge
 from cloven.audit.slip.matching import Alignment, aligned_to, assigned, doubly_stochastic
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.audit.slip.training import BATCH, WINDOW, Start, steps_that_fit, train
-from cloven.audit.slip.unscrambling import NOISE, hits
+from cloven.audit.slip.unscrambling import hits, with_noise
 from cloven.audit.slip.weight_directions import alignments
 from cloven.slip.exposed_matrix import expose
 
@@ -99,8 +99,7 @@ def _places(subject: Subject, model: PreTrainedModel) -> float:
 
 def _planted(group: AttackedGroup) -> Alignment:
     """The match with a near-duplicate."""
-    noise = torch.randn(group.exposed.shape, generator=torch.Generator().manual_seed(7))
-    return aligned_to(group.coarse()[0], expose(group.exposed * (1 + NOISE * noise), 1, None).codes.float())
+    return aligned_to(group.coarse()[0], expose(with_noise(group.exposed), 1, None).codes.float())
 
 
 def learned_permutations(

@@ -166,7 +166,7 @@ def _against_the_base(subject: Subject, chosen: list[tuple[AttackedGroup, int]])
         left, right = torch.linalg.qr(member.secret_b.double())[0], _rows(group, part)
         base = subject.relative_weight(member).double()
         views.append(View.of(group.exposed[rows].double() - base, left, right))
-        weakened.append(View.of(_hollow(group.weight(part).double() - base, _rank(group, part)), left, right))
+        weakened.append(View.of(without_top(group.weight(part).double() - base, _rank(group, part)), left, right))
     value, chance = share(views, bottom)
     total = sum(view.k for view in views)
     metric = f"share of the {total} secret directions of {len(views)} matrices at the bottom of the spectrum of exposed half less base"
@@ -191,7 +191,7 @@ def _controls(chosen: list[tuple[AttackedGroup, int]], terms: int, stream: Secre
     """For every chooser a split in which it must succeed."""
     nothing_taken = _views(chosen, lambda weight, k: weight, terms)
     copied = _views(chosen, lambda weight, k: _copied(weight, k, stream), terms)
-    return {"bottom": _views(chosen, _hollow, terms), "top": nothing_taken, "closest_pairs": copied, "peaked": nothing_taken}
+    return {"bottom": _views(chosen, without_top, terms), "top": nothing_taken, "closest_pairs": copied, "peaked": nothing_taken}
 
 
 def _controls_as_they_lie(groups: list[AttackedGroup], stream: SecretStream) -> dict[str, list[View]]:
@@ -200,15 +200,16 @@ def _controls_as_they_lie(groups: list[AttackedGroup], stream: SecretStream) -> 
         return [View.as_it_lies(expose(stack, group.terms, stream), group) for stack, group in zip(stacks, groups, strict=True)]
 
     nothing_taken = views(lambda weight, k: weight)
-    return {"bottom": views(_hollow), "top": nothing_taken, "peaked": nothing_taken}  # scales part the pairs: nothing to see
+    return {"bottom": views(without_top), "top": nothing_taken, "peaked": nothing_taken}  # scales part the pairs: nothing to see
 
 
 def hollow(weight: Tensor, k: int, terms: int) -> Tensor:
-    """R = W − U_k Σ_k V_kᵀ, quantised like an exposed matrix."""
-    return expose(_hollow(weight, k), terms, None).dequantised()
+    """The same, quantised like an exposed matrix."""
+    return expose(without_top(weight, k), terms, None).dequantised()
 
 
-def _hollow(weight: Tensor, k: int) -> Tensor:
+def without_top(weight: Tensor, k: int) -> Tensor:
+    """R = W − U_k Σ_k V_kᵀ, float64."""
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
     rest: Tensor = weight.double() - (u[:, :k] * s[:k]) @ vt[:k]
     return rest
@@ -218,5 +219,5 @@ def _copied(weight: Tensor, k: int, stream: SecretStream) -> Tensor:
     """R with copies of kept singular values in the hole: each of them is twice in the spectrum then."""
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
     copies = s[k:][(torch.from_numpy(stream.uniform(k)) * (len(s) - k)).long()] if k else s[:0]
-    filled: Tensor = _hollow(weight, k) + u[:, :k] @ (copies[:, None] * stream.orthogonal(k)) @ vt[:k] if k else weight.double()
+    filled: Tensor = without_top(weight, k) + u[:, :k] @ (copies[:, None] * stream.orthogonal(k)) @ vt[:k] if k else weight.double()
     return filled

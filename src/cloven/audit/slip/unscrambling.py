@@ -39,10 +39,18 @@ def residual_groups(subject: Subject) -> list[AttackedGroup]:
     return [group for group in first if not group.parts[0][0].name.endswith(("o_proj", "c_proj", "dense"))]
 
 
+def with_noise(matrix: Tensor) -> Tensor:
+    """The matrix with 1 % noise, the same at every call."""
+    noisy: Tensor = matrix * (1 + NOISE * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(7)))
+    return noisy
+
+
 def near_duplicate(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A scramble of its own of the matrix with 1 % noise: (codes of its first term, their rows' places, its columns' places)."""
-    noisy = matrix * (1 + NOISE * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(7)))
-    made = expose(noisy, terms, SecretStream(bytes(KEY_BYTES), "a near-duplicate"))
+    """A scramble of its own of the matrix with 1 % noise: (codes of its first term, their rows' places, its columns' places).
+
+    Its key is no secret: an attacker made it.
+    """
+    made = expose(with_noise(matrix), terms, SecretStream(bytes(KEY_BYTES), "a near-duplicate"))
     order = made.row_gather[0].long().sort()
     return made.codes[order.values].float(), order.indices, made.column_gather.long()
 
@@ -145,10 +153,10 @@ def _from_known(subject: Subject) -> list[Attack]:
         return []
     codes, coin = pairs[0][0].coarse()[0], subject.random("planted columns")
     order, signs = torch.randperm(codes.shape[1], generator=coin), 2.0 * torch.randint(0, 2, (codes.shape[1],), generator=coin) - 1
-    planted = (codes * (1 + NOISE * torch.randn(codes.shape, generator=coin)) * signs)[:, order]
+    planted = (with_noise(codes) * signs)[:, order]
     weak = _share_from_known(subject, codes, planted, order.argsort(), signs)
     metric = f"share of the other columns matched between groups of one kind in neighbouring layers, {len(found)} pairs"
-    adversary = f"A1, who knows {KNOWN} of {first.codes.shape[1]} columns"
+    adversary = f"A1, who knows {KNOWN} of {codes.shape[1]} columns"
     return over_matrices(subject, "unscramble_columns_from_known", adversary, metric, found, weak)
 
 

@@ -2,8 +2,9 @@
 
 Adversary: A1, who has a public relative of the model: its base, an earlier release, another fine-tune of it.
 Method: rows and columns of every exposed matrix are aligned with the relative's, less its own top singular part: first by what
-    permutations and signs leave alone, then by turns by their directions, given the other side; where that leads nowhere, by soft
-    permutations (Sinkhorn). Then the model is put together in the relative's order, with the scales given for free, and run.
+    permutations and signs leave alone, then by turns by their directions, given the other side; where that leads nowhere, from the
+    graph of one side's cosines, or from soft permutations (Sinkhorn). Then the model is put together in the relative's order, with
+    the scales given for free, and run.
 Success: the share of places found, with an interval of 95 %; chance: 1 / places. And the share of the model's knowledge that the
     aligned matrices keep, without the secret part.
 Weakened: a second scramble of a near-duplicate (1 % noise) of the bundle's own matrices; for the knowledge, the model itself.
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack, verdict_of
-from cloven.audit.slip.exposed_half import knowledge
+from cloven.audit.slip.exposed_half import as_they_lie, knowledge
 from cloven.audit.slip.matching import Alignment, aligned_to
+from cloven.audit.slip.null_space import without_top
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.audit.slip.unscrambling import MOST_PLACES, hits, near_duplicate, over_matrices
 from cloven.slip.exposed_matrix import expose
@@ -40,22 +42,18 @@ def alignments(subject: Subject) -> tuple[Alignment | None, ...]:
 
 def reference(subject: Subject, group: AttackedGroup) -> Tensor:
     """What the relative's exposed matrix would be, in its own order: float32 [N, K]."""
-    public = torch.cat([_without_top(subject.relative_weight(member), member.secret_a.shape[0]) for member, _ in group.parts])
+    public = torch.cat([without_top(subject.relative_weight(member), member.secret_a.shape[0]) for member, _ in group.parts])
     return expose(public, 1, None).codes.float()
 
 
 def aligned_matrix(subject: Subject, group: AttackedGroup, part: int) -> Tensor:
     """One member's matrix as an attacker puts it in order; as it lies where there is no guess. Scales are given. Float32 [N, K]."""
     guess = alignments(subject)[subject.groups.index(group)]
-    seen, (rows, columns) = group.coarse()[0], group.sizes()
-    matrix: Tensor = (seen if guess is None else guess.applied(seen)) * rows[:, None] * columns
+    if guess is None:
+        return as_they_lie(group, part)
+    rows, columns = group.sizes()
+    matrix: Tensor = guess.applied(group.coarse()[0]) * rows[:, None] * columns
     return matrix[group.parts[part][1]]
-
-
-def _without_top(weight: Tensor, k: int) -> Tensor:
-    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    rest: Tensor = weight - (u[:, :k] * s[:k]) @ vt[:k]
-    return rest
 
 
 def _planted(subject: Subject) -> tuple[float, float]:
