@@ -6,9 +6,9 @@ setup(
     ext_modules=[
         Extension(
             "cloven.field.native._kernels",
-            ["src/cloven/field/native/product.cpp"],
+            ["src/cloven/field/native/product.cpp", "src/cloven/field/native/hadamard.cpp"],
             depends=["src/cloven/field/native/pool.hpp"],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread"],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a compiler, PyTorch's product does the work
         ),

@@ -75,7 +75,7 @@ def views(splitter: Splitter, terms: int, layers: tuple[str, ...]) -> tuple[View
     for name in layers:
         w, k = weight(name), ranks()[name]
         if k:
-            exposed = expose(splitter(w, k, spectrum(w), stream()).exposed, terms, stream()).dequantised()
+            exposed = expose(splitter(w, k, spectrum(w), stream()).exposed, terms, stream(), mixed=True).dequantised()
             seen.append(View.of(exposed, *_top(w, k)))
     return tuple(seen)
 

@@ -59,13 +59,13 @@ def tuned() -> Path:
 
 @functools.cache
 def split_as_private() -> Bundle:
-    """The weakened system."""
-    return prepare_slip(tuned(), scratch() / "tuned-private", SlipConfig(precision="int8"))
+    """The weakened system: places are secret, but not mixed."""
+    return prepare_slip(tuned(), scratch() / "tuned-private", SlipConfig(precision="int8", scramble="permutation"))
 
 
 @functools.cache
 def split_from_its_base(rank: int) -> Bundle:
-    config = SlipConfig(rank=rank, scramble=False, origin="public-base")
+    config = SlipConfig(rank=rank, scramble="none", origin="public-base")
     return prepare_slip(tuned(), scratch() / f"tuned-public-{rank}", config, public_base=demo_model_path())
 
 
@@ -119,7 +119,7 @@ def truth(bundle: Bundle, group: int) -> tuple[Tensor, Tensor]:
     """ρ and κ, from the trusted half."""
     held: dict[str, Tensor] = load_file(bundle.trusted / f"model-{group + 1:05d}.safetensors")
     places = torch.cat([held[f"{name}.row_gather"][0] for name in GROUPS[group]]).long()
-    return torch.argsort(places), held[f"{GROUPS[group][0]}.column_gather"].long()
+    return torch.argsort(places), held[f"{GROUPS[group][0]}.column_gather"][0].long()
 
 
 def found(alignment: Alignment, bundle: Bundle, group: int) -> tuple[float, float]:
@@ -170,7 +170,7 @@ def test_what_lies_beyond_the_secret_rank_is_exposed(group: int) -> None:
 @functools.cache
 def prepared_base() -> Bundle:
     """What anybody can make."""
-    return prepare_slip(demo_model_path(), scratch() / "demo-base", SlipConfig(secret_fraction=0, scramble=False))
+    return prepare_slip(demo_model_path(), scratch() / "demo-base", SlipConfig(secret_fraction=0, scramble="none"))
 
 
 def seen(change: Tensor, difference: Tensor, group: int) -> float:

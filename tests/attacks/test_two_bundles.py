@@ -1,8 +1,9 @@
 """Two bundles of one model break the decoy: the reason why a model is prepared once.
 
 Each preparation draws another decoy for the same secret subspaces, so that E₁ − E₂ = (B₂ − B₁) V_kᵀ has rank k and the row space of the
-secret. The attacker here has both exposed matrices aligned; a real one aligns them by sorted rows and columns, which works without any
-key because both hold nearly the same numbers. This is a stated limit (docs/threat-model.md), not something that the split withstands.
+secret. The attacker here has both exposed matrices aligned; of permuted ones a real one gets that from sorted rows and columns, without
+any key, because both hold nearly the same numbers; of mixed ones nobody has shown it, and nobody should rely on that. This is a stated
+limit (docs/threat-model.md), not something that the split withstands.
 """
 
 from __future__ import annotations

@@ -349,7 +349,7 @@ def test_prepare_errors(tmp_path: Path, cloven_here: Command) -> None:
 
 def test_prepare_with_options(tmp_path: Path, cloven_here: Command) -> None:
     outcome = cloven_here(
-        "prepare", "slip", str(tiny_folder("llama")), str(tmp_path / "out"), "--rank", "2", "--no-scramble", "--no-public-relative"
+        "prepare", "slip", str(tiny_folder("llama")), str(tmp_path / "out"), "--rank", "2", "--scramble", "none", "--no-public-relative"
     )
     assert outcome.code == 0 and "scramble OFF" in outcome.out
     assert cloven.open_bundle(tmp_path / "out").manifest.parameters == {

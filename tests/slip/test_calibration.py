@@ -97,7 +97,7 @@ def test_a_split_with_calibration(tmp_path: Path, text: Path) -> None:
 
 
 def test_with_a_public_adapter_it_depends_on_the_base_alone(tmp_path: Path, text: Path) -> None:
-    plain = SlipConfig(secret_fraction=0, scramble=False)
+    plain = SlipConfig(secret_fraction=0, scramble="none")
     base = prepare_slip(demo_model_path(), tmp_path / "base", plain, calibration=text)
     adapted = prepare_slip(demo_model_path(), tmp_path / "adapted", adapter=cloven.demo_adapter_path(), calibration=text)
     assert adapted.id == base.id

@@ -16,19 +16,27 @@ def summary() -> Summary:
 def test_the_trusted_card() -> None:
     text = trusted_card("my-model", "mit", SlipConfig(precision="int8x2"), summary())
     assert text.startswith("---\nlicense: mit\nlibrary_name: cloven\nbase_model: my-model\n---\n")
-    for said in ("Secret.", "never copy it", "4.00%", "precision int8x2", "scramble on", "Licence of the base model: mit", "Not hidden"):
+    for said in (
+        "Secret.",
+        "never copy it",
+        "4.00%",
+        "precision int8x2",
+        "scramble mixing",
+        "Licence of the base model: mit",
+        "Not hidden",
+    ):
         assert said in text
 
 
 def test_the_exposed_card() -> None:
     text = exposed_card("my-model", "mit", SlipConfig())
-    for said in ("license: mit", "cloven worker exposed --listen", "scrambled with secret keys", "Licence", "not hidden"):
+    for said in ("license: mit", "cloven worker exposed --listen", "scrambled by a secret mixing", "Licence", "not hidden"):
         assert said in text
-    assert "NOT scrambled" in exposed_card("my-model", "mit", SlipConfig(scramble=False))
+    assert "NOT scrambled" in exposed_card("my-model", "mit", SlipConfig(scramble="none"))
 
 
 def test_a_split_without_scramble_says_so_loudly() -> None:
-    assert "scramble OFF" in trusted_card("my-model", "mit", SlipConfig(scramble=False), summary())
+    assert "scramble none" in trusted_card("my-model", "mit", SlipConfig(scramble="none"), summary())
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])

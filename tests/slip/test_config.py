@@ -11,7 +11,7 @@ from cloven.slip.config import PRECISIONS, SlipConfig
 
 def test_defaults_are_the_safe_ones() -> None:
     config = SlipConfig()
-    assert config == SlipConfig(secret_fraction=0.03, rank=None, precision="int8", scramble=True, origin="private")
+    assert config == SlipConfig(secret_fraction=0.03, rank=None, precision="int8", scramble="mixing", origin="private")
     assert config.terms == 1
 
 
@@ -34,7 +34,7 @@ def test_terms(precision: str) -> None:
         ({"origin": "secret"}, "private, public-base, adapter"),
         ({"origin": "public-base"}, "scramble: a public relative undoes it"),
         ({"origin": "adapter"}, "scramble: a public relative undoes it"),
-        ({"origin": "adapter", "scramble": False, "rank": 2}, "it has the adapter's rank"),
+        ({"origin": "adapter", "scramble": "none", "rank": 2}, "it has the adapter's rank"),
     ],
 )
 def test_bad_settings_say_what_is_allowed(settings: dict[str, Any], said: str) -> None:
@@ -49,10 +49,10 @@ def test_the_ends_of_the_range_are_allowed(fraction: float) -> None:
 
 def test_it_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
-        SlipConfig().scramble = False  # type: ignore[misc]
+        SlipConfig().scramble = "none"  # type: ignore[misc]
 
 
 def test_as_json() -> None:
-    config = SlipConfig(0.1, 3, "int8x2", False)
-    assert config.to_dict() == {"secret_fraction": 0.1, "rank": 3, "precision": "int8x2", "scramble": False, "origin": "private"}
+    config = SlipConfig(0.1, 3, "int8x2", "none")
+    assert config.to_dict() == {"secret_fraction": 0.1, "rank": 3, "precision": "int8x2", "scramble": "none", "origin": "private"}
     assert SlipConfig(**config.to_dict()) == config

@@ -275,7 +275,7 @@ def refused_and_kept(tmp_path: Path, match: str, **options: Any) -> None:
 @pytest.mark.parametrize("step", [0, 5, 15])
 def test_another_configuration(tmp_path: Path, step: int) -> None:
     interrupted(tmp_path / "out", step, key=None)
-    for config in (SlipConfig(), SlipConfig(precision="int8x2", rank=3), SlipConfig(precision="int8x2", scramble=False)):
+    for config in (SlipConfig(), SlipConfig(precision="int8x2", rank=3), SlipConfig(precision="int8x2", scramble="none")):
         with pytest.raises(BadInput, match="an unfinished preparation of another model or with other settings; remove it to start afresh"):
             prepare_slip(tiny_folder("llama"), tmp_path / "out", config)
     assert key_file(tmp_path / ".out.partial").exists()
@@ -324,7 +324,7 @@ def test_a_weight_that_changes_in_place_between_the_passes(tmp_path: Path, origi
     if public:
         edit_weights(folder, change)  # the base is not the model itself
     model = tiny_folder("llama") if public else folder
-    config = SlipConfig(scramble=not public, origin=origin)
+    config = SlipConfig(scramble="none" if public else "mixing", origin=origin)
     with pytest.raises(Stop):
         prepare_slip(model, tmp_path / "out", config, stop_at(12), **public)
     edit_weights(folder, change, keep_time=True)

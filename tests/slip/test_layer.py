@@ -13,6 +13,7 @@ from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.decomposition import spectrum, split
 from cloven.slip.exposed_matrix import ExposedMatrix, expose
 from cloven.slip.layer import Product, SplitGroup, SplitLinear
+from cloven.slip.mixing import Mixing
 
 COLUMNS = 24
 
@@ -20,24 +21,27 @@ COLUMNS = 24
 class Layers(nn.Module):
     """A group of linears split by hand, beside the originals: the smallest thing that a session can be attached to."""
 
-    def __init__(self, terms: int = 1, biases: tuple[bool, ...] = (True, False), rank: int = 3) -> None:
+    def __init__(self, terms: int = 1, biases: tuple[bool, ...] = (True, False), rank: int = 3, mixed: bool = True) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         stream = SecretStream(secrets.token_bytes(KEY_BYTES), "test")
         self.weights = [torch.randn(10 + i, COLUMNS, dtype=torch.float64, generator=generator) for i in range(len(biases))]
         self.biases = [torch.randn(10 + i, generator=generator) if bias else None for i, bias in enumerate(biases)]
         parts = [split(w, rank, spectrum(w), stream) for w in self.weights]
-        self.exposed: ExposedMatrix = expose(torch.cat([part.exposed for part in parts]), terms, stream)
+        self.exposed: ExposedMatrix = expose(torch.cat([part.exposed for part in parts]), terms, stream, mixed=mixed)
         self.linears = nn.ModuleList()
         start = 0
         for i, (part, bias) in enumerate(zip(parts, self.biases, strict=True)):
             rows = part.exposed.shape[0]
-            linear = SplitLinear(f"block.{'abc'[i]}", rows, COLUMNS, rank, terms, bias is not None, leads=i == 0)
+            linear = SplitLinear(
+                f"block.{'abc'[i]}", rows, COLUMNS, rank, terms, bias is not None, 2 * mixed, 0 if i else len(self.exposed.row_scale[0])
+            )
             linear.secret_a.data, linear.secret_b.data = part.secret_a.float(), part.secret_b.float()
             linear.row_gather.data = self.exposed.row_gather[:, start : start + rows]
             linear.row_scale.data = self.exposed.row_scale[:, start : start + rows]
             if i == 0:
-                linear.column_gather.data, linear.column_scale.data = self.exposed.column_gather, self.exposed.column_scale
+                for name in ("column_gather", "column_scale", "mixing_gather", "mixing_scale"):
+                    getattr(linear, name).data = getattr(self.exposed, name)
             if linear.bias is not None and bias is not None:
                 linear.bias.data = bias
             self.linears.append(linear)
@@ -72,10 +76,11 @@ def inputs(*shape: int) -> Tensor:
     return torch.randn(*shape, COLUMNS, generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 70), ()])
-def test_every_member_against_float64(terms: int, shape: tuple[int, ...]) -> None:
-    layers = Layers(terms)
+def test_every_member_against_float64(terms: int, shape: tuple[int, ...], mixed: bool) -> None:
+    layers = Layers(terms, mixed=mixed)
     layers.group.attach(layers.exact_product())
     x = inputs(*shape)
     for i, member in enumerate(layers.members()):
@@ -97,8 +102,9 @@ def test_siblings_share_one_product_and_the_worker_sees_a_scrambled_x() -> None:
     for member in layers.members():
         member(x)
     assert len(calls) == 1
-    expected = x.double()[:, layers.exposed.column_gather.long()] * layers.exposed.column_scale.double()
-    assert torch.equal(layers.seen, expected)
+    gather, scale = layers.exposed.column_gather, layers.exposed.column_scale
+    expected = x.double()[:, gather[0].long()] * scale[0].double()
+    assert torch.equal(layers.seen, torch.from_numpy(Mixing(gather[1:], scale[1:]).apply(expected.numpy())))
 
 
 def test_bf16_comes_back_as_bf16_rounded_once() -> None:
@@ -138,7 +144,7 @@ def test_a_call_without_a_worker_says_what_to_do() -> None:
 
 def test_a_member_of_no_group() -> None:
     with pytest.raises(NotAttached, match="alone is not part of a loaded split model"):
-        SplitLinear("alone", 2, COLUMNS, 1, 1, False, leads=True)(inputs(1))
+        SplitLinear("alone", 2, COLUMNS, 1, 1, False, 2, 2)(inputs(1))
 
 
 def test_the_model_in_bf16_keeps_float32_factors() -> None:
@@ -194,7 +200,7 @@ def test_nothing_can_be_trained() -> None:
 
 def test_names_of_groups() -> None:
     def name(*names: str) -> str:
-        members = [SplitLinear(one, 2, 2, 0, 1, False, leads=i == 0) for i, one in enumerate(names)]
+        members = [SplitLinear(one, 2, 2, 0, 1, False, 0, 0 if i else 4) for i, one in enumerate(names)]
         return SplitGroup(0, members).name
 
     assert name("lm_head") == "lm_head"

@@ -32,7 +32,7 @@ from cloven.slip.prepare import prepare_slip
 
 if __name__ == "__main__":
     model, out, precision, engine, base = sys.argv[1:]
-    config = SlipConfig(0.03, None, precision, not base, "public-base" if base else "private")
+    config = SlipConfig(0.03, None, precision, "none" if base else "mixing", "public-base" if base else "private")
     print("ready", flush=True)
     prepare_slip(model, out, config, lambda *step: print(*step, flush=True), engine=engine, public_base=base or None)
 """

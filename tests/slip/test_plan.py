@@ -26,7 +26,7 @@ from tests.split_models import tiny, tiny_folder
 
 def plan_of(folder: Path, **more: Any) -> Plan:
     origin = "adapter" if "adapter" in more else "public-base" if "public_base" in more else "private"
-    config = SlipConfig(scramble=origin == "private", origin=origin)
+    config = SlipConfig(scramble="mixing" if origin == "private" else "none", origin=origin)
     plan = make_plan(open_source(folder), config, more.get("adapter"), more.get("public_base"), "cpu", "")
     assert plan is not None
     return plan

@@ -23,8 +23,8 @@ from tests.preparations import edit_weights, own_folder
 from tests.split_models import tiny, tiny_folder
 
 PRIVATE = SlipConfig()
-ADAPTER = SlipConfig(scramble=False, origin="adapter")
-PUBLIC = SlipConfig(scramble=False, origin="public-base")
+ADAPTER = SlipConfig(scramble="none", origin="adapter")
+PUBLIC = SlipConfig(scramble="none", origin="public-base")
 
 
 def planned(model: Any, config: SlipConfig = PRIVATE, adapter: Path | None = None, base: Path | str | None = None) -> Plan:

@@ -133,8 +133,8 @@ def test_the_source_is_not_changed() -> None:
 
 
 def test_from_a_directory_and_from_memory_alike(tmp_path: Path) -> None:
-    bundle = prepare_slip(tiny_folder("llama"), tmp_path / "out", SlipConfig(secret_fraction=0, scramble=False))
-    other = prepare_slip(tiny("llama"), tmp_path / "other", SlipConfig(secret_fraction=0, scramble=False))
+    bundle = prepare_slip(tiny_folder("llama"), tmp_path / "out", SlipConfig(secret_fraction=0, scramble="none"))
+    other = prepare_slip(tiny("llama"), tmp_path / "other", SlipConfig(secret_fraction=0, scramble="none"))
     assert bundle.id == other.id  # without secrets there is nothing random: the same codes
 
 
@@ -146,12 +146,14 @@ def test_two_splits_of_one_model_share_nothing(tmp_path: Path) -> None:
     assert all(float((one[name] == two[name]).double().mean()) < 0.05 for name in one)
 
 
-@pytest.mark.parametrize(("settings", "scrambled"), [({"scramble": False}, False), ({}, True)])
-def test_the_scramble_can_be_left_out(tmp_path: Path, settings: dict[str, Any], scrambled: bool) -> None:
+@pytest.mark.parametrize(
+    ("settings", "scramble"), [({"scramble": "none"}, "none"), ({"scramble": "permutation"}, "permutation"), ({}, "mixing")]
+)
+def test_the_scramble_can_be_chosen(tmp_path: Path, settings: dict[str, Any], scramble: str) -> None:
     bundle = prepare_slip(tiny("llama"), tmp_path / "out", SlipConfig(**settings))
     gather = tensors(bundle.trusted)["model.layers.0.mlp.down_proj.column_gather"]
-    assert torch.equal(gather, torch.arange(len(gather), dtype=torch.int32)) is not scrambled
-    assert bundle.manifest.parameters["scramble"] is scrambled
+    assert torch.equal(gather[0], torch.arange(gather.shape[1], dtype=torch.int32)) is (scramble == "none")
+    assert len(gather) == (3 if scramble == "mixing" else 1) and bundle.manifest.parameters["scramble"] == scramble
 
 
 def test_a_fixed_rank_is_capped_at_half(tmp_path: Path) -> None:

@@ -28,18 +28,18 @@ FAMILIES = ("llama", "gpt2", "phi3")
 
 
 def adapter_bundle(out: Path, family: str = "llama", precision: str = "int8x2", seed: int = 0) -> Bundle:
-    config = SlipConfig(precision=precision, scramble=False, origin="adapter")
+    config = SlipConfig(precision=precision, scramble="none", origin="adapter")
     return prepare_slip(tiny_folder(family), out, config, adapter=adapter_folder(family, seed))
 
 
 def public_bundle(out: Path, tuned: Path, base: Path | None = None, **settings: Any) -> Bundle:
-    config = SlipConfig(**{"precision": "int8x2", **settings}, scramble=False, origin="public-base")
+    config = SlipConfig(**{"precision": "int8x2", **settings}, scramble="none", origin="public-base")
     return prepare_slip(tuned, out, config, public_base=base or tiny_folder("llama"))
 
 
 def from_the_base_alone(out: Path, base: Path, precision: str = "int8x2") -> Bundle:
     """What anybody can do who has the public base."""
-    return prepare_slip(base, out, SlipConfig(secret_fraction=0, precision=precision, scramble=False))
+    return prepare_slip(base, out, SlipConfig(secret_fraction=0, precision=precision, scramble="none"))
 
 
 def held_by(folder: Path) -> dict[str, Tensor]:
@@ -100,19 +100,19 @@ def test_the_summary_of_an_adapter(tmp_path: Path) -> None:
     summary = bundle.manifest.summary
     assert summary["secret_energy"] == pytest.approx(1)  # all of the adapter is secret
     assert summary["kinds"]["lm_head"]["layers_without_secret"] == 1
-    assert bundle.manifest.parameters["origin"] == "adapter" and bundle.manifest.parameters["scramble"] is False
+    assert bundle.manifest.parameters["origin"] == "adapter" and bundle.manifest.parameters["scramble"] == "none"
 
 
 def test_defaults_without_a_configuration(tmp_path: Path) -> None:
     bundle = prepare_slip(tiny_folder("llama"), tmp_path / "out", adapter=adapter_folder())
-    assert bundle.manifest.parameters == SlipConfig(scramble=False, origin="adapter").to_dict()
+    assert bundle.manifest.parameters == SlipConfig(scramble="none", origin="adapter").to_dict()
     tuned = fine_tune(tmp_path / "tuned")
     bundle = prepare_slip(tuned, tmp_path / "public", public_base=tiny_folder("llama"))
-    assert bundle.manifest.parameters == SlipConfig(scramble=False, origin="public-base").to_dict()
+    assert bundle.manifest.parameters == SlipConfig(scramble="none", origin="public-base").to_dict()
 
 
 def test_an_adapter_for_a_model_in_memory(tmp_path: Path) -> None:
-    config = SlipConfig(precision="int8x2", scramble=False, origin="adapter")
+    config = SlipConfig(precision="int8x2", scramble="none", origin="adapter")
     bundle = prepare_slip(tiny("llama"), tmp_path / "out", config, adapter=adapter_folder())
     assert bundle.id == adapter_bundle(tmp_path / "other").id
 
@@ -244,8 +244,8 @@ def test_a_base_of_another_architecture_or_shape(tmp_path: Path) -> None:
     [
         (SlipConfig(), {"adapter": "x"}, "says origin='private', the arguments say 'adapter'"),
         (SlipConfig(), {"public_base": "x"}, "says origin='private', the arguments say 'public-base'"),
-        (SlipConfig(origin="adapter", scramble=False), {}, "says origin='adapter', the arguments say 'private'"),
-        (SlipConfig(origin="adapter", scramble=False), {"public_base": "x"}, "the arguments say 'public-base'"),
+        (SlipConfig(origin="adapter", scramble="none"), {}, "says origin='adapter', the arguments say 'private'"),
+        (SlipConfig(origin="adapter", scramble="none"), {"public_base": "x"}, "the arguments say 'public-base'"),
         (None, {"adapter": "x", "public_base": "y"}, "give either an adapter .* or a public base"),
         (None, {"adapter": "/nowhere"}, "not a PEFT adapter directory"),
         (None, {"public_base": "/nowhere"}, "no such model directory"),

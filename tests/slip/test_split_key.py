@@ -209,7 +209,7 @@ def test_a_directory_and_the_model_in_memory_are_the_same_model(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"precision": "int8"}, {"rank": 3}, {"secret_fraction": 0.05}, {"scramble": False}],
+    [{"precision": "int8"}, {"rank": 3}, {"secret_fraction": 0.05}, {"scramble": "none"}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_other_parameters_under_one_key(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ def test_another_model_under_one_key(tmp_path: Path) -> None:
 
 def test_another_public_base_under_one_key(tmp_path: Path) -> None:
     tuned, other = fine_tune(tmp_path / "tuned"), fine_tune(tmp_path / "other", seed=8)
-    config = SlipConfig(origin="public-base", scramble=False)
+    config = SlipConfig(origin="public-base", scramble="none")
     first = prepare_slip(tuned, tmp_path / "first", config, public_base=tiny_folder("llama"))
     same = prepare_slip(tuned, tmp_path / "same", config, public_base=tiny_folder("llama"), key=key_of(first))
     assert hashes(first.path) == hashes(same.path)

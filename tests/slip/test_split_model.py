@@ -15,6 +15,7 @@ from tests.split_models import tiny_bundle
 
 SHAPE = SplitModelShape(
     "int8x2",
+    "mixing",
     (
         (LinearShape("block.q", 6, 4, 1, True), LinearShape("block.k", 3, 4, 0, False)),
         (LinearShape("head", 9, 4, 2, False),),
@@ -58,6 +59,8 @@ def mutated(path: list[Any], value: Any) -> Any:
         "int8",
         {},
         mutated(["precision"], "int4"),
+        mutated(["scramble"], True),
+        mutated(["scramble"], "xor"),
         mutated(["precision"], ["int8"]),
         mutated(["precision"], {}),
         mutated(["more"], 1),
@@ -85,6 +88,12 @@ def test_malformed_descriptions_are_refused(record: Any) -> None:
         SplitModelShape.from_dict(record)
 
 
+def test_a_bundle_of_an_earlier_version() -> None:
+    record = {name: value for name, value in SHAPE.to_dict().items() if name != "scramble"}
+    with pytest.raises(BadBundle, match="an earlier version of cloven made this bundle: prepare it again"):
+        SplitModelShape.from_dict(record)
+
+
 def test_modules_are_swapped_in_place_without_memory() -> None:
     model = Model()
     groups = swap_modules(model, SHAPE)
@@ -93,6 +102,7 @@ def test_modules_are_swapped_in_place_without_memory() -> None:
     assert all(member is model.get_submodule(member.name) for member in members)
     assert all(parameter.device.type == "meta" for member in members for parameter in member.parameters())
     assert [(m.out_features, m.in_features, m.bias is not None) for m in members] == [(6, 4, True), (3, 4, False), (9, 4, False)]
+    assert members[0].column_gather.shape == (3, 4) and members[0].mixing_scale.shape == (2, 9)
     assert members[0].row_gather.shape == (2, 6) and members[0].secret_a.shape == (1, 4) and members[0].secret_b.shape == (6, 1)
     assert hasattr(members[0], "column_gather") and not hasattr(members[1], "column_gather") and hasattr(members[2], "column_gather")
     assert all(member.weight.shape == (0,) for member in members)  # loading without cloven must end in a size mismatch
@@ -121,4 +131,4 @@ def test_a_real_bundle_describes_its_model() -> None:
     assert {module for group in shape.groups for module in (linear.name.rpartition(".")[2] for linear in group)} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
     }  # fmt: skip
-    assert isinstance(SplitLinear("a", 1, 1, 0, 1, False, True).weight, torch.nn.Parameter)
+    assert isinstance(SplitLinear("a", 1, 1, 0, 1, False, 0, 1).weight, torch.nn.Parameter)

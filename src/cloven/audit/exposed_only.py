@@ -4,8 +4,8 @@ The thief is given for free, on top of OUT/exposed:
 
     always           the architecture, which matrix is which linear's, and everything of OUT/trusted that is not split: embeddings, norms,
                      biases; of every matrix the size of its rows' scales, in the model's order
-    knows_scramble   also the permutations and signs of rows and columns, the columns' scales and, with int8x2, which row is of which term:
-                     all of OUT/trusted but the secret factors A and B. The worst case: what the secret part alone withholds.
+    knows_scramble   also the scramble of rows and columns, the columns' scales and, with int8x2, which row is of which term: all of
+                     OUT/trusted but the secret factors A and B. The worst case: what the secret part alone withholds.
 
 Without the scramble's keys it takes the first N rows as they lie, and the columns as they lie, for the matrix. It does not train: what it
 can do with data and time is another attack.
@@ -62,11 +62,14 @@ def exposed_only(model: PreTrainedModel, exposed: ExposedCopy, *, knows_scramble
 
 def _take_as_it_lies(group: SplitGroup) -> None:
     leader, start = group.members[0], 0
-    leader.column_gather = _constant(torch.arange(leader.in_features, dtype=torch.int32))
-    leader.column_scale = _constant(torch.ones(leader.in_features))
+    rows = torch.ones(leader.mixing_scale.shape[1]) if not len(leader.mixing_scale) else leader.mixing_scale[-1].abs()
+    leader.column_gather = _constant(torch.arange(leader.in_features, dtype=torch.int32)[None])
+    leader.column_scale = _constant(torch.ones(1, leader.in_features))
+    leader.mixing_gather, leader.mixing_scale = (_constant(empty[:0]) for empty in (leader.mixing_gather, leader.mixing_scale))
     for member in group.members:
-        member.row_gather = _constant(torch.arange(start, start + member.out_features, dtype=torch.int32)[None])
-        member.row_scale = _constant(member.row_scale[:1].abs())
+        part = slice(start, start + member.out_features)
+        member.row_gather = _constant(torch.arange(part.start, part.stop, dtype=torch.int32)[None])
+        member.row_scale = _constant(member.row_scale[:1].abs() * rows[part])
         start += member.out_features
 
 

@@ -84,18 +84,24 @@ def worst(attacks: Iterable[Attack]) -> Verdict:
 
 
 def _own(findings: Findings) -> list[Attack]:
-    """The attacks on what the bundle is: KV-Shield's audit runs in every mode, to compare."""
-    if "mode" not in findings.parameters:
-        return findings.attacks
-    modes = [findings.parameters["mode"], *(["sealed"] if findings.parameters["seal_idle"] else [])]
-    return [attack for attack in findings.attacks if attack.scheme.rpartition("/")[2] in modes]
+    """The attacks on what the bundle is: KV-Shield's audit runs in every mode, and SLIP's with two scrambles, to compare."""
+    parameters = findings.parameters
+    if "mode" in parameters:
+        modes = [parameters["mode"], *(["sealed"] if parameters["seal_idle"] else [])]
+        return [attack for attack in findings.attacks if attack.scheme.rpartition("/")[2] in modes]
+    if "scramble" in parameters:
+        return [attack for attack in findings.attacks if attack.scheme == parameters["scheme"]]
+    return findings.attacks
 
 
 def _own_mode(findings: Findings) -> str:
-    if "mode" not in findings.parameters:
-        return ""
-    idle = ", sealed while idle" if findings.parameters["seal_idle"] else ""
-    return f"<p>This bundle's mode: <strong>{_text(findings.parameters['mode'])}{idle}</strong>. The others are below, to compare.</p>"
+    parameters = findings.parameters
+    if "mode" in parameters:
+        idle = ", sealed while idle" if parameters["seal_idle"] else ""
+        return f"<p>This bundle's mode: <strong>{_text(parameters['mode'])}{idle}</strong>. The others are below, to compare.</p>"
+    if parameters.get("scramble") == "mixing":
+        return "<p>This bundle's scramble: <strong>mixing</strong>. What permutations alone would give is below, to compare.</p>"
+    return ""
 
 
 def _by_adversary(attacks: Sequence[Attack]) -> list[tuple[str, list[Attack]]]:
@@ -113,8 +119,10 @@ def _card(code: str, attacks: list[Attack]) -> str:
 
 
 def _table(attacks: Sequence[Attack]) -> str:
+    systems = len({attack.scheme for attack in attacks})
     rows = "".join(
-        f"<tr><td>{_text(_name(attack))}<small>{_text(attack.metric)}</small><small>{_text(attack.adversary)}</small>{_details(attack)}</td>"
+        f"<tr><td>{_text(_name(attack))}{_system(attack, systems)}<small>{_text(attack.metric)}</small>"
+        f"<small>{_text(attack.adversary)}</small>{_details(attack)}</td>"
         f"<td class=n>{attack.value:.1%}{_interval(attack)}</td><td class=n>{attack.chance:.1%}</td>"
         f"<td class=n>{attack.weakened_value:.1%}</td>"
         f"<td class=n>{attack.tries:,}</td><td>{_verdict(attack.verdict)}</td></tr>"
@@ -122,6 +130,11 @@ def _table(attacks: Sequence[Attack]) -> str:
     )
     head = "<tr><th>attack<th class=n>reached<th class=n>chance<th class=n>without protection<th class=n>tries<th>verdict</tr>"
     return f"<table>{head}{rows}</table>"
+
+
+def _system(attack: Attack, systems: int) -> str:
+    """What was attacked, where there is more than one."""
+    return f" <small>{_text(attack.scheme)}</small>" if systems > 1 else ""
 
 
 def _details(attack: Attack) -> str:

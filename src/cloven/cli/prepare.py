@@ -38,10 +38,8 @@ def slip(
     rank: Annotated[int | None, typer.Option(help="Keep this many singular values of every matrix instead.")] = None,
     precision: Annotated[str, typer.Option(help="int8, or int8x2: near-lossless, twice the worker's work.")] = "int8",
     scramble: Annotated[
-        bool | None,
-        typer.Option(
-            "--scramble/--no-scramble", help="Permute and sign-flip the exposed matrices; default: if there is no public relative."
-        ),
+        str | None,
+        typer.Option(help="mixing, permutation or none: how rows and columns are hidden; default: mixing, or none with a public relative."),
     ] = None,
     key: Annotated[Path | None, typer.Option(help="OUT/trusted/split.key of an earlier bundle: make the same bundle again.")] = None,
     calibration: Annotated[
@@ -77,8 +75,9 @@ def slip(
     if rank is not None and secret_fraction is not None:
         raise BadInput("--rank and --secret-fraction both say how much to keep secret: give one")
     origin = "adapter" if adapter is not None else "public-base" if public_base is not None else "private"
-    scrambled = scramble if scramble is not None else origin == "private"
-    config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scrambled, origin)
+    if scramble is None:
+        scramble = "mixing" if origin == "private" else "none"
+    config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scramble, origin)
     with progress_bars() as progress, _going_on():
         bundle = prepare_slip(
             model,
@@ -184,7 +183,7 @@ def _print_summary(bundle: Bundle, calibrated: bool) -> None:
     from rich.table import Table
 
     summary, parameters = bundle.manifest.summary, bundle.manifest.parameters
-    table = Table(title=f"SLIP split, {parameters['precision']}, scramble {'on' if parameters['scramble'] else 'OFF'}")
+    table = Table(title=f"SLIP split, {parameters['precision']}, scramble {parameters['scramble']}")
     for column in ("layers", "count", "parameters", "kept secret", "energy kept secret", "exposed whole"):
         table.add_column(column, justify="left" if column == "layers" else "right")
     for name, kind in summary["kinds"].items():

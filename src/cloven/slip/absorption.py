@@ -28,6 +28,7 @@ def absorb(parts: list[Split], stacked: Tensor, matrix: ExposedMatrix, activatio
         The corrected splits; squared Frobenius norms of what is left of the error, and of E.
     """
     corrected, start = [], 0
+    read = matrix.dequantised(stacked.dtype)
     error = energy = 0.0
     for part in parts:
         rows = part.exposed.shape[0]
@@ -37,7 +38,7 @@ def absorb(parts: list[Split], stacked: Tensor, matrix: ExposedMatrix, activatio
         for first in range(0, rows, step):
             last = min(first + step, rows)
             some = stacked[start + first : start + last].to(torch.float64)
-            left = some - matrix.dequantised(slice(start + first, start + last))
+            left = some - read[start + first : start + last]
             energy += float(some.square().sum())
             if solve is not None:
                 change = left @ solve

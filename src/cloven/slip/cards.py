@@ -48,7 +48,7 @@ def trusted_card(name: str, licence: str, config: SlipConfig, summary: Summary) 
         name=name,
         licence=licence,
         precision=config.precision,
-        scramble="on" if config.scramble else "OFF",
+        scramble=config.scramble,
         fraction=figures["secret_fraction"],
         energy=figures["secret_energy"],
     )
@@ -56,5 +56,5 @@ def trusted_card(name: str, licence: str, config: SlipConfig, summary: Summary) 
 
 def exposed_card(name: str, licence: str, config: SlipConfig) -> str:
     """README.md of OUT/exposed."""
-    scrambled = ", rows and columns scrambled with secret keys" if config.scramble else ", NOT scrambled"
+    scrambled = f", rows and columns scrambled by a secret {config.scramble}" if config.scramble != "none" else ", NOT scrambled"
     return (_FRONT + _EXPOSED).format(name=name, licence=licence, precision=config.precision, scrambled=scrambled)

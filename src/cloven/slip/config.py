@@ -8,6 +8,7 @@ from typing import Any
 from cloven.errors import BadInput
 
 ORIGINS = ("private", "public-base", "adapter")
+SCRAMBLES = {"mixing": 2, "permutation": 0, "none": 0}  # rounds of mixing
 PRECISIONS = {"int8": 1, "int8x2": 2}  # number of int8 terms of the exposed matrices
 
 
@@ -20,7 +21,10 @@ class SlipConfig:
             the singular values that carry most energy; 0 keeps the weights public and only the activations secret.
         rank: keep this many singular values of every matrix instead.
         precision: "int8", or "int8x2" with a second int8 term for the remainder (near-lossless, twice the worker's work).
-        scramble: permute and sign-flip the rows and columns of every group's exposed matrix with secret keys.
+        scramble: what is done to the rows and columns of every group's exposed matrix, with secret keys:
+            "mixing"       permuted, flipped and mixed by Hadamard transforms, in two rounds;
+            "permutation"  permuted and flipped only: a little faster, and broken by a few known columns (see the audit);
+            "none"         nothing.
         origin: where the model comes from, and so what is secret in it:
             "private"      no public relative is known: the top singular part of every matrix is secret, with a decoy in its place;
             "public-base"  a fine-tune of a public model: the top singular part of the difference is secret, the rest of it is exposed;
@@ -31,13 +35,15 @@ class SlipConfig:
     secret_fraction: float = 0.03
     rank: int | None = None
     precision: str = "int8"
-    scramble: bool = True
+    scramble: str = "mixing"
     origin: str = "private"
 
     def __post_init__(self) -> None:
         if self.origin not in ORIGINS:
             raise BadInput(f"origin {self.origin!r}: choose one of {', '.join(ORIGINS)}")
-        if self.origin != "private" and self.scramble:
+        if self.scramble not in SCRAMBLES:
+            raise BadInput(f"scramble {self.scramble!r}: choose one of {', '.join(SCRAMBLES)}")
+        if self.origin != "private" and self.scramble != "none":
             raise BadInput("scramble: a public relative undoes it, and the exposed half would depend on secret keys: leave it out")
         if self.origin == "adapter" and self.rank is not None:
             raise BadInput("rank: the secret part is exactly the adapter; it has the adapter's rank")

@@ -2,27 +2,30 @@
 
     E = [E_1; E_2; …]                       stacked [N, K]
     Ê = E diag(c)^-1                        columns equalised: c_j = ‖E_·j‖ / mean; the trusted process multiplies x by c
-    Ê_i ≈ r_i (q1_i + q2_i / 254)           rows quantised, |q| ≤ 127; the second term only with int8x2
-    Q = [q1; q2]                            [T·N, K], T terms
-    X[a, b] = s_a t_b Q[ρ(a), κ(b)]         scrambled with secret permutations ρ, κ and signs s, t: this is exposed
+    F = Rᵀ diag(n)^-1 Ê (C S)ᵀ              mixed: R, C secret mixings (`cloven.slip.mixing`), S a secret signed permutation, n_i = ‖Ê_i·‖
+    F_i ≈ r_i (q1_i + q2_i / 254)           rows quantised, |q| ≤ 127; the second term only with int8x2
+    X[a] = s_a Q[ρ(a)],  Q = [q1; q2]       [T·N, K], T terms, rows permuted and flipped: this is exposed
 
-With x'_b = t_b c_κ(b) x_κ(b) the worker's X x' holds (Q diag(c) x)_ρ(a) up to signs, so that
+With x' = C S diag(c) x the worker's X x' holds the terms of F x', so that
 
-    (E x)_i = Σ_terms  row_scale[term, i] · (X x')[row_gather[term, i]]
+    f_i = Σ_terms row_scale[term, i] · (X x')[row_gather[term, i]],        E x = diag(n) R f
 
-where signs, r and 1/254 are folded in `row_scale`. Scales, permutations and signs stay trusted. The scramble is a heuristic of ours,
+where signs, r and 1/254 are folded in `row_scale`, and n in R's last scales. With scramble "permutation" R = C = I, n = 1, and S follows
+the quantisation; with "none" nothing is secret. Scales, permutations and signs stay trusted. The scramble is a heuristic of ours,
 attacked by the audit; column norms are equalised because an attacker would align by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cloven.field.hadamard import Rows
 from cloven.field.prg import SecretStream
+from cloven.slip.mixing import Mixing
 
 _SECOND_TERM = 254  # |remainder| ≤ ½, times 254 ≤ 127
 _ENTRIES_AT_A_TIME = 2**21
@@ -34,8 +37,8 @@ _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 class ExposedMatrix:
     """A group's exposed matrix and what the trusted process needs to use it.
 
-    codes int8 [T·N, K] (exposed); column_gather int32 [K], column_scale float32 [K], row_gather int32 [T, N],
-    row_scale float32 [T, N] (secret).
+    codes int8 [T·N, K] (exposed); column_gather int32 [1 + rounds, K], column_scale float32 [1 + rounds, K]: S and C; row_gather int32
+    [T, N], row_scale float32 [T, N]; mixing_gather int32 [rounds, N], mixing_scale float32 [rounds, N]: R (secret).
     """
 
     codes: Tensor
@@ -43,59 +46,112 @@ class ExposedMatrix:
     column_scale: Tensor
     row_gather: Tensor
     row_scale: Tensor
+    mixing_gather: Tensor
+    mixing_scale: Tensor
 
     def __repr__(self) -> str:
         return f"ExposedMatrix({tuple(self.codes.shape)}, <secret>)"
 
-    def dequantised(self, rows: slice = slice(None)) -> Tensor:
-        """E [N, K] (or some of its rows) as the trusted process reads it, float64: undoes the scramble and the quantisation."""
-        scrambled = sum(
-            self.codes[gather.long()].to(torch.float64) * scale.to(torch.float64)[:, None]
-            for gather, scale in zip(self.row_gather[:, rows], self.row_scale[:, rows], strict=True)
-        )
-        assert isinstance(scrambled, Tensor)
-        unscrambled = torch.empty_like(scrambled)
-        unscrambled[:, self.column_gather.long()] = scrambled * self.column_scale.to(torch.float64)
-        return unscrambled
+    def dequantised(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """E [N, K] as the trusted process reads it: undoes the scramble and the quantisation, some rows and columns at a time."""
+        n, k = self.row_gather.shape[1], self.codes.shape[1]
+        matrix = torch.empty(n, k, dtype=dtype)
+        columns = Mixing(self.column_gather[1:], self.column_scale[1:])
+        gather, scale = self.column_gather[0].long(), self.column_scale[0].to(torch.float64)
+        step = rows_at_a_time(k)
+        for first in range(0, n, step):
+            part = slice(first, min(first + step, n))
+            scrambled = torch.zeros(part.stop - first, k, dtype=torch.float64)
+            for places, units in zip(self.row_gather[:, part], self.row_scale[:, part], strict=True):
+                scrambled += self.codes[places.long()].to(torch.float64) * units.to(torch.float64)[:, None]
+            rows = torch.from_numpy(columns.transposed(scrambled.numpy())) * scale
+            matrix[part, gather] = rows.to(dtype)
+        mixing = Mixing(self.mixing_gather, self.mixing_scale)
+        _on_columns(matrix, mixing.apply)
+        return matrix
 
 
 def expose(
-    matrix: Tensor, terms: int, stream: SecretStream | None, reference: Tensor | None = None, activations: Tensor | None = None
+    matrix: Tensor,
+    terms: int,
+    stream: SecretStream | None,
+    reference: Tensor | None = None,
+    activations: Tensor | None = None,
+    *,
+    mixed: bool = False,
 ) -> ExposedMatrix:
-    """Equalise, quantise and scramble a stacked matrix, some rows at a time: memory is that of the codes.
+    """Equalise, mix, quantise and scramble a stacked matrix, some rows at a time: memory is that of the codes, and of the mixed matrix.
 
     Args:
-        matrix: E, float64 or float32 [N, K].
+        matrix: E, float64 or float32 [N, K]; left as it is.
         terms: number of int8 terms, 1 or 2.
         stream: secret randomness for the scramble; None leaves rows and columns in place.
         reference: take the scales from this matrix instead; what of E exceeds them is clipped. For a public base: the scales then say
             nothing of the secret.
         activations: root mean squares of x, float64 [K], > 0 somewhere: columns that meet large activations are then quantised finer.
+        mixed: mix rows and columns, besides permuting them; needs a stream, and no reference.
     """
     n, k = matrix.shape
-    column, scale = _scales(matrix if reference is None else reference, activations, terms)
-    if stream is None:
-        rho, row_sign = torch.arange(terms * n), torch.ones(terms * n, dtype=torch.float64)
-        gather, column_sign = torch.arange(k), torch.ones(k, dtype=torch.float64)
-    else:
+    columns, rows_mixing = Mixing.none(k), Mixing.none(n)
+    gather, column_sign = torch.arange(k), torch.ones(k, dtype=torch.float64)
+    rho, row_sign = torch.arange(terms * n), torch.ones(terms * n, dtype=torch.float64)
+    if stream is not None:
         rho, row_sign = stream.permutation(terms * n), stream.signs(terms * n)
         gather, column_sign = stream.permutation(k), stream.signs(k)
+        if mixed:
+            columns, rows_mixing = Mixing.fresh(k, stream), Mixing.fresh(n, stream)
+    like = matrix if reference is None else reference
+    column = _column_scale(like)
+    if activations is not None:
+        column = _finer_where_it_matters(column, matrix, activations, terms, columns)
+    step = rows_at_a_time(k)
+    if mixed:
+        matrix, norms = _mixed(matrix, column, (gather, column_sign), columns, rows_mixing)
+        scale = _row_scales(matrix.split(step), None)
+        rows_mixing = rows_mixing.scaled(norms)
+    else:
+        scale = _row_scales(like.split(step), column)
     rows = torch.argsort(rho).view(terms, n)  # ρ^-1
     codes = torch.empty(terms * n, k, dtype=torch.int8)
     flips = column_sign.to(torch.int8)
-    step = rows_at_a_time(k)
     for first in range(0, n, step):
         part = slice(first, first + step)
-        for places, term in zip(rows[:, part], _quantised(matrix[part], column, scale[part], terms), strict=True):
-            codes[places] = term[:, gather].mul_(row_sign[places].to(torch.int8)[:, None]).mul_(flips)
+        quantised = _quantised(matrix[part], None if mixed else column, scale[part], terms)
+        for places, term in zip(rows[:, part], quantised, strict=True):
+            codes[places] = (term if mixed else term[:, gather].mul_(flips)).mul_(row_sign[places].to(torch.int8)[:, None])
     units = torch.tensor([1.0, 1 / _SECOND_TERM], dtype=torch.float64)[:terms, None]
     return ExposedMatrix(
         codes,
-        gather.to(torch.int32),
-        (column[gather] * column_sign).to(torch.float32),
+        torch.cat([gather.to(torch.int32)[None], columns.gather]),
+        torch.cat([(column[gather] * column_sign).to(torch.float32)[None], columns.scale]),
         rows.to(torch.int32).contiguous(),
         (scale * units * row_sign[rows]).to(torch.float32).contiguous(),
+        rows_mixing.gather,
+        rows_mixing.scale,
     )
+
+
+def _mixed(matrix: Tensor, column: Tensor, signed: tuple[Tensor, Tensor], columns: Mixing, rows: Mixing) -> tuple[Tensor, Tensor]:
+    """F [N, K] in the dtype of E, and n [N]. A row of zeros stays one: its n is 0."""
+    flat, norms = torch.empty_like(matrix), torch.empty(len(matrix), dtype=torch.float64)
+    (gather, sign), step = signed, rows_at_a_time(matrix.shape[1])
+    for first in range(0, len(matrix), step):
+        part = slice(first, first + step)
+        equal = matrix[part].to(torch.float64) / column
+        largest = equal.abs().amax(1)  # squares may overflow, or vanish
+        norms[part] = _stored(largest * (equal / largest.clamp_min(1e-300)[:, None]).square_().mean(1).sqrt_())
+        unit = equal / torch.where(norms[part] == 0, 1.0, norms[part])[:, None]
+        flat[part] = torch.from_numpy(columns.apply((unit[:, gather] * sign).numpy())).to(flat.dtype)
+    _on_columns(flat, rows.transposed)
+    return flat, norms
+
+
+def _on_columns(matrix: Tensor, change: Callable[[Rows], Rows]) -> None:
+    """Every column v of a matrix [N, K] becomes change(v), some columns at a time."""
+    step = rows_at_a_time(matrix.shape[0])
+    for first in range(0, matrix.shape[1], step):
+        part = matrix[:, first : first + step]
+        part.copy_(torch.from_numpy(change(part.t().to(torch.float64).contiguous().numpy())).t())
 
 
 def rows_at_a_time(columns: int) -> int:
@@ -103,36 +159,41 @@ def rows_at_a_time(columns: int) -> int:
     return max(1, _ENTRIES_AT_A_TIME // columns)
 
 
-def _scales(matrix: Tensor, activations: Tensor | None, terms: int) -> tuple[Tensor, Tensor]:
-    """c [K] and r [N], float64 with values that float32 holds: what is stored is what the codes were made with."""
+def _column_scale(matrix: Tensor) -> Tensor:
+    """c [K], float64 with values that float32 holds: what is stored is what the codes were made with."""
     parts = matrix.split(rows_at_a_time(matrix.shape[1]))
     largest = torch.stack([part.abs().max() for part in parts]).max().to(torch.float64).clamp_min(1e-300)  # its square may overflow
     squares = torch.zeros(matrix.shape[1], dtype=torch.float64)
     for part in parts:
         squares += (part.to(torch.float64) / largest).square_().sum(0)
     column = squares.sqrt_()
-    column = _stored(torch.where(column == 0, 1.0, column / column.mean().clamp_min(1e-30)))
-    if activations is not None:
-        column = _finer_where_it_matters(column, matrix, activations, terms)
-    return column, _row_scales(parts, column)
+    return _stored(torch.where(column == 0, 1.0, column / column.mean().clamp_min(1e-30)))
 
 
-def _row_scales(parts: Sequence[Tensor], column: Tensor) -> Tensor:
-    row = torch.cat([(part.to(torch.float64) / column).abs_().amax(1) for part in parts]) / 127
+def _row_scales(parts: Sequence[Tensor], column: Tensor | None) -> Tensor:
+    """r [N], in the same way."""
+    row = torch.cat([_over(part.to(torch.float64), column).abs().amax(1) for part in parts]) / 127
     return _stored(torch.where(row == 0, 1.0, row))
 
 
-def _finer_where_it_matters(column: Tensor, matrix: Tensor, activations: Tensor, terms: int) -> Tensor:
+def _over(rows: Tensor, column: Tensor | None) -> Tensor:
+    return rows if column is None else rows / column
+
+
+def _finer_where_it_matters(column: Tensor, matrix: Tensor, activations: Tensor, terms: int, columns: Mixing) -> Tensor:
     """c_j / a_j^β with the exponent β that leaves the least error Σ (E − Ê)²_ij a_j² in a sample of rows; β = 0 changes nothing."""
     a = activations.clamp_min(1e-3 * float(activations.max().clamp_min(1e-30)))
     a = a / a.log().mean().exp()
     sample = matrix[:: max(1, matrix.shape[0] // _SAMPLED_ROWS)].to(torch.float64)
 
     def error(c: Tensor) -> float:
-        scale = _row_scales([sample], c)
-        terms_of = zip(_quantised(sample, c, scale, terms), (1.0, 1 / _SECOND_TERM), strict=False)
-        read = sum(codes.to(torch.float64) * unit for codes, unit in terms_of) * scale[:, None] * c
-        return float(((sample - read) * a).square().sum())
+        rows = torch.from_numpy(columns.apply((sample / c).numpy()))
+        scale = _row_scales([rows], None)
+        terms_of = zip(_quantised(rows, None, scale, terms), (1.0, 1 / _SECOND_TERM), strict=False)
+        read = sum(codes.to(torch.float64) * unit for codes, unit in terms_of) * scale[:, None]
+        assert isinstance(read, Tensor)
+        back = torch.from_numpy(columns.transposed(read.numpy())) * c
+        return float(((sample - back) * a).square().sum())
 
     candidates = [_stored(column / a**exponent) for exponent in _EXPONENTS]
     return min(candidates, key=error)
@@ -142,9 +203,9 @@ def _stored(scale: Tensor) -> Tensor:
     return scale.to(torch.float32).to(torch.float64)
 
 
-def _quantised(rows: Tensor, column: Tensor, scale: Tensor, terms: int) -> list[Tensor]:
-    """Codes of some rows of Ê, one int8 [rows, K] per term."""
-    exact = rows.to(torch.float64).div(column).div_(scale[:, None])
+def _quantised(rows: Tensor, column: Tensor | None, scale: Tensor, terms: int) -> list[Tensor]:
+    """Codes of some rows of Ê or F, one int8 [rows, K] per term."""
+    exact = _over(rows.to(torch.float64), column) / scale[:, None]
     first = exact.round().clamp_(-127, 127)
     codes = [first.to(torch.int8)]
     if terms == 2:

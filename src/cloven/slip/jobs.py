@@ -1,7 +1,7 @@
 """The two passes of a preparation, one job per group: idempotent, single-threaded, bounded in memory.
 
     1. spectra     the singular values of every matrix, and its hash
-    2. split       split (with decoy), stack, equalise, quantise, scramble; codes to exposed/, the rest to trusted/
+    2. split       split (with decoy), stack, equalise, mix, quantise, scramble; codes to exposed/, the rest to trusted/
 
 A job reads the plan and the key from the folder that it is given, and writes files that appear complete or not at all. Memory: below five
 times the group in float32, plus 1 GB.
@@ -105,7 +105,9 @@ def split_group(job: GroupJob) -> None:
     stacked, parts, energies, reference = _split_matrices(folder, plan, index, stream)
     width = stacked.shape[1]
     activations = _read_calibration(folder / WORK / CALIBRATION, index, width) if plan.calibration else None
-    matrix = expose(stacked, plan.config.terms, stream if plan.config.scramble else None, reference, activations)
+    scramble = plan.config.scramble
+    secret = stream if scramble != "none" else None
+    matrix = expose(stacked, plan.config.terms, secret, reference, activations, mixed=scramble == "mixing")
     del reference
     corrected, error, energy = absorb(parts, stacked, matrix, activations)
     if plan.adapter is None:  # whose factors are exactly the secret part
@@ -204,6 +206,8 @@ def _trusted_tensors(plan: Plan, group: tuple[PlannedLinear, ...], parts: list[S
         if start == 0:
             tensors[f"{linear.name}.column_gather"] = matrix.column_gather
             tensors[f"{linear.name}.column_scale"] = matrix.column_scale
+            tensors[f"{linear.name}.mixing_gather"] = matrix.mixing_gather
+            tensors[f"{linear.name}.mixing_scale"] = matrix.mixing_scale
         start += linear.rows
     return tensors
 

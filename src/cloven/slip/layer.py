@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cloven.errors import NotAttached
 from cloven.field.residues import row_blocks
 from cloven.model.shared_input import SharedInput
+from cloven.slip.mixing import Mixing
 
 _ROWS_AT_A_TIME = 32  # keeps float64 intermediates in the cache
 Product = Callable[[Tensor, Callable[[], None]], Tensor]
@@ -36,13 +37,14 @@ class SplitLinear(nn.Module):
         rank: k.
         terms: number of int8 terms of the exposed matrix.
         bias: whether there is one.
-        leads: whether this is the first linear of its group, which carries what belongs to the group.
+        rounds: of mixing.
+        group_rows: of all linears of the group, where this is the first of them and carries what belongs to the group; else 0.
 
     `weight` is empty [0]: a directory opened without `import cloven` then fails with a size mismatch instead of running on random
     weights, and code that looks for a `weight` finds one on the right device.
     """
 
-    def __init__(self, name: str, rows: int, columns: int, rank: int, terms: int, bias: bool, leads: bool) -> None:
+    def __init__(self, name: str, rows: int, columns: int, rank: int, terms: int, bias: bool, rounds: int, group_rows: int) -> None:
         super().__init__()
         self.name, self.in_features, self.out_features = name, columns, rows
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -51,9 +53,11 @@ class SplitLinear(nn.Module):
         self.secret_b = _fixed(rows, rank, dtype=torch.float32)
         self.row_gather = _fixed(terms, rows, dtype=torch.int32)
         self.row_scale = _fixed(terms, rows, dtype=torch.float32)
-        if leads:
-            self.column_gather = _fixed(columns, dtype=torch.int32)
-            self.column_scale = _fixed(columns, dtype=torch.float32)
+        if group_rows:
+            self.column_gather = _fixed(1 + rounds, columns, dtype=torch.int32)
+            self.column_scale = _fixed(1 + rounds, columns, dtype=torch.float32)
+            self.mixing_gather = _fixed(rounds, group_rows, dtype=torch.int32)
+            self.mixing_scale = _fixed(rounds, group_rows, dtype=torch.float32)
         self.group: SplitGroup | None = None
         self.position = 0
 
@@ -114,8 +118,10 @@ class SplitGroup:
         Replaces an earlier product, and with it whatever secrets it held.
         """
         leader = self.members[0]
-        self._column_gather = leader.column_gather.numpy().astype(np.int64)  # [K]
-        self._column_scale = leader.column_scale.double().numpy()
+        self._column_gather = leader.column_gather[0].numpy().astype(np.int64)  # [K]
+        self._column_scale = leader.column_scale[0].double().numpy()
+        self._columns = Mixing(leader.column_gather[1:], leader.column_scale[1:])
+        self._rows = Mixing(leader.mixing_gather, leader.mixing_scale)
         self._row_gather = torch.cat([member.row_gather for member in self.members], dim=1).long().numpy()  # [T, N of all members]
         self._row_scale = torch.cat([member.row_scale for member in self.members], dim=1).double().numpy()
         self._product = product
@@ -151,7 +157,7 @@ class SplitGroup:
         """[M, K] -> float64 [M, K] in the worker's basis. NumPy, here and below: at one row, the cost is that of starting an operation."""
         result = rows.double().numpy().take(self._column_gather, axis=1)
         result *= self._column_scale
-        return torch.from_numpy(result)
+        return torch.from_numpy(self._columns.apply(result))
 
     def _unscrambled(self, y: Tensor) -> Tensor:
         """What the worker's basis hides, of all terms: float64 [M, T·N] -> E x, float64 [M, N of all members]."""
@@ -160,7 +166,7 @@ class SplitGroup:
         result *= self._row_scale[0]
         for gather, scale in zip(self._row_gather[1:], self._row_scale[1:], strict=True):
             result += values.take(gather, axis=1) * scale
-        return torch.from_numpy(result)
+        return torch.from_numpy(self._rows.apply(result))
 
 
 def _fixed(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -3,7 +3,7 @@
     1. trace the groups of linears that share an input; find every tensor in the checkpoint: this is the plan
     2. draw the key, from which all randomness follows
     3. pass 1 over the groups: spectra; the global budget gives the ranks
-    4. pass 2 over the groups: split (with decoy), stack, equalise, quantise, scramble; codes to exposed/, the rest to trusted/
+    4. pass 2 over the groups: split (with decoy), stack, equalise, mix, quantise, scramble; codes to exposed/, the rest to trusted/
     5. what is not linear (embeddings, norms) goes to trusted/
     6. manifests with hashes; then one rename makes OUT appear, complete
 
@@ -119,7 +119,7 @@ def _with_origin(config: SlipConfig | None, adapter: str | Path | None, public_b
     if adapter is not None and public_base is not None:
         raise BadInput("give either an adapter (and its base as the model) or a public base (and the fine-tune as the model)")
     if config is None:
-        return SlipConfig(origin=origin, scramble=origin == "private")
+        return SlipConfig(origin=origin, scramble="mixing" if origin == "private" else "none")
     if config.origin != origin:
         raise BadInput(f"the configuration says origin={config.origin!r}, the arguments say {origin!r}")
     return config
@@ -252,7 +252,7 @@ def _summary(records: list[dict[str, Any]], described: tuple[tuple[LinearShape, 
 
 
 def _write_configuration(source: Source, plan: Plan, trusted: Path, bundle: str, described: tuple[tuple[LinearShape, ...], ...]) -> None:
-    shape = SplitModelShape(plan.config.precision, described)
+    shape = SplitModelShape(plan.config.precision, plan.config.scramble, described)
     description = {"scheme": "slip", "version": VERSION, "bundle": bundle, "model": shape.to_dict()}
     model = source.loaded or source.skeleton(getattr(torch, plan.dtype))
     write_configuration(model, trusted, description, tie_word_embeddings=False)  # the head is split, the embedding stays trusted

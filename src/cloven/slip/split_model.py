@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cloven.errors import BadBundle, BadInput
-from cloven.slip.config import PRECISIONS
+from cloven.slip.config import PRECISIONS, SCRAMBLES
 from cloven.slip.layer import SplitGroup, SplitLinear
 
 _LARGEST = 2**31
@@ -31,11 +31,13 @@ class SplitModelShape:
     """All groups of a split model, in the order of the exposed bundle."""
 
     precision: str
+    scramble: str
     groups: tuple[tuple[LinearShape, ...], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for config.json."""
-        return {"precision": self.precision, "groups": [[asdict(linear) for linear in group] for group in self.groups]}
+        groups = [[asdict(linear) for linear in group] for group in self.groups]
+        return {"precision": self.precision, "scramble": self.scramble, "groups": groups}
 
     @classmethod
     def from_dict(cls, record: object) -> SplitModelShape:
@@ -44,8 +46,12 @@ class SplitModelShape:
         Raises:
             BadBundle: malformed.
         """
+        if isinstance(record, dict) and set(record) == {"precision", "groups"}:
+            raise BadBundle("config.json: an earlier version of cloven made this bundle: prepare it again")
         try:
-            if not isinstance(record, dict) or set(record) != {"precision", "groups"} or record["precision"] not in PRECISIONS:
+            if not isinstance(record, dict) or set(record) != {"precision", "scramble", "groups"}:
+                raise TypeError
+            if record["precision"] not in PRECISIONS or record["scramble"] not in SCRAMBLES:
                 raise TypeError
             groups = tuple(tuple(LinearShape(**linear) for linear in group) for group in record["groups"])
             for linear in (linear for group in groups for linear in group):
@@ -60,7 +66,7 @@ class SplitModelShape:
                 raise TypeError
         except TypeError as error:
             raise BadBundle("config.json: the description of the split ('model' in quantization_config) is malformed") from error
-        return cls(record["precision"], groups)
+        return cls(record["precision"], record["scramble"], groups)
 
 
 def swap_modules(model: nn.Module, shape: SplitModelShape) -> list[SplitGroup]:
@@ -71,15 +77,16 @@ def swap_modules(model: nn.Module, shape: SplitModelShape) -> list[SplitGroup]:
     """
     groups = []
     for index, linears in enumerate(shape.groups):
-        members = []
-        for position, linear in enumerate(linears):
+        members, whole = list[SplitLinear](), sum(linear.rows for linear in linears)
+        terms, rounds = PRECISIONS[shape.precision], SCRAMBLES[shape.scramble]
+        for linear in linears:
             try:
                 model.get_submodule(linear.name)
             except AttributeError as error:
                 raise BadInput(f"{type(model).__name__} has no module {linear.name}: load this bundle with AutoModelForCausalLM") from error
             with torch.device("meta"):
-                terms = PRECISIONS[shape.precision]
-                member = SplitLinear(linear.name, linear.rows, linear.columns, linear.rank, terms, linear.bias, leads=position == 0)
+                sizes = linear.rows, linear.columns, linear.rank
+                member = SplitLinear(linear.name, *sizes, terms, linear.bias, rounds, 0 if members else whole)
             model.set_submodule(linear.name, member)
             members.append(member)
         groups.append(SplitGroup(index, members))

@@ -16,7 +16,7 @@ from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.bundle.verification import sha256_file, sha256_matrix
 from cloven.field.codec import row_bounds
 from cloven.model.groups import trace_groups
-from cloven.slip.config import SlipConfig
+from cloven.slip.config import SCRAMBLES, SlipConfig
 from cloven.slip.split_model import LinearShape, SplitModelShape
 
 
@@ -43,8 +43,11 @@ def write_random_bundle(config: LlamaConfig, out: Path, parameters: SlipConfig) 
             for name, tensor_value in _trusted_tensors(shape, gather[:, start : start + shape.rows], generator).items():
                 secret_shards.add(f"{shape.name}.{name}", tensor_value)
             start += shape.rows
-        secret_shards.add(f"{shapes[0].name}.column_gather", torch.randperm(columns, generator=generator).to(torch.int32))
-        secret_shards.add(f"{shapes[0].name}.column_scale", torch.ones(columns))
+        rounds = SCRAMBLES[parameters.scramble]
+        for side, stages, size in (("column", 1 + rounds, columns), ("mixing", rounds, rows)):
+            orders = [torch.randperm(size, generator=generator).to(torch.int32) for _ in range(stages)]
+            secret_shards.add(f"{shapes[0].name}.{side}_gather", torch.stack(orders) if orders else torch.empty(0, size, dtype=torch.int32))
+            secret_shards.add(f"{shapes[0].name}.{side}_scale", torch.ones(stages, size))
         described.append(tuple(shapes))
     exposed_shards.close()
     d = config.hidden_size
@@ -65,7 +68,7 @@ def write_random_bundle(config: LlamaConfig, out: Path, parameters: SlipConfig) 
             "scheme": "slip",
             "version": 1,
             "bundle": manifest.bundle,
-            "model": SplitModelShape(parameters.precision, tuple(described)).to_dict(),
+            "model": SplitModelShape(parameters.precision, parameters.scramble, tuple(described)).to_dict(),
         },
     }
     (trusted / "config.json").write_text(json.dumps(record), encoding="utf-8")

@@ -51,7 +51,7 @@ def test_a_random_secret_is_as_large_and_elsewhere() -> None:
 
 
 def test_without_scramble_there_is_no_scrambled_half() -> None:
-    assert "exposed_half" not in named(exposed_half(demo_subject(scramble=False)))
+    assert "exposed_half" not in named(exposed_half(demo_subject(scramble="none")))
 
 
 def test_with_the_secret_in_its_place_everything_is_known() -> None:

@@ -11,16 +11,18 @@ from tests.split_models import demo_model
 
 def test_full_logits_align_the_heads_rows() -> None:
     """A break that is stated: endpoints do not offer them. What holds is that it takes the logits."""
-    attack = named(full_logits(demo_subject()))["full_logits"]
+    found = full_logits(demo_subject())
+    attack = named(found, "permutation")["full_logits"]
     assert attack.value > 0.9 and attack.weakened_value > 0.9 and attack.verdict == "broken"
+    mixed = named(found, "mixing")["full_logits"]
+    assert mixed.value < 0.01 and mixed.weakened_value > 0.9 and mixed.verdict == "holds"  # its rows are of no one token
 
 
 def test_without_logits_of_this_model_nothing_is_aligned() -> None:
     subject = demo_subject()
     torch.manual_seed(0)
     other = replace(subject, plain=type(demo_model())(demo_model().config).eval())
-    attack = named(full_logits(other))["full_logits"]
-    assert attack.value < 0.05
+    assert all(attack.value < 0.05 for attack in full_logits(other))
 
 
 def test_logits_span_the_head() -> None:
@@ -32,5 +34,5 @@ def test_logits_span_the_head() -> None:
 
 
 def test_where_it_does_not_apply() -> None:
-    assert full_logits(demo_subject(scramble=False)) == []
+    assert full_logits(demo_subject(scramble="none")) == []
     assert full_logits(replace(demo_subject(), groups=demo_subject().groups[:2])) == []

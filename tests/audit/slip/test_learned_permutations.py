@@ -32,15 +32,13 @@ def test_with_a_relative_it_begins_there() -> None:
 
 def test_a_known_order_gives_the_exposed_matrix() -> None:
     """The soft permutations, begun at the truth and sure of it, are the unscrambling."""
-    subject = tiny_subject()
+    subject = tiny_subject(scramble="permutation")
     group = subject.groups[0]
-    codes, rows = group.coarse()
-    back = torch.empty_like(codes)
-    back[rows[:, None], group.columns[None]] = codes
-    exposed = group.exposed
+    codes, exposed = group.coarse(), group.exposed
+    rows, columns = group.seen.rows.abs().argmax(1), group.seen.columns.abs().argmax(1)
     signs = module.aligned_to(codes, exposed / (group.sizes()[0][:, None] * group.sizes()[1]))
-    assert torch.equal(signs.rows, rows) and torch.equal(signs.columns, group.columns)
-    order = module._Order(group, Alignment(rows, group.columns, signs.row_signs, signs.column_signs), subject.random("x"))
+    assert torch.equal(signs.rows, rows) and torch.equal(signs.columns, columns)
+    order = module._Order(group, Alignment(rows, columns, signs.row_signs, signs.column_signs), subject.random("x"))
     with torch.no_grad():
         order.rows.mul_(10)
         order.columns.mul_(10)
@@ -49,7 +47,7 @@ def test_a_known_order_gives_the_exposed_matrix() -> None:
 
 
 def test_gradients_reach_places_and_signs() -> None:
-    subject = tiny_subject()
+    subject = tiny_subject(scramble="permutation")
     model = module._model(subject, [None] * len(subject.groups))
     with torch.enable_grad():
         model(input_ids=data(), labels=data(), use_cache=False).loss.backward()
@@ -59,6 +57,6 @@ def test_gradients_reach_places_and_signs() -> None:
 
 
 def test_not_without_a_scramble_and_not_on_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert learned_permutations(demo_subject(scramble=False), data(), 0.0) == []
+    assert learned_permutations(demo_subject(scramble="none"), data(), 0.0) == []
     monkeypatch.setattr(module, "MOST_PLACES", 16)
     assert learned_permutations(tiny_subject(), data(), 0.0) == []

@@ -66,7 +66,7 @@ def test_the_exposed_half_is_a_better_start_than_nothing(monkeypatch: pytest.Mon
 
 
 def test_without_a_scramble_there_are_two_attacks_less() -> None:
-    assert set(attacks_of(demo_subject(scramble=False))) == ATTACKS
+    assert set(attacks_of(demo_subject(scramble="none"))) == ATTACKS
 
 
 def test_training_changes_copies_only_and_the_same_seed_gives_the_same_numbers() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cloven.audit.slip.subject import open_subject
+from cloven.audit.slip.subject import compared, open_subject
 from cloven.bundle.bundle import Bundle
 from cloven.errors import BadInput, TamperedBundle
 from cloven.model.linears import matrix_of
@@ -30,21 +30,38 @@ def test_every_weight_is_the_models(family: str) -> None:
             assert float((group.weight(part) - weight).norm() / weight.norm()) < 0.02
 
 
+@pytest.mark.parametrize("scramble", ["mixing", "permutation", "none"])
 @pytest.mark.parametrize("precision", ["int8", "int8x2"])
-def test_places_are_the_scrambles(precision: str) -> None:
-    """Put back by the truth that attacks are marked with, the codes are the exposed matrix up to scales and signs."""
-    for group in demo_subject(precision).groups[:3]:
-        codes, rows = group.coarse()
-        back = torch.empty_like(codes)
-        back[rows[:, None], group.columns[None]] = codes
-        for ours, true in ((back, group.exposed), (back.t(), group.exposed.t())):
-            cosine = torch.nn.functional.cosine_similarity(ours.abs(), true.abs(), dim=1)
-            assert float(cosine.mean()) > 0.9
-        assert sorted(group.rows.tolist()) == sorted(group.terms * list(range(len(group.exposed))))
+def test_the_truth_that_attacks_are_marked_by(precision: str, scramble: str) -> None:
+    """Turned back by it and scaled by what attackers are given, the first term is the exposed matrix."""
+    for group in demo_subject(precision, scramble).groups[:3]:
+        seen, (rows, columns) = group.seen, group.sizes()
+        assert torch.equal(seen.codes, group.coarse()) and seen.codes.shape == group.exposed.shape
+        for basis in (seen.rows, seen.columns):
+            assert torch.allclose(basis @ basis.t(), torch.eye(len(basis)), atol=1e-5)
+            assert bool((basis.abs().amax(1) == 1).all()) == (scramble != "mixing")
+        ours = (seen.rows.t() @ seen.codes @ seen.columns) * rows[:, None] * columns
+        assert float((ours - group.exposed).norm() / group.exposed.norm()) < 0.03
+        flat, exposed = group.without_scales(0), group.exposed[group.parts[0][1]]
+        assert torch.allclose(flat.norm(), exposed.norm(), rtol=1e-3) and torch.equal(flat.sign(), exposed.sign())
+        assert float(flat.norm(dim=0).std() / flat.norm(dim=0).mean()) < 0.2
+
+
+def test_the_same_under_permutations() -> None:
+    subject = tiny_subject()
+    permuted = subject.permuted()
+    assert permuted.scheme == "slip/int8, permutation" and permuted.plain is subject.plain
+    for ours, theirs in zip(subject.groups, permuted.groups, strict=True):
+        assert torch.equal(ours.exposed, theirs.exposed) and bool((theirs.seen.columns.abs().amax(1) == 1).all())
+    assert [one.scramble for one in compared(subject)] == ["mixing", "permutation"]
+    assert (
+        compared(tiny_subject(scramble="permutation")) == [tiny_subject(scramble="permutation")]
+        and compared(replace(subject, scramble="none")) == []
+    )
 
 
 def test_the_scheme_is_named() -> None:
-    assert demo_subject().scheme == "slip/int8" and demo_subject(scramble=False).scheme == "slip/int8, no scramble"
+    assert demo_subject().scheme == "slip/int8, mixing" and demo_subject(scramble="none").scheme == "slip/int8, no scramble"
 
 
 def test_a_text_is_sampled_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,19 +107,3 @@ def test_coins_depend_on_the_seed() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, torch.rand(3, generator=replace(subject, seed=9).random("x")))
     assert "secret" not in repr(subject) and "tensor" not in repr(subject)
-
-
-@pytest.mark.parametrize("precision", ["int8", "int8x2"])
-def test_scales_are_those_of_the_model(precision: str) -> None:
-    """The first term, put in the model's order by the truth and scaled by what attackers are given, is E up to signs."""
-    for group in demo_subject(precision).groups[:3]:
-        codes, rows = group.coarse()
-        back = torch.empty_like(codes)
-        back[rows[:, None], group.columns[None]] = codes
-        sizes = group.sizes()
-        ours = back * sizes[0][:, None] * sizes[1]
-        assert float((ours.abs() - group.exposed.abs()).norm() / group.exposed.norm()) < 0.02
-        assert torch.equal(group.stored().codes, group.codes)
-        flat, exposed = group.without_scales(0), group.exposed[group.parts[0][1]]
-        assert torch.allclose(flat.norm(), exposed.norm(), rtol=1e-3) and torch.equal(flat.sign(), exposed.sign())
-        assert float(flat.norm(dim=0).std() / flat.norm(dim=0).mean()) < 0.2

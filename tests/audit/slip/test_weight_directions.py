@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import torch
 
-from cloven.audit.slip.weight_directions import aligned_matrix, alignments, weight_directions
+from cloven.audit.slip.weight_directions import aligned_matrix, guesses, weight_directions
 from tests.audit.slip.subjects import demo_subject, named
 from tests.split_models import demo_model
 
 
 def test_a_relative_breaks_the_scramble() -> None:
     """The control on the whole attack: the model itself for a relative, and then one that differs by 10 %."""
-    few = replace(demo_subject(), groups=demo_subject().groups[:4])
+    permuted = demo_subject(scramble="permutation")
+    few = replace(permuted, groups=permuted.groups[:4])
     for noise in (0.0, 0.1):
         relative, random = type(demo_model())(demo_model().config), torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -27,18 +28,32 @@ def test_a_relative_breaks_the_scramble() -> None:
             assert float((ours - true).norm() / true.norm()) < 0.05
 
 
+def test_what_a_relative_gets_of_a_mixing() -> None:
+    """Only the model itself tells singular vectors apart, through what int8 adds to them: measured, no claim is made."""
+    subject = replace(demo_subject(), relative=demo_model(), groups=demo_subject().groups[:4])
+    found = weight_directions(subject)
+    mixed, permuted = named(found, "mixing"), named(found, "permutation")
+    for side in ("rows", "columns"):
+        attack = mixed[f"unscramble_{side}_by_relative"]
+        assert attack.value < 0.5 and attack.weakened_value > attack.chance
+        assert permuted[f"unscramble_{side}_by_relative"].value > 0.9
+    ours, true = aligned_matrix(subject, subject.groups[1], 0), subject.groups[1].exposed
+    assert ours.shape == true.shape and torch.allclose(ours.norm(), true.norm(), rtol=0.1)
+
+
 def test_a_relative_that_is_none() -> None:
     subject = replace(demo_subject(), relative=type(demo_model())(demo_model().config), groups=demo_subject().groups[:4])
-    found = named(weight_directions(subject))
-    assert found["unscramble_rows_by_relative"].value < 0.05 and found["unscramble_columns_by_relative"].value < 0.05
+    for attack in weight_directions(subject):
+        if attack.name != "unscrambled_model":
+            assert attack.value < 0.05, attack
 
 
 def test_without_a_relative_there_is_no_guess() -> None:
     subject = demo_subject()
-    assert alignments(subject) == (None,) * len(subject.groups) and weight_directions(subject) == []
+    assert guesses(subject) == (None,) * len(subject.groups) and weight_directions(subject) == []
     lying = aligned_matrix(subject, subject.groups[1], 0)
     assert torch.allclose(lying.norm(), subject.groups[1].exposed.norm(), rtol=0.2)
 
 
 def test_without_a_scramble_there_is_nothing_to_match() -> None:
-    assert weight_directions(demo_subject(scramble=False)) == []
+    assert weight_directions(demo_subject(scramble="none")) == []

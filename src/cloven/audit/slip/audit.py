@@ -16,7 +16,7 @@ from cloven.audit.findings import Findings
 from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing
 from cloven.audit.slip.fractions import curve_over_fractions, spectra_figure
 from cloven.audit.slip.full_logits import full_logits
-from cloven.audit.slip.hadamard import hadamard
+from cloven.audit.slip.known_columns import known_columns
 from cloven.audit.slip.learned_permutations import learned_permutations
 from cloven.audit.slip.liars import liars
 from cloven.audit.slip.matching import assigned
@@ -34,7 +34,7 @@ ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
     exposed_half,
     null_space,
     unscrambling,
-    hadamard,
+    known_columns,
     weight_directions,
     full_logits,
     plaintext_adjacency,
@@ -47,7 +47,8 @@ NOT_TESTED = (
     "Permutations learned by gradient on matrices with more than 2,048 rows or columns, and matching on those with more than 4,096.",
     "Training on text that no black box gave, such as the model's own training data.",
     f"Training on more than {MOST_SEQUENCES * WINDOW:,} different tokens: with more time they are seen again.",
-    "A search for the scramble from nothing: from two to four known columns a beam search finds the others (see the threat model).",
+    "Attacks on the structure of the mixing itself: its secret permutations lie between public Hadamard transforms.",
+    "A search for permutations from nothing: from two to four known columns a beam search finds the others (see the threat model).",
     "Two bundles of one model: they give the secret subspaces away (see the threat model).",
     "Rows of one group that belong together, such as a gate row and its partner among the up rows.",
     "Network attackers, stored pads, traffic analysis, and the host of the trusted machine.",
@@ -80,6 +81,7 @@ def audit_slip(
     subject = open_subject(out, text, seed, relative)
     parameters = {
         **subject.bundle.manifest.parameters,
+        "scheme": subject.scheme,
         "bundle": subject.bundle.id,
         "seed": seed,
         "budget_minutes": minutes,

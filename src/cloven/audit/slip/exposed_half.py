@@ -74,15 +74,16 @@ def without_gifts(model: PreTrainedModel, subject: Subject) -> PreTrainedModel:
             parameter.data = public[name].detach().to(parameter.dtype)
         elif parameter.dim() > 1:
             parameter.data = torch.randn(parameter.shape, generator=random) * parameter.std()
-        else:
-            parameter.data = torch.ones_like(parameter) if kind == "weight" else torch.zeros_like(parameter)
+        else:  # a norm's weight is about one, or about zero where the code adds one to it (Gemma's)
+            neutral = 1.0 if kind == "weight" and float(parameter.mean()) > 0.5 else 0.0
+            parameter.data = torch.full_like(parameter, neutral)
     return twin
 
 
 def as_they_lie(group: AttackedGroup, part: int) -> Tensor:
     """The first term's rows and columns as they lie, with the true scales in the model's order: float32 [N, K]."""
     rows, columns = group.sizes()
-    scaled: Tensor = group.coarse()[0] * rows[:, None] * columns
+    scaled: Tensor = group.coarse() * rows[:, None] * columns
     return scaled[group.parts[part][1]]
 
 

@@ -5,7 +5,8 @@ Method: the logits span lm_head's columns: an SVD gives W M, M an unknown basis.
     places and signs, and W' = W less its secret part. Tyler's estimator brings both into one basis up to a rotation, whatever D, M and
     M' are; rows are then matched by the graph of their cosines.
 Success: the share of lm_head's rows whose token is found. Chance: 1 / vocabulary.
-Weakened: the same with the exposed matrix of the whole W, nothing secret taken out.
+    Where rows are mixed there are none: the mean squared share of the token that is named for a row. And under permutations alone.
+Weakened: the same with the exposed matrix of the whole W, nothing secret taken out, under permutations.
 Source: that logits give the head is published (arXiv 2403.06634); the alignment is ours.
 """
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from cloven.audit.attack import Attack, interval_of, verdict_of
 from cloven.audit.slip.matching import by_graph, spread_evenly
-from cloven.audit.slip.subject import Subject
-from cloven.audit.slip.unscrambling import MOST_PLACES, hits, near_duplicate
+from cloven.audit.slip.scrambled import Scrambled, share_of
+from cloven.audit.slip.subject import Subject, compared
+from cloven.audit.slip.unscrambling import MOST_PLACES, planted
 
 
 def head_from_logits(subject: Subject, rank: int) -> Tensor:
@@ -35,30 +37,23 @@ def head_from_logits(subject: Subject, rank: int) -> Tensor:
 @torch.no_grad()
 def full_logits(subject: Subject) -> list[Attack]:
     """See the module."""
+    return [attack for one in compared(subject) for attack in _attack(one)]
+
+
+def _attack(subject: Subject) -> list[Attack]:
     vocabulary = int(subject.plain.config.get_text_config().vocab_size)
     head = next((one for one in subject.groups if one.parts[0][0].out_features == vocabulary and len(one.parts) == 1), None)
-    if not subject.scrambled or head is None or vocabulary > MOST_PLACES:
+    if head is None or vocabulary > MOST_PLACES:
         return []
     known = spread_evenly(head_from_logits(subject, head.codes.shape[1]))
-    seen, truth = head.coarse()
-    tokens = torch.arange(vocabulary)
-    value = hits(by_graph(spread_evenly(seen), known), truth, tokens)
-    codes, rows, _ = near_duplicate(head.weight(0), head.terms)
-    weak = hits(by_graph(spread_evenly(codes), known), rows, tokens)
+    tokens = torch.eye(vocabulary)
+
+    def share(seen: Scrambled) -> float:
+        return share_of(by_graph(spread_evenly(seen.codes), known), seen.rows, tokens)
+
+    value, weak = share(head.seen), share(planted(head.weight(0), head.terms, mixed=False)[1])
     metric = "share of lm_head's rows whose token is found from full logits"
     adversary = "A8, who sees full logits and holds the exposed half"
     verdict = verdict_of(value, 1 / vocabulary, vocabulary)
-    return [
-        Attack(
-            "full_logits",
-            subject.scheme,
-            adversary,
-            metric,
-            value,
-            1 / vocabulary,
-            weak,
-            vocabulary,
-            verdict,
-            interval_of(value, vocabulary),
-        )
-    ]
+    interval = interval_of(value, vocabulary)
+    return [Attack("full_logits", subject.scheme, adversary, metric, value, 1 / vocabulary, weak, vocabulary, verdict, interval)]

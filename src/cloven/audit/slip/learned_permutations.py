@@ -1,9 +1,10 @@
-"""Can the scramble be learnt by gradient?
+"""Can a scramble of permutations be learnt by gradient?
 
 Adversary: A1 with data: given embeddings, norms, biases and scales, and text sampled from the model.
 Method: every group's secret permutations are doubly stochastic matrices (Sinkhorn), its secret signs are real numbers, and all of them
     are trained by AdamW to predict the text, through the whole model. They begin at the match with a public relative
-    (`weight_directions`), or at random. At the end places are read off by assignment.
+    (`weight_directions`), or at random. At the end places are read off by assignment. Of a bundle whose scramble mixes, the same
+    matrices under permutations and signs alone are attacked: there are no places in it to be learnt.
 Success: the share of places found, of rows and columns. Chance: 1 / places.
 Weakened: they begin at the match with a planted near-duplicate (1 % noise) of every matrix: training must not lose what is found.
 Source: learning permutations through Sinkhorn's operator: Mena et al. 2018; the use is ours.
@@ -20,10 +21,11 @@ from transformers import PreTrainedModel
 from cloven.audit.attack import Attack, interval_of, verdict_of
 from cloven.audit.slip.exposed_half import knowledge
 from cloven.audit.slip.matching import Alignment, aligned_to, assigned, doubly_stochastic
+from cloven.audit.slip.scrambled import share_of
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.audit.slip.training import BATCH, WINDOW, Start, steps_that_fit, train
-from cloven.audit.slip.unscrambling import hits, with_noise
-from cloven.audit.slip.weight_directions import alignments
+from cloven.audit.slip.unscrambling import with_noise
+from cloven.audit.slip.weight_directions import guesses
 from cloven.slip.exposed_matrix import expose
 
 MOST_PLACES = 2048  # a permutation is a matrix of its square
@@ -37,7 +39,7 @@ class _Order(nn.Module):
 
     def __init__(self, group: AttackedGroup, begin: Alignment | None, random: torch.Generator) -> None:
         super().__init__()
-        self.codes = nn.Parameter(group.coarse()[0], requires_grad=False)
+        self.codes = nn.Parameter(group.coarse(), requires_grad=False)
         n, k = self.codes.shape
         rows, columns = group.sizes()
         self.sizes = nn.Parameter(rows[:, None] * columns, requires_grad=False)
@@ -90,16 +92,15 @@ def _places(subject: Subject, model: PreTrainedModel) -> float:
     for group in subject.groups:
         ordered = model.get_submodule(group.parts[0][0].name)
         assert isinstance(ordered, _Ordered)
-        for logits, truth in ((ordered.order.rows, group.coarse()[1]), (ordered.order.columns, group.columns)):
-            match = assigned(logits.detach())
-            found += hits(match, truth, torch.arange(len(truth))) * len(truth)
+        for logits, truth in ((ordered.order.rows, group.seen.rows), (ordered.order.columns, group.seen.columns)):
+            found += share_of(assigned(logits.detach()), truth, torch.eye(len(truth))) * len(truth)
             total += len(truth)
     return found / total
 
 
 def _planted(group: AttackedGroup) -> Alignment:
     """The match with a near-duplicate."""
-    return aligned_to(group.coarse()[0], expose(with_noise(group.exposed), 1, None).codes.float())
+    return aligned_to(group.coarse(), expose(with_noise(group.exposed), 1, None).codes.float())
 
 
 def learned_permutations(
@@ -108,8 +109,13 @@ def learned_permutations(
     """See the module. Arguments as of `recovery`; none where there is no scramble, or a matrix is too large."""
     if not subject.scrambled or any(max(group.exposed.shape) > MOST_PLACES for group in subject.groups):
         return []
+    if subject.scramble != "permutation":
+        subject = subject.permuted()
     with torch.no_grad():
-        begins = {"attack": alignments(subject), "planted": tuple(_planted(group) for group in subject.groups)}
+        begins = {
+            "attack": tuple(found and found.alignment for found in guesses(subject)),
+            "planted": tuple(_planted(group) for group in subject.groups),
+        }
     starts = [Start(lambda begin=begin: _model(subject, begin), rate=_RATE) for begin in begins.values()]  # type: ignore[misc]
     with torch.enable_grad():
         steps = steps_that_fit(subject, starts, data, seconds)

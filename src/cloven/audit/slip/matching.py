@@ -14,6 +14,7 @@ _ROUNDS = 12
 _SURE = 0.5  # mean |cos| of matched rows above which an alignment has found itself
 _HEAT = torch.linspace(2, 16, 30)  # Sinkhorn's inverse temperatures
 _SWEEPS = 12
+_STEPS, _SMALL = 4, 512  # of rotations, and dimensions up to which there are so many
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +104,50 @@ def by_known(a: Tensor, b: Tensor, known: Known) -> Tensor:
             break
         match, signs, value = following, pointing, reached
     return match
+
+
+def by_eigenvectors(matrix: Tensor) -> Tensor:
+    """The eigenvectors of the Gram matrix of a matrix's columns, in the order of eigenvalues: [n, h] -> [h, h], one to a column."""
+    vectors: Tensor = torch.linalg.eigh(matrix.double().t() @ matrix.double())[1]
+    return vectors.float()
+
+
+def by_known_directions(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
+    """Rotations Q [h, h] that take the known directions, orthonormal [h, s], of a [n, h] to those of b [m, h]: candidates.
+
+    Eigenvectors of both Gram matrices are told apart by what they have of the known directions, where their places in the spectrum are
+    near each other, for several widths; then tr(B Q A Qᵀ) of the matrices' roots is raised by polar steps.
+    """
+    roots = [_root(one.double()) for one in (a, b)]
+    (va, vb), h = (torch.linalg.eigh(root)[1] for root in roots), len(roots[0])
+    known, images = first.double(), second.double()
+    rest, other = (torch.linalg.qr(one, mode="complete")[0][:, one.shape[1] :] for one in (known, images))
+    fixed, place = images @ known.t(), torch.arange(h, dtype=torch.float64)
+
+    def polar(gradient: Tensor) -> Tensor:
+        u, _, vt = torch.linalg.svd(other.t() @ gradient @ rest)
+        turned: Tensor = fixed + other @ (u @ vt) @ rest.t()
+        return turned
+
+    candidates = []
+    for width in (h / 32, h / 8, h):
+        near = torch.exp(-(((place[:, None] - place) / width) ** 2) / 2)
+        rotation = fixed
+        for _ in range(_STEPS if h <= _SMALL else 1):
+            rotation = polar(vb @ ((vb.t() @ rotation @ va) * near) @ va.t())
+        candidates.append(rotation.float())
+        for _ in range(_STEPS if h <= _SMALL else 1):
+            rotation = polar(roots[1] @ rotation @ roots[0])
+        candidates.append(rotation.float())
+    return candidates
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """(MᵀM)^½, less its mean: what a rotation turns along. Columns stay as long as they are: their lengths depend on the basis."""
+    values, vectors = torch.linalg.eigh(matrix.t() @ matrix)
+    sizes = values.clamp_min(0).sqrt()
+    root: Tensor = (vectors * (sizes / sizes.mean() - 1)) @ vectors.t()
+    return root
 
 
 def _signed_cosines(vectors: Tensor) -> Tensor:

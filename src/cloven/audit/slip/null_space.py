@@ -17,12 +17,13 @@ Source: the attack on published SVD splits is ours; so is the decoy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack, verdict_of
+from cloven.audit.slip.scrambled import Scrambled, sizes_of
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.field.prg import SecretStream
 from cloven.slip.decomposition import spectrum, split
@@ -30,33 +31,40 @@ from cloven.slip.exposed_matrix import ExposedMatrix, expose
 
 MOST_MATRICES = 12  # those with most secret directions
 MOST_ENTRIES = 2**24  # of a matrix whose exact SVD is computed
+MOST_SIDE = 8192  # of a scrambled one, whose rotations are square matrices
 
 
 @dataclass(frozen=True, repr=False)
 class View:
-    """What an attacker computes from one exposed matrix, and what it looks for."""
+    """What an attacker computes from one exposed matrix, and what it looks for: the secret directions, and the hole that they leave."""
 
     k: int
     values: Tensor
     left: Tensor
     right: Tensor
-    secret_left: Tensor
-    secret_right: Tensor
+    secret: tuple[Tensor, Tensor]
+    hole: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, exposed: Tensor, left: Tensor, right: Tensor) -> View:
         """Of E [N, K], and orthonormal bases [N, k] and [K, k] of the secret directions."""
         u, s, vt = torch.linalg.svd(exposed.double(), full_matrices=False)
-        return cls(right.shape[1], s, u, vt.t(), left, right)
+        return cls(right.shape[1], s, u, vt.t(), (left, right), (left, right))
 
     @classmethod
     def as_it_lies(cls, made: ExposedMatrix, group: AttackedGroup) -> View:
-        """Of a group's first int8 term, scrambled and without scales: secret directions in the codes' own coordinates."""
-        order = made.row_gather[0].long().sort()  # the rows of the first term as they lie, and which of the model's each is
+        """Of a group's first int8 term, scrambled and without scales: E = diag(n) F diag(c), F in rotated coordinates.
+
+        What was taken out of E is diag(n)^-1 U and diag(c)^-1 V there, and the hole that it leaves diag(n) U and diag(c) V.
+        """
+        seen, (n, c) = Scrambled.of(made), sizes_of(made)
         lefts, rights = zip(*(secret_directions(group, part) for part in range(len(group.parts))), strict=True)
-        left = torch.block_diag(*lefts)[order.indices] / made.row_scale[0].double()[order.indices, None]
-        right = torch.cat(rights, 1)[made.column_gather.long()] / made.column_scale.double()[:, None]
-        return cls.of(made.codes[order.values], torch.linalg.qr(left)[0], torch.linalg.qr(right)[0])
+        sides = (seen.rows.double(), torch.block_diag(*lefts), n.double()), (seen.columns.double(), torch.cat(rights, 1), c.double())
+        secret, hole = (
+            tuple(torch.linalg.qr(turn @ (basis * size[:, None] ** power))[0] for turn, basis, size in sides) for power in (-1, 1)
+        )
+        view = cls.of(seen.codes, *secret)
+        return replace(view, hole=(hole[0], hole[1]))
 
 
 def secret_directions(group: AttackedGroup, part: int) -> tuple[Tensor, Tensor]:
@@ -104,8 +112,8 @@ def side(views: list[View], choose: Callable[[View, Tensor], Tensor], number: in
     """(share, chance) on the left (0) or the right (1) for the vectors that an attacker chooses."""
     found = chance = 0.0
     for view in views:
-        vectors, secret = ((view.left, view.secret_left), (view.right, view.secret_right))[number]
-        chosen = choose(view, vectors)
+        vectors = (view.left, view.right)[number]
+        secret, chosen = (view.hole if choose is bottom else view.secret)[number], choose(view, vectors)
         found += float((vectors[:, chosen].t() @ secret).square().sum())
         chance += view.k * len(chosen) / len(view.values)
     total = sum(view.k for view in views)
@@ -115,6 +123,12 @@ def side(views: list[View], choose: Callable[[View, Tensor], Tensor], number: in
 def share(views: list[View], choose: Callable[[View, Tensor], Tensor]) -> tuple[float, float]:
     """The same on the side that shows more."""
     return max((side(views, choose, number) for number in (0, 1)), key=lambda both: both[0] - both[1])
+
+
+def _tries(views: list[View], *, exact: bool) -> int:
+    """What a share's noise is like: in E itself a decoy's directions are singular vectors, each in some place of the spectrum; with other
+    scales they are anywhere, and random subspaces of n dimensions share k m / n with a binomial's variance over k n / 2 tries."""
+    return sum(view.k if exact else view.k * len(view.values) // 2 for view in views)
 
 
 def null_space(subject: Subject) -> list[Attack]:
@@ -139,20 +153,28 @@ def null_space(subject: Subject) -> list[Attack]:
     other, precision = (2, "int8x2") if terms == 1 else (1, "int8")
     again = _views(chosen, lambda weight, k: split(weight, k, spectrum(weight), stream).exposed, other)
     found += _attacks(subject, f"_{precision}", best_case, again, _controls(chosen, other, stream))
-    groups = [group for group in dict.fromkeys(group for group, _ in chosen) if group.exposed.numel() <= MOST_ENTRIES]
+    groups = [
+        group
+        for group in dict.fromkeys(group for group, _ in chosen)
+        if group.exposed.numel() <= MOST_ENTRIES and max(group.exposed.shape) <= MOST_SIDE
+    ]
     if subject.scrambled and groups:
-        lying = [View.as_it_lies(group.stored(), group) for group in groups]
-        found += _attacks(subject, "_scrambled", "A1", lying, _controls_as_they_lie(groups, stream))
+        lying = [View.as_it_lies(group.matrix, group) for group in groups]
+        found += _attacks(subject, "_scrambled", "A1", lying, _controls_as_they_lie(groups, stream, subject.scramble == "mixing"))
     return found
 
 
 def _attacks(subject: Subject, which: str, adversary: str, real: list[View], weakened: dict[str, list[View]]) -> list[Attack]:
-    total, found = sum(view.k for view in real), []
+    total, lying, found = sum(view.k for view in real), which == "_scrambled", []
     metric = f"share of the {total} secret directions of {len(real)} matrices that the chosen singular vectors of the exposed half span"
     for choose in (choose for choose in CHOOSERS if choose.__name__ in weakened):
         (left, _), (right, _) = side(real, choose, 0), side(real, choose, 1)
         value, chance = share(real, choose)
-        name, verdict, details = f"null_space_{choose.__name__}{which}", verdict_of(value, chance, total), {"left": left, "right": right}
+        name, verdict, details = (
+            f"null_space_{choose.__name__}{which}",
+            verdict_of(value, chance, _tries(real, exact=not lying)),
+            {"left": left, "right": right},
+        )
         weak = share(weakened[choose.__name__], choose)[0]
         found.append(Attack(name, subject.scheme, adversary, metric, value, chance, weak, total, verdict, details=details))
     return found
@@ -194,10 +216,12 @@ def _controls(chosen: list[tuple[AttackedGroup, int]], terms: int, stream: Secre
     return {"bottom": _views(chosen, without_top, terms), "top": nothing_taken, "closest_pairs": copied, "peaked": nothing_taken}
 
 
-def _controls_as_they_lie(groups: list[AttackedGroup], stream: SecretStream) -> dict[str, list[View]]:
+def _controls_as_they_lie(groups: list[AttackedGroup], stream: SecretStream, mixed: bool) -> dict[str, list[View]]:
     def views(made: Callable[[Tensor, int], Tensor]) -> list[View]:
         stacks = [torch.cat([made(group.weight(part), _rank(group, part)) for part in range(len(group.parts))]) for group in groups]
-        return [View.as_it_lies(expose(stack, group.terms, stream), group) for stack, group in zip(stacks, groups, strict=True)]
+        return [
+            View.as_it_lies(expose(stack, group.terms, stream, mixed=mixed), group) for stack, group in zip(stacks, groups, strict=True)
+        ]
 
     nothing_taken = views(lambda weight, k: weight)
     return {"bottom": views(without_top), "top": nothing_taken, "peaked": nothing_taken}  # scales part the pairs: nothing to see

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cloven.audit.attack import Attack, verdict_of
 from cloven.audit.slip.recording import record
+from cloven.audit.slip.scrambled import columns_of
 from cloven.audit.slip.subject import AttackedGroup, Subject
 
 MOST_COLUMNS = 1024  # of a layer: it takes as many tokens
@@ -64,16 +65,12 @@ def pair_of(subject: Subject) -> tuple[AttackedGroup, AttackedGroup] | None:
 
 
 def recorded(subject: Subject, group: AttackedGroup, second: AttackedGroup) -> tuple[Tensor, Tensor]:
-    """What a real worker received for both groups, in the model's order of columns (the worst case), float64."""
+    """What a real worker received for both groups, in the model's own basis (the worst case), float64."""
     needed, vocabulary = int(_MORE * group.codes.shape[1]) + 8, int(subject.plain.config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (-(-needed // _TOKENS), _TOKENS), generator=subject.random("adjacency, recorded"))
     (seen,) = record(subject, ids, 1)
-    rows = []
-    for one in (group, second):
-        ordered = torch.empty(seen[one.group.index].shape, dtype=torch.float64)
-        ordered[:, one.columns] = seen[one.group.index].double()
-        rows.append(ordered)
-    return rows[0], rows[1]
+    first, following = (seen[one.group.index].double() @ columns_of(one.matrix).double() for one in (group, second))
+    return first, following
 
 
 @torch.no_grad()

@@ -7,19 +7,20 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cloven.audit.slip.scrambled import Scrambled, coarse, sizes_of
 from cloven.bundle.bundle import Bundle, open_bundle
 from cloven.bundle.exposed_copy import ExposedCopy
 from cloven.errors import BadInput
 from cloven.field.prg import SecretStream
 from cloven.model.linears import is_linear, matrix_of
-from cloven.slip.exposed_matrix import ExposedMatrix
+from cloven.slip.exposed_matrix import ExposedMatrix, expose
 from cloven.slip.layer import SplitGroup, SplitLinear
 from cloven.slip.split_model import groups_of
 from cloven.zoo.text import perplexity, sample_text
@@ -33,13 +34,13 @@ class AttackedGroup:
     """One group: what the worker holds, and the truth that an attack is marked by.
 
     Args:
-        codes: the exposed matrix, int8 [T·N, K]: all that an attacker has.
+        matrix: the exposed matrix, and the secret keys and scales; its codes, int8 [T·N, K], are all that an attacker has.
         exposed: E [N, K] without scramble and quantisation, float32.
         parts: the member linears and their rows of E.
     """
 
     group: SplitGroup
-    codes: Tensor
+    matrix: ExposedMatrix
     exposed: Tensor
     parts: tuple[tuple[SplitLinear, slice], ...]
 
@@ -49,42 +50,27 @@ class AttackedGroup:
         return self.group.name
 
     @property
+    def codes(self) -> Tensor:
+        """What the worker holds, int8 [T·N, K]."""
+        return self.matrix.codes
+
+    @property
     def terms(self) -> int:
         """T."""
-        return int(self.group.members[0].row_gather.shape[0])
+        return int(self.matrix.row_gather.shape[0])
 
-    @property
-    def columns(self) -> Tensor:
-        """κ: exposed column b is the model's column κ(b); int64 [K]."""
-        return self.group.members[0].column_gather.long()
+    @functools.cached_property
+    def seen(self) -> Scrambled:
+        """The first term as it lies, and the truth about its rows and columns: square matrices of both sizes."""
+        return Scrambled.of(self.matrix)
 
-    @property
-    def rows(self) -> Tensor:
-        """Which of the model's rows each row of the codes is of, int64 [T·N]: row i of term t is i in both."""
-        gather = torch.cat([member.row_gather for member in self.group.members], dim=1).long()  # [T, N], ρ⁻¹
-        rows = torch.empty(gather.numel(), dtype=torch.int64)
-        rows[gather.flatten()] = torch.arange(gather.shape[1]).repeat(gather.shape[0])
-        return rows
-
-    def stored(self) -> ExposedMatrix:
-        """The codes and the secret keys and scales, as `expose` made them."""
-        return _stored(self.group, self.codes)
-
-    def coarse(self) -> tuple[Tensor, Tensor]:
-        """The rows of the first int8 term, float32 [N, K], and which of the model's rows each is; attackers tell terms by their spread."""
-        first = torch.cat([member.row_gather[0] for member in self.group.members]).long().sort().values
-        return self.codes[first].float(), self.rows[first]
-
-    def column_signs(self) -> Tensor:
-        """The exposed columns' secret signs, ±1 [K], as they lie."""
-        return self.group.members[0].column_scale.sign()
+    def coarse(self) -> Tensor:
+        """The first term as it lies, float32 [N, K], without the truth."""
+        return coarse(self.matrix)
 
     def sizes(self) -> tuple[Tensor, Tensor]:
         """Scales of the model's rows [N] and columns [K], without signs: gifts to an attacker."""
-        members = self.group.members
-        columns = torch.empty(self.codes.shape[1])
-        columns[self.columns] = members[0].column_scale.abs()
-        return torch.cat([member.row_scale[0] for member in members]).abs(), columns
+        return sizes_of(self.matrix)
 
     def without_scales(self, part: int) -> Tensor:
         """One member's E in the model's order, every row and column of the same scale: only the size of the whole is right."""
@@ -109,6 +95,7 @@ class Subject:
         text: windows that perplexities are measured on, int64 [windows, tokens].
         seed: of the attackers' own choices; no secret depends on it.
         relative: a public relative of the model, where the user has named one.
+        scramble: see `SlipConfig`.
     """
 
     bundle: Bundle
@@ -118,18 +105,27 @@ class Subject:
     groups: tuple[AttackedGroup, ...]
     text: Tensor
     seed: int
-    relative: PreTrainedModel | None = None
+    relative: PreTrainedModel | None
+    scramble: str
 
     @property
     def scheme(self) -> str:
-        """SLIP and what was chosen: slip/int8, or slip/int8, no scramble."""
-        parameters = self.bundle.manifest.parameters
-        return f"slip/{parameters['precision']}" + ("" if self.scrambled else ", no scramble")
+        """SLIP and what was chosen: slip/int8, mixing; or slip/int8, no scramble."""
+        precision = self.bundle.manifest.parameters["precision"]
+        return f"slip/{precision}, {'no scramble' if self.scramble == 'none' else self.scramble}"
 
     @property
     def scrambled(self) -> bool:
-        """Whether rows and columns of the exposed matrices are in secret places."""
-        return bool(self.bundle.manifest.parameters["scramble"])
+        """Whether rows and columns of the exposed matrices are hidden by secret keys."""
+        return self.scramble != "none"
+
+    def permuted(self) -> Subject:
+        """The same exposed parts under a scramble of permutations and signs alone, for comparison; keys are the attacker's own."""
+        groups = []
+        for group in self.groups:
+            matrix = expose(group.exposed, group.terms, self.stream(f"permuted {group.name}"))
+            groups.append(AttackedGroup(group.group, matrix, group.exposed, group.parts))
+        return replace(self, groups=tuple(groups), scramble="permutation")
 
     @property
     def origin(self) -> str:
@@ -181,20 +177,29 @@ def open_subject(out: Path, text: Tensor | None, seed: int, relative: PreTrained
         text = sample_text(plain, TEXT_WINDOWS, TEXT_TOKENS, seed)
     if text.numel() < _LEAST_TOKENS:
         raise BadInput(f"the text has {text.numel()} tokens: give at least {_LEAST_TOKENS}")
-    return Subject(bundle, split, plain, exposed, groups, text, seed, relative)
+    return Subject(bundle, split, plain, exposed, groups, text, seed, relative, bundle.manifest.parameters["scramble"])
+
+
+def compared(subject: Subject) -> list[Subject]:
+    """The subject, and where it is scrambled by more than permutations the same under these alone. Nothing where it is not scrambled."""
+    if not subject.scrambled:
+        return []
+    return [subject] if subject.scramble == "permutation" else [subject, subject.permuted()]
 
 
 def _attacked(group: SplitGroup, codes: Tensor) -> AttackedGroup:
     members = group.members
     starts = [sum(member.out_features for member in members[:i]) for i in range(len(members))]
     parts = tuple((member, slice(start, start + member.out_features)) for member, start in zip(members, starts, strict=True))
-    return AttackedGroup(group, codes, _stored(group, codes).dequantised().float(), parts)
+    matrix = _stored(group, codes)
+    return AttackedGroup(group, matrix, matrix.dequantised(torch.float32), parts)
 
 
 def _stored(group: SplitGroup, codes: Tensor) -> ExposedMatrix:
     leader = group.members[0]
     gather, scale = (torch.cat([getattr(member, name) for member in group.members], dim=1) for name in ("row_gather", "row_scale"))
-    return ExposedMatrix(codes, leader.column_gather, leader.column_scale, gather, scale)
+    mixing = leader.mixing_gather, leader.mixing_scale
+    return ExposedMatrix(codes, leader.column_gather, leader.column_scale, gather, scale, *mixing)
 
 
 def _require_relative(relative: PreTrainedModel, groups: tuple[AttackedGroup, ...]) -> None:

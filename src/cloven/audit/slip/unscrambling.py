@@ -1,13 +1,16 @@
 """Can the scramble be undone?
 
-Adversary: A1, who holds all exposed matrices: every group's rows and columns are permuted and flipped by keys of its own.
-Method: groups that read the residual stream have the same columns in different orders; who matches them has one basis for all. Columns
-    are matched by their sorted magnitudes, and by the graph of their cosines (quadratic assignment), between groups and with the
-    embeddings, given for free. What an MLP's first matrices make, its last one reads: their rows are matched with its columns, both ways.
-    Groups of one kind in neighbouring layers are matched once 16 columns are known, by cosines with their signs.
-    lm_head's rows and columns are matched with the embeddings', by soft permutations (Sinkhorn) and alternating directions.
-Success: the share of places found, with an interval of 95 %. Chance: 1 / places.
-Weakened: the same code where there is something to find: a second scramble of a near-duplicate (1 % noise) of the same matrix.
+Adversary: A1, who holds all exposed matrices: every group's rows and columns are hidden by keys of its own.
+Method: matrices that read the residual stream have its basis on their columns, those that write it on their rows; who brings them into
+    one basis has undone half of the scramble. Each is compared with the next that reads, the next of its kind, and the next that reads
+    what it wrote; and with the embeddings, given for free: by sorted magnitudes, by the graph of cosines (quadratic assignment), and
+    by the eigenvectors of their Gram matrices, in the order of their eigenvalues. What an MLP's first matrices make, its last one
+    reads: their rows are matched with its columns. lm_head's rows are matched with the embeddings' by soft permutations (Sinkhorn) and
+    alternating directions. The bundle's own scramble, and beside it permutations and signs alone.
+Success: the share of the basis that is found: the mean squared cosine of what was named and what is right; of places, where the scramble
+    permutes. Chance: 1 / dimension. "Broken" if half of the basis of any one pair is found.
+Weakened: the same code where there is something to find: a near-duplicate (1 % noise) of the same matrix, under keys of its own; for what
+    matches places, both under permutations alone; for rotations nothing is rounded.
 Source: matching obfuscated weights is published for permutation-based schemes; quadratic assignment by Vogelstein et al. 2015.
 """
 
@@ -15,28 +18,60 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack, interval_of, verdict_of
-from cloven.audit.slip.matching import Known, aligned_to, by_graph, by_known, by_profiles
-from cloven.audit.slip.subject import AttackedGroup, Subject
+from cloven.audit.slip.matching import aligned_to, by_eigenvectors, by_graph, by_profiles
+from cloven.audit.slip.scrambled import Scrambled, share_of, sizes_of
+from cloven.audit.slip.subject import AttackedGroup, Subject, compared
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.exposed_matrix import expose
 
 MOST_PLACES = 4096  # rows or columns that are matched
-MOST_PAIRS = 8
+MOST_PAIRS = 8  # of a kind
 NOISE = 0.01
-KNOWN = 16  # columns that an attacker is given
+_WRITERS = ("o_proj", "c_proj", "dense", "out_proj", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2")
 Matcher = Callable[[Tensor, Tensor], Tensor]
 
 
-def residual_groups(subject: Subject) -> list[AttackedGroup]:
-    """The groups whose input is the residual stream."""
-    hidden = int(subject.plain.config.get_text_config().hidden_size)
-    first = [group for group in subject.groups if group.codes.shape[1] == hidden]
-    return [group for group in first if not group.parts[0][0].name.endswith(("o_proj", "c_proj", "dense"))]
+@dataclass(frozen=True, repr=False, eq=False)
+class Side:
+    """A matrix with the residual stream's basis on its columns: float32 [n, h]; and what these are, [h, h]."""
+
+    name: str
+    matrix: Tensor
+    basis: Tensor
+    group: AttackedGroup | None
+
+
+def residual_sides(subject: Subject) -> list[Side]:
+    """What reads or writes the residual stream, in the model's order."""
+    hidden, sides = int(subject.plain.config.get_text_config().hidden_size), list[Side]()
+    for group in subject.groups:
+        n, k = group.exposed.shape
+        writes = len(group.parts) == 1 and group.parts[0][0].name.endswith(_WRITERS)
+        if max(n, k) > MOST_PLACES or (n if writes else k) != hidden:
+            continue
+        seen = group.seen
+        sides.append(Side(group.name, seen.codes.t(), seen.rows, group) if writes else Side(group.name, seen.codes, seen.columns, group))
+    return sides
+
+
+def pairs_of(sides: list[Side]) -> list[tuple[Side, Side]]:
+    """Neighbours that read, neighbours of one kind, and what writes with what reads next."""
+
+    def writes(side: Side) -> bool:
+        return side.name.endswith(_WRITERS)
+
+    readers = [side for side in sides if not writes(side)]
+    kinds = [[side for side in sides if side.name.rpartition(".")[2] == kind] for kind in {s.name.rpartition(".")[2] for s in sides}]
+    alike = sorted((pair for kind in kinds for pair in itertools.pairwise(kind)), key=lambda pair: sides.index(pair[0]))
+    onwards = [pair for pair in itertools.pairwise(sides) if writes(pair[0]) and not writes(pair[1])]
+    chosen = [*list(itertools.pairwise(readers))[:MOST_PAIRS], *alike[:MOST_PAIRS], *onwards[:MOST_PAIRS]]
+    return list({(a.name, b.name): (a, b) for a, b in chosen}.values())
 
 
 def with_noise(matrix: Tensor) -> Tensor:
@@ -45,69 +80,69 @@ def with_noise(matrix: Tensor) -> Tensor:
     return noisy
 
 
-def near_duplicate(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A scramble of its own of the matrix with 1 % noise: (codes of its first term, their rows' places, its columns' places).
+def planted(matrix: Tensor, terms: int, *, mixed: bool) -> tuple[Scrambled, Scrambled]:
+    """A matrix [N, K] and its near-duplicate under scrambles of their own. The keys are no secrets: an attacker made them.
 
-    Its key is no secret: an attacker made it.
+    Where they are mixed nothing is rounded: of int8 codes of one matrix under two mixings eigenvectors find 14 %.
     """
-    made = expose(with_noise(matrix), terms, SecretStream(bytes(KEY_BYTES), "a near-duplicate"))
-    order = made.row_gather[0].long().sort()
-    return made.codes[order.values].float(), order.indices, made.column_gather.long()
+    made = []
+    for one, key in ((matrix, "the matrix"), (with_noise(matrix), "a near-duplicate")):
+        exposed = expose(one, terms, SecretStream(bytes(KEY_BYTES), key), mixed=mixed)
+        seen = Scrambled.of(exposed)
+        if mixed:
+            rows, columns = sizes_of(exposed)
+            seen = replace(seen, codes=seen.rows @ (one.float() / rows[:, None] / columns) @ seen.columns.t())
+        made.append(seen)
+    return made[0], made[1]
 
 
-def hits(match: Tensor, truth: Tensor, other: Tensor) -> float:
-    """Share of the places i where truth[i] is other[match[i]]."""
-    return float((truth == other[match]).double().mean())
+def between(a: Side | Scrambled, b: Side | Scrambled, matcher: Matcher) -> float:
+    """The share of the basis that a matcher of columns finds."""
+    (x, ours), (y, theirs) = ((one.matrix, one.basis) if isinstance(one, Side) else (one.codes, one.columns) for one in (a, b))
+    return share_of(matcher(x.t(), y.t()), ours, theirs)
 
 
-def _between(subject: Subject, name: str, matcher: Matcher) -> list[Attack]:
-    groups = [group for group in residual_groups(subject) if group.codes.shape[1] <= MOST_PLACES]
-    pairs = list(itertools.pairwise(groups))[:MOST_PAIRS]
-    if not pairs:
-        return []
-    shares = [hits(matcher(a.coarse()[0].t(), b.coarse()[0].t()), a.columns, b.columns) for a, b in pairs]
-    value = sum(shares) / len(pairs)
-    first = pairs[0][0]
-    codes, _, columns = near_duplicate(first.exposed, first.terms)
-    weak = hits(matcher(first.coarse()[0].t(), codes.t()), first.columns, columns)
-    places = first.codes.shape[1]
-    metric = f"share of columns matched between groups of one residual stream, {len(pairs)} pairs"
-    chance, tries = 1 / places, places * len(pairs)
-    return [_attack(subject, name, "A1", metric, value, chance, weak, tries)]
-
-
-def _attack(subject: Subject, name: str, adversary: str, metric: str, value: float, chance: float, weak: float, tries: int) -> Attack:
-    verdict, interval = verdict_of(value, chance, tries), interval_of(value, tries)
-    return Attack(name, subject.scheme, adversary, metric, value, chance, weak, tries, verdict, interval)
+def by_spectra(a: Side | Scrambled, b: Side | Scrambled) -> float:
+    """The same for eigenvectors, in the order of eigenvalues."""
+    (x, ours), (y, theirs) = ((one.matrix, one.basis) if isinstance(one, Side) else (one.codes, one.columns) for one in (a, b))
+    first, second = by_eigenvectors(x), by_eigenvectors(y)
+    return float(((ours.t() @ first) * (theirs.t() @ second)).sum(0).square().mean())
 
 
 def over_matrices(subject: Subject, name: str, adversary: str, metric: str, found: list[tuple[float, int]], weak: float) -> list[Attack]:
-    """One attack from (share, places) of several matrices."""
+    """One attack from (share, dimension) of several pairs; "broken" if one of them is."""
     if not found:
         return []
     tries = sum(places for _, places in found)
-    value = sum(share * places for share, places in found) / tries
-    return [_attack(subject, name, adversary, metric, value, len(found) / tries, weak, tries)]
+    value, highest = sum(share * places for share, places in found) / tries, max(found)
+    broken = any(verdict_of(share, 1 / places, places) == "broken" for share, places in found)
+    verdict, interval = "broken" if broken else verdict_of(value, len(found) / tries, tries), interval_of(value, tries)
+    details = {"highest_of_one_pair": highest[0]}
+    return [Attack(name, subject.scheme, adversary, metric, value, len(found) / tries, weak, tries, verdict, interval, details)]
 
 
-def _from_embeddings(subject: Subject) -> list[Attack]:
-    table, attacks = embeddings(subject), list[Attack]()
-    codes, rows, columns = near_duplicate(subject.plain.get_input_embeddings().weight.detach().float(), 1)
-    places, adversary = table.shape[1], "A1, given the embeddings"
-    groups = [group for group in residual_groups(subject) if group.codes.shape[1] <= MOST_PLACES][:MOST_PAIRS]
-    metric = "share of columns of groups that read the residual stream matched with the embeddings' columns"
-    for how, matcher in (("", by_profiles), ("_graph", by_graph)):
-        found = [(hits(matcher(group.coarse()[0].t(), table.t()), group.columns, torch.arange(places)), places) for group in groups]
-        weak = hits(matcher(codes.t(), table.t()), columns, torch.arange(places))
-        attacks += over_matrices(subject, f"unscramble_columns_by_embeddings{how}", adversary, metric, found, weak)
-    head = next((group for group in subject.groups if group.parts[0][0].out_features == len(table) and len(group.parts) == 1), None)
-    if head is None or len(table) > MOST_PLACES:
-        return attacks
-    seen, truth = head.coarse()
-    found = [(hits(aligned_to(seen, table).rows, truth, torch.arange(len(table))), len(table))]
-    weak = hits(aligned_to(codes, table).rows, rows, torch.arange(len(table)))
-    metric = "share of lm_head's rows matched with the embeddings' rows"
-    return attacks + over_matrices(subject, "unscramble_lm_head_by_embeddings", adversary, metric, found, weak)
+def _columns(subject: Subject) -> list[Attack]:
+    sides = residual_sides(subject)
+    group = next((side.group for side in sides if side.group is not None), None)
+    if group is None:
+        return []
+    table = embeddings(subject)
+    given = Side("embeddings", table, torch.eye(table.shape[1]), None)
+    apart, mixed = (planted(group.exposed, group.terms, mixed=one) for one in (False, True))
+    attacks = []
+    for how in ("magnitudes", "graph", "eigenvectors"):
+        matcher = {"magnitudes": by_profiles, "graph": by_graph}.get(how)
+        compare = (lambda a, b, m=matcher: between(a, b, m)) if matcher is not None else by_spectra
+        weak = compare(*(apart if matcher is not None else mixed))
+        pairs = pairs_of(sides)
+        found = [(compare(a, b), len(a.basis)) for a, b in pairs]
+        metric = f"share of the residual stream's basis found between matrices that read or write it, {len(pairs)} pairs"
+        attacks += over_matrices(subject, f"unscramble_columns_by_{how}", "A1", metric, found, weak)
+        chosen = sides[: 2 * MOST_PAIRS]
+        found = [(compare(side, given), len(side.basis)) for side in chosen]
+        metric = f"share of the residual stream's basis found by comparing {len(chosen)} matrices with the embeddings"
+        attacks += over_matrices(subject, f"unscramble_columns_by_embeddings_{how}", "A1, given the embeddings", metric, found, weak)
+    return attacks
 
 
 def embeddings(subject: Subject) -> Tensor:
@@ -115,22 +150,39 @@ def embeddings(subject: Subject) -> Tensor:
     return expose(subject.plain.get_input_embeddings().weight.detach().float(), 1, None).codes.float()
 
 
+def _head(subject: Subject) -> list[Attack]:
+    """lm_head's rows and the embeddings'."""
+    table = embeddings(subject)
+    head = next((group for group in subject.groups if group.parts[0][0].out_features == len(table) and len(group.parts) == 1), None)
+    if head is None or len(table) > MOST_PLACES:
+        return []
+    seen = head.seen
+    found = [(share_of(aligned_to(seen.codes, table).rows, seen.rows, torch.eye(len(table))), len(table))]
+    first, near = planted(subject.plain.get_input_embeddings().weight.detach().float(), 1, mixed=False)
+    weak = share_of(aligned_to(near.codes, first.codes).rows, near.rows, first.rows)
+    metric = "share of lm_head's rows matched with the embeddings' rows"
+    return over_matrices(subject, "unscramble_lm_head_by_embeddings", "A1, given the embeddings", metric, found, weak)
+
+
 def _between_layers(subject: Subject) -> list[Attack]:
     """Rows of a matrix whose outputs are the next group's inputs, one by one, with that group's columns."""
-    found, weak = list[tuple[float, int]](), 0.0
+    found, weak = {matcher: list[tuple[float, int]]() for matcher in (by_profiles, by_graph)}, dict[Matcher, float]()
     for first, second in itertools.pairwise(subject.groups):
         places = second.codes.shape[1]
-        if not _feeds(first, second) or places > MOST_PLACES or len(found) >= MOST_PAIRS:
+        if not _feeds(first, second) or max(first.exposed.shape) > MOST_PLACES or len(found[by_graph]) >= MOST_PAIRS:
             continue
-        (seen, truth), columns = first.coarse(), second.coarse()[0].t()
-        mine = truth < places  # the first member's rows: to tell members apart is a gift
-        matches = [matcher(seen[mine], columns) for matcher in (by_profiles, by_graph)]
-        found.append((max(hits(match, truth[mine], second.columns) for match in matches), places))
-        if not weak:
-            codes, rows, _ = near_duplicate(first.exposed[:places], first.terms)
-            weak = hits(by_graph(seen[mine], codes), truth[mine], rows)
-    metric = "share of the rows of an MLP's first matrix matched with the columns of its last one, the better of two matchers"
-    return over_matrices(subject, "unscramble_rows_by_next_columns", "A1", metric, found, weak)
+        a, b = first.seen, second.seen
+        mine = a.rows[:, :places].square().sum(1) > 0.5  # the first member's rows: to tell members apart is a gift
+        one, near = planted(first.exposed[:places], first.terms, mixed=False)
+        for matcher, shares in found.items():
+            shares.append((share_of(matcher(a.codes[mine], b.codes.t()), a.rows[mine][:, :places], b.columns), places))
+            weak.setdefault(matcher, share_of(matcher(one.codes, near.codes), one.rows, near.rows))
+    metric = "share of the rows of an MLP's first matrix matched with the columns of its last one"
+    attacks = []
+    for matcher, shares in found.items():
+        name = f"unscramble_rows_by_next_columns_{'graph' if matcher is by_graph else 'magnitudes'}"
+        attacks += over_matrices(subject, name, "A1", metric, shares, weak.get(matcher, 0.0))
+    return attacks
 
 
 def _feeds(first: AttackedGroup, second: AttackedGroup) -> bool:
@@ -138,44 +190,12 @@ def _feeds(first: AttackedGroup, second: AttackedGroup) -> bool:
     return parent[0] == parent[1] and first.parts[0][0].out_features == second.codes.shape[1] != second.parts[0][0].out_features
 
 
-def _from_known(subject: Subject) -> list[Attack]:
-    """Between groups of one kind in neighbouring layers, once some columns are known."""
-    groups, pairs = residual_groups(subject), list[tuple[AttackedGroup, AttackedGroup]]()
-    for place, first in enumerate(groups):
-        alike = [other for other in groups[place + 1 :] if other.codes.shape == first.codes.shape]
-        pairs += [(first, alike[0])] if alike and max(first.codes.shape) <= MOST_PLACES else []
-    found = []
-    for a, b in pairs[:MOST_PAIRS]:
-        truth = b.columns.argsort()[a.columns]
-        share = _share_from_known(subject, a.coarse()[0], b.coarse()[0], truth, a.column_signs() * b.column_signs()[truth])
-        found.append((share, len(truth) - KNOWN))
-    if not found or found[0][1] < KNOWN:
-        return []
-    codes, coin = pairs[0][0].coarse()[0], subject.random("planted columns")
-    order, signs = torch.randperm(codes.shape[1], generator=coin), 2.0 * torch.randint(0, 2, (codes.shape[1],), generator=coin) - 1
-    planted = (with_noise(codes) * signs)[:, order]
-    weak = _share_from_known(subject, codes, planted, order.argsort(), signs)
-    metric = f"share of the other columns matched between groups of one kind in neighbouring layers, {len(found)} pairs"
-    adversary = f"A1, who knows {KNOWN} of {codes.shape[1]} columns"
-    return over_matrices(subject, "unscramble_columns_from_known", adversary, metric, found, weak)
-
-
-def _share_from_known(subject: Subject, a: Tensor, b: Tensor, truth: Tensor, signs: Tensor) -> float:
-    """The share of the other columns matched: column i of a [N, K] is column truth[i] of b [M, K], up to signs[i]."""
-    given = torch.randperm(len(truth), generator=subject.random("known columns"))
-    match = by_known(a.t(), b.t(), Known(given[:KNOWN], truth[given[:KNOWN]], signs[given[:KNOWN]]))
-    return float((match == truth)[given[KNOWN:]].double().mean())
-
-
 @torch.no_grad()
 def unscrambling(subject: Subject) -> list[Attack]:
     """See the module."""
-    if not subject.scrambled:
-        return []
+    # rows of several matrices are mixed with one another: no row of one of them is left to be matched
     return [
-        *_between(subject, "unscramble_columns_by_magnitudes", by_profiles),
-        *_between(subject, "unscramble_columns_by_graph", by_graph),
-        *_from_embeddings(subject),
-        *_between_layers(subject),
-        *_from_known(subject),
+        attack
+        for one in compared(subject)
+        for attack in (*_columns(one), *_head(one), *(_between_layers(one) if one.scramble == "permutation" else []))
     ]

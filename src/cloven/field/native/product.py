@@ -12,13 +12,15 @@ import ctypes
 import importlib.util
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cloven.field.products import MAX_INNER, Backend, PlacedMatrix
 
 FEW_ROWS = 16
-INTERFACE = 1  # of the library: what its functions take
+INTERFACE = 2  # of the library: what its functions take
 KERNEL_NAMES = ("portable", "avx2", "avx512-vnni")
 
 
@@ -35,6 +37,8 @@ class Kernels:
             raise OSError(f"{path}: kernels of another version: install cloven again")
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         library.cloven_product.argtypes = [pointer, integer, integer, pointer, integer, integer, pointer, ctypes.c_int, ctypes.c_int]
+        library.cloven_hadamard.argtypes = [pointer, integer, integer, integer, ctypes.c_double, ctypes.c_int]
+        library.cloven_hadamard.restype = ctypes.c_int
         library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
         self._library = library
         self.best: int = library.cloven_kernel()
@@ -54,6 +58,16 @@ class Kernels:
         if self._library.cloven_product(*arguments, torch.get_num_threads(), self.best if kernel is None else kernel):
             raise ValueError(f"the kernel refuses {m} x {n} x {k}")
         return z
+
+    def hadamard(self, rows: npt.NDArray[np.float64], block: int, scale: float, transposed: bool) -> None:
+        """Transform blocks of dense rows [M, n] in place, see `cloven.field.hadamard`.
+
+        Raises:
+            ValueError: no such block.
+        """
+        m, n = rows.shape
+        if self._library.cloven_hadamard(rows.ctypes.data, m, n, block, scale, int(transposed)):
+            raise ValueError(f"the kernel refuses blocks of {block} of {n}")
 
 
 @cache

@@ -1,0 +1,68 @@
+"""A scrambled matrix as an attacker sees it, and the truth that the attacker is marked by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cloven.slip.exposed_matrix import ExposedMatrix
+from cloven.slip.mixing import Mixing
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Scrambled:
+    """The first int8 term of an exposed matrix, and what its rows and columns are.
+
+    Args:
+        codes: as they lie, float32 [N, K].
+        rows: row a of the codes is a combination of the model's rows with the coefficients rows[a]; orthogonal, float32 [N, N].
+        columns: the same of the columns, [K, K]. Where nothing is mixed both are signed permutations.
+    """
+
+    codes: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, matrix: ExposedMatrix) -> Scrambled:
+        """Of an exposed matrix and its keys."""
+        order = matrix.row_gather[0].long().sort()
+        mixing = Mixing(matrix.mixing_gather, matrix.mixing_scale.sign())
+        rows = _mixed(mixing, torch.eye(len(order.indices), dtype=torch.float64))  # Rᵀ
+        rows = rows[order.indices] * matrix.row_scale[0].sign()[order.indices, None]
+        return cls(coarse(matrix), rows.float(), columns_of(matrix))
+
+
+def coarse(matrix: ExposedMatrix) -> Tensor:
+    """The rows of the first int8 term as they lie, float32 [N, K]; attackers tell terms by their spread."""
+    return matrix.codes[matrix.row_gather[0].long().sort().values].float()
+
+
+def columns_of(matrix: ExposedMatrix) -> Tensor:
+    """See `Scrambled.columns`."""
+    gather, scale = matrix.column_gather, matrix.column_scale
+    columns = torch.eye(gather.shape[1], dtype=torch.float64)[:, gather[0].long()] * scale[0].sign()
+    return _mixed(Mixing(gather[1:], scale[1:]), columns).t().float().contiguous()
+
+
+def sizes_of(matrix: ExposedMatrix) -> tuple[Tensor, Tensor]:
+    """Scales of the model's rows [N] and columns [K], without signs."""
+    columns = torch.empty(matrix.codes.shape[1])
+    columns[matrix.column_gather[0].long()] = matrix.column_scale[0].abs()
+    if len(matrix.mixing_scale):  # the mixed rows' own scales are nearly the same for all
+        return matrix.mixing_scale[-1].abs() * matrix.row_scale[0].abs().mean(), columns
+    return matrix.row_scale[0].abs(), columns
+
+
+def _mixed(mixing: Mixing, rows: Tensor) -> Tensor:
+    return torch.from_numpy(mixing.apply(rows.contiguous().numpy()))
+
+
+def share_of(match: Tensor, ours: Tensor, theirs: Tensor) -> float:
+    """How much of our vectors was found: the mean squared cosine of vector i of ours and vector match[i] of theirs, [n, m] each.
+
+    A share of places where both are signed permutations; 1 / m by chance.
+    """
+    return float((ours * theirs[match]).sum(1).square().mean())

@@ -1,0 +1,53 @@
+"""Walsh–Hadamard transforms of blocks of a vector: orthogonal, in n·log2(block) additions.
+
+    H_1 = [1],  H_2h = [[H_h, H_h], [H_h, −H_h]] / √2        [block, block], its own inverse
+
+Blocks lie side by side; where they do not fill the vector, one more lies at its end, over what was transformed already. The whole is
+orthogonal for every length; `transposed` undoes it. Float64; the C++ kernel and NumPy add in the same order and give the same bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cloven.field.native.product import load_kernels
+
+MOST = 256  # entries of a block: what stays in a core's nearest cache, and its square exceeds nearly all widths
+Rows = npt.NDArray[np.float64]
+
+
+def block_of(n: int) -> int:
+    """The largest power of two that is at most n and 256."""
+    return min(MOST, 1 << (n.bit_length() - 1))
+
+
+def transform_(rows: Rows, *, transposed: bool = False) -> None:
+    """Transform every row in place: float64 [M, n], dense, n ≥ 1.
+
+    Raises:
+        ValueError: another dtype or layout.
+    """
+    if rows.dtype != np.float64 or rows.ndim != 2 or not rows.flags.c_contiguous or not rows.flags.writeable or not rows.shape[1]:
+        raise ValueError("the transform takes dense float64 [M, n]")
+    block = block_of(rows.shape[1])
+    kernels = load_kernels()
+    if kernels is not None:
+        kernels.hadamard(rows, block, block**-0.5, transposed)
+    else:
+        transform_in_numpy_(rows, block, transposed)
+
+
+def transform_in_numpy_(rows: Rows, block: int, transposed: bool) -> None:
+    """The same without the kernel, and its oracle."""
+    n = rows.shape[1]
+    whole = n // block * block
+    blocks = [rows[:, :whole], rows[:, n - block :]] if n % block else [rows]
+    for part in reversed(blocks) if transposed else blocks:
+        width, scale = 1, block**-0.5
+        x = part.reshape(len(rows), part.shape[1] // block, block).copy()
+        while width < block:
+            pairs = x.reshape(*x.shape[:2], block // (2 * width), 2, width)
+            x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(x.shape)
+            width *= 2
+        part[...] = (x * scale).reshape(part.shape)

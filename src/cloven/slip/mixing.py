@@ -1,0 +1,69 @@
+"""A secret orthogonal mixing of coordinates in n·log n steps.
+
+    R = S_2 H S_1 H        H: Hadamard transforms of blocks (public, `cloven.field.hadamard`); S_i: secret signed permutations
+
+Every entry of R x depends on up to 256² entries of x. Guarantee: none is proved. Unlike a permutation alone, R leaves no entries,
+norms or sparse patterns of single coordinates in place by which they could be found one after the other; inner products, and so
+spectra, stay. The audit measures what that gives away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cloven.field.hadamard import Rows, transform_
+from cloven.field.prg import SecretStream
+
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """R for vectors of n entries.
+
+    Args:
+        gather: places, int32 [rounds, n]: after round i entry j is what was at gather[i, j].
+        scale: signs (and, in a last round, units), float32 [rounds, n].
+    """
+
+    gather: Tensor
+    scale: Tensor
+
+    def __repr__(self) -> str:
+        return f"Mixing({tuple(self.gather.shape)}, <secret>)"
+
+    @classmethod
+    def fresh(cls, n: int, stream: SecretStream) -> Mixing:
+        """Of a secret stream."""
+        rounds = [(stream.permutation(n).to(torch.int32), stream.signs(n).to(torch.float32)) for _ in range(ROUNDS)]
+        return cls(torch.stack([gather for gather, _ in rounds]), torch.stack([signs for _, signs in rounds]))
+
+    @classmethod
+    def none(cls, n: int) -> Mixing:
+        """R = I, without a round."""
+        return cls(torch.empty(0, n, dtype=torch.int32), torch.empty(0, n))
+
+    def scaled(self, units: Tensor) -> Mixing:
+        """diag(units) R."""
+        return Mixing(self.gather, torch.cat([self.scale[:-1], (self.scale[-1] * units).to(torch.float32)[None]]))
+
+    def apply(self, x: Rows) -> Rows:
+        """R x of every row: float64 [M, n], which is overwritten, -> float64 [M, n]."""
+        for gather, scale in zip(self.gather.numpy(), self.scale.numpy(), strict=True):
+            transform_(x)
+            x = x.take(gather, axis=1)
+            x *= scale
+        return x
+
+    def transposed(self, x: Rows) -> Rows:
+        """Rᵀ x of every row, and so R⁻¹ x where all scales are signs: float64 [M, n] -> float64 [M, n]."""
+        for gather, scale in reversed(list(zip(self.gather.numpy(), self.scale.numpy(), strict=True))):
+            back = np.empty(x.shape)
+            back[:, gather] = x * scale
+            x = back
+            transform_(x, transposed=True)
+        return x

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cloven.field.hadamard as module
+from cloven.field.hadamard import Rows, block_of, transform_, transform_in_numpy_
+from cloven.field.native.product import load_kernels
+
+
+def rows(m: int, n: int, seed: int = 0) -> Rows:
+    return np.random.default_rng(seed).standard_normal((m, n))
+
+
+def hadamard(size: int) -> Rows:
+    """The slow and obvious matrix."""
+    return np.array([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]) / size**0.5
+
+
+@pytest.mark.parametrize(("n", "block"), [(1, 1), (2, 2), (3, 2), (255, 128), (256, 256), (257, 256), (128_256, 256)])
+def test_blocks(n: int, block: int) -> None:
+    assert block_of(n) == block
+
+
+@given(m=st.integers(0, 4), n=st.integers(1, 600), seed=st.integers(0, 2**32), transposed=st.booleans())
+def test_against_the_matrix_and_bit_for_bit_against_numpy(m: int, n: int, seed: int, transposed: bool) -> None:
+    x, block = rows(m, n, seed), block_of(n)
+    matrix = np.eye(n)
+    for i in range(0, n - block + 1, block):
+        matrix[i : i + block] = hadamard(block) @ matrix[i : i + block]
+    if n % block:
+        matrix[n - block :] = hadamard(block) @ matrix[n - block :]
+    ours, oracle = x.copy(), x.copy()
+    transform_(ours, transposed=transposed)
+    transform_in_numpy_(oracle, block, transposed)
+    assert np.array_equal(ours, oracle)
+    assert np.allclose(ours, x @ (matrix if transposed else matrix.T), atol=1e-12)
+    transform_(ours, transposed=not transposed)
+    assert np.allclose(ours, x, atol=1e-12)
+
+
+def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(2, 300)
+    ours = x.copy()
+    monkeypatch.setattr(module, "load_kernels", lambda: None)
+    transform_(ours)
+    monkeypatch.undo()
+    transform_(x)
+    assert np.array_equal(ours, x)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 4), np.float32), np.zeros(4), np.zeros((2, 0)), np.zeros((4, 6))[:, ::2]])
+def test_what_is_refused(bad: Rows) -> None:
+    with pytest.raises(ValueError, match="the transform takes dense float64"):
+        transform_(bad)
+
+
+def test_what_the_kernel_refuses() -> None:
+    kernels = load_kernels()
+    if kernels is None:
+        pytest.skip("no kernels were built")
+    for block in (0, 3, 8):
+        with pytest.raises(ValueError, match=f"the kernel refuses blocks of {block} of 4"):
+            kernels.hadamard(np.zeros((1, 4)), block, 1.0, False)

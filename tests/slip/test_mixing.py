@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.slip.mixing import ROUNDS, Mixing
+
+
+def fresh(n: int) -> Mixing:
+    return Mixing.fresh(n, SecretStream(secrets.token_bytes(KEY_BYTES), "test"))
+
+
+def matrix_of(mixing: Mixing) -> Tensor:
+    """R [n, n]."""
+    return torch.from_numpy(mixing.apply(np.eye(mixing.gather.shape[1]))).t()
+
+
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32))
+def test_it_is_orthogonal_and_can_be_undone(n: int, seed: int) -> None:
+    mixing, x = fresh(n), np.random.default_rng(seed).standard_normal((3, n))
+    y = mixing.apply(x.copy())
+    assert np.allclose(mixing.transposed(y), x, atol=1e-12)
+    assert np.allclose(np.linalg.norm(y, axis=1), np.linalg.norm(x, axis=1))
+
+
+@pytest.mark.parametrize("n", [256, 300, 1344])
+def test_no_entry_stays_whole(n: int) -> None:
+    """Where it was one, no coordinate of the result holds more than a small part; a permutation leaves it in one place."""
+    largest = matrix_of(fresh(n)).abs().max(0).values
+    assert float(largest.max()) < 0.75 and float(largest.median()) < 0.4
+
+
+def test_every_key_gives_another_one() -> None:
+    first, second = (matrix_of(fresh(256)) for _ in range(2))
+    relation = first @ second.t()
+    assert float(relation.abs().max()) < 0.5 and float(relation.square().mean()) == pytest.approx(1 / 256)
+
+
+def test_none_and_units() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 9))
+    assert np.array_equal(Mixing.none(9).apply(x.copy()), x) and np.array_equal(Mixing.none(9).transposed(x), x)
+    mixing, units = fresh(9), torch.arange(9.0)
+    assert np.allclose(mixing.scaled(units).apply(x.copy()), mixing.apply(x.copy()) * units.numpy())
+    assert mixing.scaled(units).scale.dtype == torch.float32 and mixing.gather.shape == (ROUNDS, 9)
+
+
+def test_the_same_stream_gives_the_same_and_repr_is_silent() -> None:
+    first, second = (Mixing.fresh(40, SecretStream(bytes(KEY_BYTES), "x")) for _ in range(2))
+    assert torch.equal(first.gather, second.gather) and torch.equal(first.scale, second.scale)
+    assert repr(first) == "Mixing((2, 40), <secret>)"
