@@ -7,7 +7,7 @@ setup(
         Extension(
             "cloven.field.native._kernels",
             ["src/cloven/field/native/product.cpp", "src/cloven/field/native/hadamard.cpp"],
-            depends=["src/cloven/field/native/pool.hpp"],
+            depends=["src/cloven/field/native/pool.hpp", "src/cloven/field/native/shared_pool.hpp"],
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a compiler, PyTorch's product does the work

@@ -36,7 +36,7 @@ def matrix(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def test_the_attackers_gifts_are_in_place() -> None:
-    model = exposed_model(demo_bundle(), knows_scramble="none")
+    model = exposed_model(demo_bundle(), knows_scramble=False)
     assert torch.equal(model.model.embed_tokens.weight, demo_model().model.embed_tokens.weight)
     assert torch.equal(model.model.norm.weight, demo_model().model.norm.weight)
     for linear in (module for module in model.modules() if isinstance(module, SplitLinear)):
@@ -63,7 +63,7 @@ def test_unscrambled_matrices_are_the_originals_less_the_secret_part(precision: 
 
 
 def test_scrambled_matrices_have_nothing_in_place() -> None:
-    seen = exposed_model(demo_bundle(), knows_scramble="none")
+    seen = exposed_model(demo_bundle(), knows_scramble=False)
     for name in ("model.layers.1.mlp.up_proj", "model.layers.2.self_attn.o_proj", "lm_head"):
         true, guess = demo_model().get_submodule(name).weight.detach().double(), matrix(seen, name).double()
         correlation = float((true * guess).sum() / (true.norm() * guess.norm()))
@@ -96,4 +96,4 @@ def test_what_is_refused(tmp_path: Path) -> None:
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(TamperedBundle, match="bytes differ"):
-        exposed_model(bundle, knows_scramble="none")
+        exposed_model(bundle, knows_scramble=False)

@@ -121,6 +121,16 @@ def test_the_headline_is_about_the_bundles_own_mode(seal_idle: bool, headline: s
     assert page.count("<td class='n cell broken'>") == 1  # none is in the table all the same
 
 
+def test_what_permutations_would_give_is_no_headline() -> None:
+    own, other = "slip/int8, mixing", "slip/int8, permutation"
+    found = [attack("full_logits", "holds", "A8, who sees", own), attack("full_logits", "broken", "A8, who sees", other)]
+    page = report(Findings("slip", found, parameters={"scramble": "mixing", "scheme": own}))
+    assert re.search(r"<li class=holds><strong>API user", page) and "This bundle's scramble: <strong>mixing" in page
+    assert page.count(other) == 1 and "Offer text, not logits" in page
+    permuted = report(Findings("slip", found[1:], parameters={"scramble": "permutation", "scheme": other}))
+    assert re.search(r"<li class=broken><strong>API user", permuted) and "This bundle's scramble" not in permuted
+
+
 def test_intervals_and_further_numbers_are_shown() -> None:
     page = report(Findings("slip", [replace(attack(), interval=(0.0123, 0.0456), details={"perplexity_of_the_model": 13.24})]))
     assert "1.2% … 4.6%" in page and "perplexity of the model 13.24" in page

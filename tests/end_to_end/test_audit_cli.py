@@ -24,7 +24,7 @@ def test_json_and_a_report(out: Path, cloven_here: Command) -> None:
     outcome = cloven_here("audit", str(out), "--budget-minutes", "0.01", "--seed", "3", "--json")
     assert outcome.code == 0, outcome.err
     answer = json.loads(outcome.out)
-    assert set(answer) == {"scheme", "attacks", "figures", "parameters", "not_tested", "report"}
+    assert set(answer) == {"version", "scheme", "attacks", "figures", "parameters", "not_tested", "report"}
     assert all(set(attack) == KEYS for attack in answer["attacks"]) and len(answer["attacks"]) >= 12
     assert {"recovery_full", "recovery_low_rank", "recovery_scrambled"} <= {attack["name"] for attack in answer["attacks"]}
     page = out / "audit.html"
@@ -39,7 +39,7 @@ def test_a_table_and_the_same_numbers_for_one_seed(out: Path, tmp_path: Path, cl
         page = tmp_path / f"{number}.html"
         outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--json", "--report", str(page))
         assert page.exists() and not (out / "audit.html").exists()
-        values.append({a["name"]: a["value"] for a in json.loads(outcome.out)["attacks"] if a["name"] not in SECRETS})
+        values.append({(a["name"], a["scheme"]): a["value"] for a in json.loads(outcome.out)["attacks"] if a["name"] not in SECRETS})
     assert values[0] == values[1]
     outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--no-report")
     assert outcome.code == 0 and "liar" in outcome.out and "report:" not in outcome.out

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cloven.field.hadamard as module
-from cloven.field.hadamard import Rows, block_of, transform_, transform_in_numpy_
+from cloven.field.hadamard import Rows, block_of, transform_, transform_in_numpy_, turn, turn_in_numpy
 from cloven.field.native.product import load_kernels
 
 
@@ -39,6 +41,49 @@ def test_against_the_matrix_and_bit_for_bit_against_numpy(m: int, n: int, seed: 
     assert np.allclose(ours, x @ (matrix if transposed else matrix.T), atol=1e-12)
     transform_(ours, transposed=not transposed)
     assert np.allclose(ours, x, atol=1e-12)
+
+
+@given(m=st.integers(0, 4), n=st.integers(1, 400), stages=st.integers(1, 4), seed=st.integers(0, 2**32), leading=st.booleans())
+def test_turned_as_by_single_steps(m: int, n: int, stages: int, seed: int, leading: bool) -> None:
+    random = np.random.default_rng(seed)
+    x, gather = rows(m, n, seed), np.stack([random.permutation(n).astype(np.int32) for _ in range(stages)])
+    units = random.standard_normal((stages, n)).astype(np.float32)
+    before, oracle = x.copy(), x.copy()
+    for stage in range(stages):
+        if stage or leading:
+            transform_(oracle)
+        oracle = oracle.take(gather[stage], axis=1) * units[stage].astype(np.float64)
+    ours = turn(x, gather, units, leading=leading)
+    assert np.array_equal(ours, oracle) and np.array_equal(ours, turn_in_numpy(x, gather, units, leading)) and np.array_equal(x, before)
+
+
+def test_many_rows_on_several_threads() -> None:
+    x, gather = rows(300, 700), np.stack([np.random.default_rng(i).permutation(700).astype(np.int32) for i in range(3)])
+    units = np.ones((3, 700), np.float32)
+    assert np.array_equal(turn(x, gather, units, leading=True), turn_in_numpy(x, gather, units, True))
+
+
+@pytest.mark.parametrize(
+    ("x", "gather", "units"),
+    [
+        (np.zeros((1, 4), np.float32), np.zeros((1, 4), np.int32), np.ones((1, 4), np.float32)),
+        (np.zeros((1, 4)), np.zeros((1, 4), np.int64), np.ones((1, 4), np.float32)),
+        (np.zeros((1, 4)), np.zeros((0, 4), np.int32), np.ones((0, 4), np.float32)),
+        (np.zeros((1, 4)), np.zeros((1, 5), np.int32), np.ones((1, 5), np.float32)),
+        (np.zeros((1, 4)), np.zeros((2, 4), np.int32), np.ones((1, 4), np.float32)),
+    ],
+)
+def test_stages_that_do_not_fit(x: Rows, gather: Any, units: Any) -> None:
+    with pytest.raises(ValueError, match="stages"):
+        turn(x, gather, units, leading=False)
+
+
+def test_places_that_are_not_there() -> None:
+    if load_kernels() is None:
+        pytest.skip("no kernels were built")
+    for place in (-1, 4):
+        with pytest.raises(ValueError, match="the kernel refuses stages of 4 places"):
+            turn(np.zeros((1, 4)), np.full((1, 4), place, np.int32), np.ones((1, 4), np.float32), leading=False)
 
 
 def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from cloven.audit.attack import Attack
 from cloven.audit.figure import Figure
 
+VERSION = 1  # of the JSON
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -29,6 +31,7 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return {
+            "version": VERSION,
             "scheme": self.scheme,
             "attacks": [attack.to_dict() for attack in self.attacks],
             "figures": [figure.to_dict() for figure in self.figures],

@@ -28,6 +28,18 @@ _ADVERSARIES = {
     "A6": "Extracting client: wants the adapter",
     "A8": "API user in league with the worker",
 }
+_ADVICE = {
+    "A1": "If something is broken: a larger --secret-fraction, or an exposed half that stays on machines of fewer people.",
+    "A1 keys": "Keep OUT/trusted to itself. A larger --secret-fraction makes training dearer for whoever has the keys.",
+    "A1 columns": "If a part of a scramble has leaked, prepare again with a fresh key, and let nobody hold both bundles.",
+    "A1 relative": "If a relative of the model is public, split with --public-base or --adapter; the scramble is no protection then.",
+    "A2": "Wrong answers are refused before they are used. A refused worker's address needs the operator before it is used again.",
+    "A3": "Use mode session with --seal-idle. Whoever knows a part of the conversation, such as the system prompt, may learn the rest.",
+    "A4": "If the accelerator itself is watched, split with SLIP and --secret-fraction 0: the conversation then never reaches it.",
+    "A5": "The content of queries is encrypted; where their number matters, use --fixed-length.",
+    "A6": "What clients may learn is metered: set budgets when the bundle is prepared, and watch `cloven ledger`.",
+    "A8": "Offer text, not logits and not log probabilities, at an endpoint.",
+}
 _GIVEN_MORE = {"public relative": "A1 relative", "the scramble": "A1 keys", "who knows": "A1 columns"}
 _IN_WORDS = {  # those that do not begin with their letter and number
     "has the public model and a snapshot of the cache": "A3",
@@ -115,7 +127,8 @@ def _card(code: str, attacks: list[Attack]) -> str:
     named = [attack for attack in attacks if attack.verdict == verdict and verdict != "holds"]
     most = f"<small>{_text(', '.join(sorted({_name(attack) for attack in named})))}</small>" if named else ""
     headline = _ADVERSARIES.get(code, code)
-    return f"<li class={verdict}><strong>{_text(headline)}</strong>{_verdict(verdict)} <small>({counts})</small> {most}</li>"
+    advice = f"<small>{_text(_ADVICE[code])}</small>" if code in _ADVICE else ""
+    return f"<li class={verdict}><strong>{_text(headline)}</strong>{_verdict(verdict)} <small>({counts})</small> {most}{advice}</li>"
 
 
 def _table(attacks: Sequence[Attack]) -> str:

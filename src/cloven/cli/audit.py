@@ -27,14 +27,17 @@ def audit(
     relative: Annotated[
         str | None, typer.Option(metavar="MODEL", help="SLIP: a public relative of the model, which the attackers have too.")
     ] = None,
-    budget_minutes: Annotated[float, typer.Option(min=0, help="SLIP: for the attacks that train, together; 0: none of them.")] = 3.0,
-    seed: Annotated[int, typer.Option(min=0, help="SLIP: of the attackers' choices; no secret depends on it.")] = 0,
+    budget_minutes: Annotated[
+        float | None, typer.Option(min=0, help="SLIP: for the attacks that train, together; 0: none of them. Default: 3.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="SLIP: of the attackers' choices; no secret depends on it. Default: 0.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the HTML report goes; default: OUT/audit.html.")] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Attack a bundle with experiments on the user's own model; every attack also runs where it must succeed."""
     from cloven.audit.plots import matplotlib_parts
+    from cloven.audit.registry import MINUTES
     from cloven.audit.registry import audit as run
     from cloven.audit.report import report as page
     from cloven.bundle.durable import write_durably
@@ -54,8 +57,11 @@ def audit(
         raise BadInput("a private-LoRA bundle is audited without --text: its attacks are on weights and queries")
     if not manifest_format(out / "trusted") and not manifest_format(out / "server"):
         raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
+    slip = manifest_format(out / "trusted") == SLIP_TRUSTED
+    if not slip and (seed is not None or budget_minutes is not None):
+        raise BadInput("--seed and --budget-minutes are for SLIP bundles: attacks on the other schemes do not train, and draw keys anew")
     place = None if no_report else report or out / "audit.html"
-    if place is not None and manifest_format(out / "trusted") == SLIP_TRUSTED:
+    if place is not None and slip:
         matplotlib_parts()  # for the figures; where it is missing, now and not in an hour
     if report is not None and not report.parent.is_dir():
         raise BadInput(f"{report}: no such folder for the report")
@@ -68,7 +74,8 @@ def audit(
         public = open_source(relative).load().float().eval()
     with progress_bars() as progress:
         tokens = tokens_of(text, out) if text is not None else None
-        findings = run(out, tokens, seed=seed, minutes=budget_minutes, relative=public, progress=progress)
+        minutes = MINUTES if budget_minutes is None else budget_minutes
+        findings = run(out, tokens, seed=seed or 0, minutes=minutes, relative=public, progress=progress)
     if as_json:  # first: nothing is lost if the page cannot be written
         typer.echo(json.dumps({**findings.to_dict(), "report": str(place.absolute()) if place is not None else None}))
     if place is not None:

@@ -13,8 +13,11 @@ import numpy.typing as npt
 
 from cloven.field.native.product import load_kernels
 
+_ENTRIES = 2**15  # of float64, at a time
 MOST = 256  # entries of a block: what stays in a core's nearest cache, and its square exceeds nearly all widths
 Rows = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int32]
+Units = npt.NDArray[np.float32]
 
 
 def block_of(n: int) -> int:
@@ -36,6 +39,41 @@ def transform_(rows: Rows, *, transposed: bool = False) -> None:
         kernels.hadamard(rows, block, block**-0.5, transposed)
     else:
         transform_in_numpy_(rows, block, transposed)
+
+
+def turn(x: Rows, gather: Places, units: Units, *, leading: bool) -> Rows:
+    """Every row through stages, with a transform between any two of them: stage i takes y_j = x[gather[i, j]]·units[i, j].
+
+    Args:
+        x: float64 [M, n], dense; left as it is.
+        gather, units: [stages, n], dense, at least one stage.
+        leading: also transform before the first stage.
+
+    Raises:
+        ValueError: another dtype or layout, or places that are not there.
+    """
+    given = ((x, np.float64), (gather, np.int32), (units, np.float32))
+    if any(a.dtype != dtype or a.ndim != 2 or not a.flags.c_contiguous for a, dtype in given):
+        raise ValueError("stages are dense int32 and float32 [stages, n], rows dense float64 [M, n]")
+    if not len(gather) or gather.shape != units.shape or gather.shape[1] != x.shape[1] or not x.shape[1]:
+        raise ValueError(f"stages {gather.shape} and {units.shape} do not fit rows of {x.shape[1]}")
+    kernels, block = load_kernels(), block_of(x.shape[1])
+    if kernels is not None:
+        return kernels.turn(x, gather, units, block, block**-0.5, leading)
+    return turn_in_numpy(x, gather, units, leading)
+
+
+def turn_in_numpy(x: Rows, gather: Places, units: Units, leading: bool) -> Rows:
+    """The same without the kernel, and its oracle: a few rows at a time, in the cache."""
+    result, step = np.empty_like(x), max(1, _ENTRIES // x.shape[1])
+    for first in range(0, len(x), step):
+        rows = x[first : first + step].copy()
+        for stage, (places, unit) in enumerate(zip(gather, units, strict=True)):
+            if stage or leading:
+                transform_in_numpy_(rows, block_of(x.shape[1]), transposed=False)
+            rows = rows.take(places, axis=1) * unit.astype(np.float64)
+        result[first : first + step] = rows
+    return result
 
 
 def transform_in_numpy_(rows: Rows, block: int, transposed: bool) -> None:

@@ -29,6 +29,7 @@ from cloven.slip.mixing import Mixing
 
 _SECOND_TERM = 254  # |remainder| ≤ ½, times 254 ≤ 127
 _ENTRIES_AT_A_TIME = 2**21
+_COLUMNS_AT_A_TIME = 2**18  # entries
 _SAMPLED_ROWS = 256
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -148,7 +149,7 @@ def _mixed(matrix: Tensor, column: Tensor, signed: tuple[Tensor, Tensor], column
 
 def _on_columns(matrix: Tensor, change: Callable[[Rows], Rows]) -> None:
     """Every column v of a matrix [N, K] becomes change(v), some columns at a time."""
-    step = rows_at_a_time(matrix.shape[0])
+    step = max(1, _COLUMNS_AT_A_TIME // matrix.shape[0])
     for first in range(0, matrix.shape[1], step):
         part = matrix[:, first : first + step]
         part.copy_(torch.from_numpy(change(part.t().to(torch.float64).contiguous().numpy())).t())

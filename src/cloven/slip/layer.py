@@ -15,11 +15,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cloven.errors import NotAttached
+from cloven.field.hadamard import turn
 from cloven.field.residues import row_blocks
 from cloven.model.shared_input import SharedInput
 from cloven.slip.mixing import Mixing
@@ -118,9 +118,7 @@ class SplitGroup:
         Replaces an earlier product, and with it whatever secrets it held.
         """
         leader = self.members[0]
-        self._column_gather = leader.column_gather[0].numpy().astype(np.int64)  # [K]
-        self._column_scale = leader.column_scale[0].double().numpy()
-        self._columns = Mixing(leader.column_gather[1:], leader.column_scale[1:])
+        self._columns = leader.column_gather.numpy(), leader.column_scale.numpy()  # stages [1 + rounds, K]
         self._rows = Mixing(leader.mixing_gather, leader.mixing_scale)
         self._row_gather = torch.cat([member.row_gather for member in self.members], dim=1).long().numpy()  # [T, N of all members]
         self._row_scale = torch.cat([member.row_scale for member in self.members], dim=1).double().numpy()
@@ -154,13 +152,14 @@ class SplitGroup:
         return [output.contiguous().view(*x.shape[:-1], -1) for output in outputs.split(widths, dim=1)]
 
     def _scrambled(self, rows: Tensor) -> Tensor:
-        """[M, K] -> float64 [M, K] in the worker's basis. NumPy, here and below: at one row, the cost is that of starting an operation."""
-        result = rows.double().numpy().take(self._column_gather, axis=1)
-        result *= self._column_scale
-        return torch.from_numpy(self._columns.apply(result))
+        """[M, K] -> float64 [M, K] in the worker's basis."""
+        return torch.from_numpy(turn(rows.double().contiguous().numpy(), *self._columns, leading=False))
 
     def _unscrambled(self, y: Tensor) -> Tensor:
-        """What the worker's basis hides, of all terms: float64 [M, T·N] -> E x, float64 [M, N of all members]."""
+        """What the worker's basis hides, of all terms: float64 [M, T·N] -> E x, float64 [M, N of all members].
+
+        NumPy: at one row, the cost is that of starting an operation.
+        """
         values = y.numpy()
         result = values.take(self._row_gather[0], axis=1)
         result *= self._row_scale[0]

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cloven.field.hadamard import Rows, transform_
+from cloven.field.hadamard import Rows, transform_, turn
 from cloven.field.prg import SecretStream
 
 ROUNDS = 2
+_ENTRIES = 2**15  # of float64, at a time
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,19 @@ class Mixing:
         return Mixing(self.gather, torch.cat([self.scale[:-1], (self.scale[-1] * units).to(torch.float32)[None]]))
 
     def apply(self, x: Rows) -> Rows:
-        """R x of every row: float64 [M, n], which is overwritten, -> float64 [M, n]."""
-        for gather, scale in zip(self.gather.numpy(), self.scale.numpy(), strict=True):
-            transform_(x)
-            x = x.take(gather, axis=1)
-            x *= scale
-        return x
+        """R x of every row: float64 [M, n] -> float64 [M, n]; x itself where there is no round."""
+        return turn(x, self.gather.numpy(), self.scale.numpy(), leading=True) if len(self.gather) else x
 
     def transposed(self, x: Rows) -> Rows:
         """Rᵀ x of every row, and so R⁻¹ x where all scales are signs: float64 [M, n] -> float64 [M, n]."""
-        for gather, scale in reversed(list(zip(self.gather.numpy(), self.scale.numpy(), strict=True))):
-            back = np.empty(x.shape)
-            back[:, gather] = x * scale
-            x = back
-            transform_(x, transposed=True)
-        return x
+        rounds = [
+            (np.argsort(gather), scale) for gather, scale in zip(self.gather.numpy(), self.scale.numpy().astype(np.float64), strict=True)
+        ]
+        result, step = np.empty_like(x), max(1, _ENTRIES // x.shape[1])
+        for first in range(0, len(x), step):  # in the cache
+            part = x[first : first + step]
+            for back, scale in reversed(rounds):
+                part = (part * scale).take(back, axis=1)
+                transform_(part, transposed=True)
+            result[first : first + step] = part
+        return result

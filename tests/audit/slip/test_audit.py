@@ -15,7 +15,11 @@ def test_a_tiny_bundle_from_end_to_end() -> None:
         tiny_bundle("llama").path, subject.text, seed=4, minutes=0, progress=lambda stage, done, total: stages.append(stage)
     )
     names = [attack.name for attack in findings.attacks]
-    assert findings.scheme == "slip" and len(names) == len(set(names)) >= 12
+    assert (
+        findings.scheme == "slip"
+        and len({(attack.name, attack.scheme) for attack in findings.attacks}) == len(names)
+        and len(set(names)) >= 12
+    )
     assert {"liar", "full_logits", "transcript_uniform", "plaintext_adjacency", "exposed_half"} <= set(names)
     assert findings.parameters["seed"] == 4 and findings.parameters["bundle"] == tiny_bundle("llama").id
     assert "Recovery by training: --budget-minutes 0." in findings.not_tested and findings.not_tested[-len(NOT_TESTED) :] == NOT_TESTED
@@ -25,7 +29,7 @@ def test_a_tiny_bundle_from_end_to_end() -> None:
     assert knowing.weakened_value == 0.0 and knowing.verdict == "measured" and knowing.metric.endswith("no conclusion")
     assert {"loading", "attacks", "curves"} <= set(stages)
     record = findings.to_dict()
-    assert set(record) == {"scheme", "attacks", "figures", "parameters", "not_tested"}
+    assert set(record) == {"version", "scheme", "attacks", "figures", "parameters", "not_tested"}
     keys = {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict", "interval", "details"}
     assert all(set(attack) == keys for attack in record["attacks"])
 
@@ -35,7 +39,7 @@ def test_training_is_part_of_it_when_there_is_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "controlled", lambda attack: attack)
     monkeypatch.setattr(module, "training_text", lambda subject: subject.text)
     monkeypatch.setattr(module, "recovery", lambda subject, data, seconds, progress: ([seconds], []))
-    monkeypatch.setattr(module, "learned_permutations", lambda subject, data, seconds, progress: [seconds])
+    monkeypatch.setattr(module, "learned_scramble", lambda subject, data, seconds, progress: [seconds])
     findings = audit_slip(tiny_bundle("llama").path, tiny_subject().text, seed=0, minutes=2)
     first, second = (float(seconds) for seconds in findings.attacks)  # type: ignore[arg-type]
     assert (

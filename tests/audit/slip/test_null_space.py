@@ -20,7 +20,8 @@ def test_the_decoy_hides_the_hole(precision: str, scramble: str) -> None:
     other = "_int8x2" if precision == "int8" else "_int8"
     kinds = ("", other, "_scrambled") if scramble != "none" else ("", other)
     names = {f"null_space_{name}{kind}" for name in ("bottom", "top", "closest_pairs", "peaked") for kind in kinds}
-    assert set(found) == names - {"null_space_closest_pairs_scrambled"}
+    unseen = {"null_space_closest_pairs_scrambled"} | ({"null_space_peaked_scrambled"} if scramble == "mixing" else set())
+    assert set(found) == names - unseen
     assert all(controlled(attack).verdict == attack.verdict for attack in found.values())  # every control succeeds
     for attack in found.values():
         assert attack.value < attack.chance + 0.2 and attack.tries > 50

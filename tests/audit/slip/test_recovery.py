@@ -29,6 +29,7 @@ def data() -> Tensor:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LEAST_STEPS", STEPS)
+    monkeypatch.setattr(training, "RATES", (1e-3,))
 
 
 def recovered(subject: Subject) -> tuple[list[Attack], list[Figure]]:
@@ -44,8 +45,8 @@ def test_what_is_trained_and_reported() -> None:
     assert set(figure.series) == {*baselines, *found, "nothing secret", "guessed subspace, no decoy"}
     for name, attack in found.items():
         assert attack.tries == STEPS * BATCH * WINDOW and 0 <= attack.value <= 1
-        assert attack.weakened_value > 0.99 or name == "recovery_guessed_subspace"  # nothing secret
-        assert attack.chance > 0.99 and attack.verdict == "holds"  # the relative that is the model itself is the best baseline
+        assert attack.weakened_value > 0.95 or name == "recovery_guessed_subspace"  # nothing secret
+        assert attack.chance > 0.99 and attack.verdict == "measured"  # the relative that is the model itself is the best baseline
         assert attack.details["perplexity_minus_the_best_baseline"] == pytest.approx(
             attack.details["perplexity"] - attack.details["perplexity_of_the_best_baseline"]
         )
@@ -62,7 +63,7 @@ def test_the_exposed_half_is_a_better_start_than_nothing(monkeypatch: pytest.Mon
     assert left["nothing secret"] < left["recovery_full"] < left["random matrices"]
     assert left["recovery_full"] < left["recovery_scrambled"]
     assert left["guessed subspace, no decoy"] < left["recovery_guessed_subspace"]
-    assert named(attacks)["recovery_scrambled"].verdict == "holds"
+    assert named(attacks)["recovery_scrambled"].verdict == "measured"  # no claim is made on so few tokens
 
 
 def test_without_a_scramble_there_are_two_attacks_less() -> None:

@@ -29,6 +29,13 @@ def test_the_best_model_on_the_way_counts() -> None:
     assert run.before == pytest.approx(perplexity(subject.plain, subject.text)) and run.perplexity == run.before < run.curve[-1][1]
 
 
+def test_the_best_rate_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, data = demo_subject(), demo_subject().text[:, :32]
+    monkeypatch.setattr(module, "RATES", (0.5, 1e-4))
+    with torch.enable_grad():
+        assert train(subject, whole(), data, 1).rate == 1e-4 and train(subject, Start(whole().model, rate=0.1), data, 1).rate == 0.1
+
+
 def test_distillation_learns_from_the_models_distributions() -> None:
     """Two models that differ in what their teacher says of one text."""
     subject, text = demo_subject(), torch.full((8, 32), 7)

@@ -30,12 +30,14 @@ def test_a_real_recording_is_noise() -> None:
     assert found["transcript_repeated_prompt"].weakened_value == found["transcript_neighbours"].weakened_value == 1.0
 
 
-@pytest.mark.parametrize(("after", "seen_by"), [(module.TOKENS, "transcript_repeated_prompt"), (1, "transcript_neighbours")])
+@pytest.mark.parametrize(
+    ("after", "seen_by"), [(module.PROMPT + module.NEW - 1, "transcript_repeated_prompt"), (1, "transcript_neighbours")]
+)
 def test_pads_that_are_used_again_are_told(monkeypatch: pytest.MonkeyPatch, after: int, seen_by: str) -> None:
     """The weakened system, in real processes: the second pass under the first one's pads, and every token under one pad."""
     pads_used_again(monkeypatch, after)
     found = named(transcripts(tiny_subject()))
-    assert found[seen_by].verdict == "broken" and found[seen_by].value == 1.0
+    assert found[seen_by].verdict == "broken" and found[seen_by].value > 0.8  # the head sees fewer rows, and its pads later
     if after > 1:
         assert found["transcript_neighbours"].verdict == "holds"
 

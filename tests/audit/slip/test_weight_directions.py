@@ -29,14 +29,14 @@ def test_a_relative_breaks_the_scramble() -> None:
 
 
 def test_what_a_relative_gets_of_a_mixing() -> None:
-    """Only the model itself tells singular vectors apart, through what int8 adds to them: measured, no claim is made."""
+    """The model itself tells singular vectors apart, up to signs: measured, no claim is made where there is a relative."""
     subject = replace(demo_subject(), relative=demo_model(), groups=demo_subject().groups[:4])
     found = weight_directions(subject)
     mixed, permuted = named(found, "mixing"), named(found, "permutation")
     for side in ("rows", "columns"):
-        attack = mixed[f"unscramble_{side}_by_relative"]
-        assert attack.value < 0.5 and attack.weakened_value > attack.chance
+        assert mixed[f"unscramble_{side}_by_relative"].weakened_value > 0.1  # rows beyond the rank have no directions
         assert permuted[f"unscramble_{side}_by_relative"].value > 0.9
+    assert mixed["unscramble_columns_by_relative"].value > 0.5
     ours, true = aligned_matrix(subject, subject.groups[1], 0), subject.groups[1].exposed
     assert ours.shape == true.shape and torch.allclose(ours.norm(), true.norm(), rtol=0.1)
 

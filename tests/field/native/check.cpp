@@ -1,5 +1,6 @@
-// The kernels against slow products, for the sanitizers: every kernel, sizes around the vector widths, several threads, extremes.
+// The kernels against slow products and single steps, for the sanitizers: every kernel, sizes around the vector widths, several threads, extremes.
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +11,9 @@
 extern "C" int cloven_kernel();
 extern "C" int cloven_product(const std::int32_t*, std::int64_t, std::int64_t, const std::int8_t*, std::int64_t, std::int64_t,
                               std::int32_t*, int, int);
+extern "C" int cloven_hadamard(double*, std::int64_t, std::int64_t, std::int64_t, double, int);
+extern "C" int cloven_turn(const double*, std::int64_t, std::int64_t, std::int64_t, double, std::int64_t, const std::int32_t*,
+                           const float*, int, double*, int);
 
 namespace {
 
@@ -34,6 +38,38 @@ int wrong(std::int64_t m, std::int64_t k, std::int64_t n, int threads, int kerne
   return bad;
 }
 
+// Stages against single transforms, and transforms against themselves undone.
+int wrong_turn(std::int64_t m, std::int64_t n, std::int64_t stages, bool leading, unsigned seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal;
+  std::vector<double> x(m * n), out(m * n), row(n), next(n);
+  std::vector<std::int32_t> gather(stages * n);
+  std::vector<float> units(stages * n);
+  for (auto& value : x) value = normal(random);
+  for (auto& value : units) value = static_cast<float>(normal(random));
+  for (auto& place : gather) place = static_cast<std::int32_t>(random() % n);
+  std::int64_t block = 1;
+  while (2 * block <= n && block < 256) block *= 2;
+  const double scale = 1 / std::sqrt(static_cast<double>(block));
+  if (cloven_turn(x.data(), m, n, block, scale, stages, gather.data(), units.data(), leading, out.data(), 2)) return 1;
+  int bad = 0;
+  for (std::int64_t i = 0; i < m; ++i) {
+    row.assign(x.begin() + i * n, x.begin() + (i + 1) * n);
+    for (std::int64_t stage = 0; stage < stages; ++stage) {
+      if (stage > 0 || leading) bad += cloven_hadamard(row.data(), 1, n, block, scale, 0);
+      for (std::int64_t j = 0; j < n; ++j) next[j] = row[gather[stage * n + j]] * static_cast<double>(units[stage * n + j]);
+      row = next;
+    }
+    for (std::int64_t j = 0; j < n; ++j) bad += row[j] != out[i * n + j];
+  }
+  out = x;
+  bad += cloven_hadamard(out.data(), m, n, block, scale, 0) + cloven_hadamard(out.data(), m, n, block, scale, 1);
+  for (std::int64_t i = 0; i < m * n; ++i) bad += std::abs(out[i] - x[i]) > 1e-12 * (1 + std::abs(x[i]));
+  gather[0] = static_cast<std::int32_t>(n);
+  bad += cloven_turn(x.data(), m, n, block, scale, stages, gather.data(), units.data(), leading, out.data(), 2) != 1;
+  return bad;
+}
+
 }  // namespace
 
 int main() {
@@ -46,6 +82,9 @@ int main() {
     bad += wrong(1, 4096, 200, 3, kernel, ++seed), ++done;  // several chunks
     bad += wrong(1, 65536, 5, 2, kernel, seed += 3 - seed % 3), ++done;
   }
+  for (std::int64_t n : {1, 2, 3, 7, 8, 9, 255, 256, 257, 700})
+    for (std::int64_t m : {0, 1, 3, 40})
+      for (bool leading : {false, true}) bad += wrong_turn(m, n, 1 + (n + m) % 3, leading, ++seed), ++done;
   std::vector<int> results(4);
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i)

@@ -123,7 +123,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     program = tmp_path / "check"
-    source = [str(Path(__file__).with_name("check.cpp")), str(SOURCE / "product.cpp"), f"-I{SOURCE}"]
+    source = [str(Path(__file__).with_name("check.cpp")), str(SOURCE / "product.cpp"), str(SOURCE / "hadamard.cpp"), f"-I{SOURCE}"]
     options = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     subprocess.run(["g++", *options, *source, "-o", str(program)], check=True, timeout=240)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing
 from cloven.audit.slip.fractions import curve_over_fractions, spectra_figure
 from cloven.audit.slip.full_logits import full_logits
 from cloven.audit.slip.known_columns import known_columns
-from cloven.audit.slip.learned_permutations import learned_permutations
+from cloven.audit.slip.learned_scramble import learned_scramble
 from cloven.audit.slip.liars import liars
 from cloven.audit.slip.matching import assigned
 from cloven.audit.slip.null_space import null_space
@@ -41,10 +43,10 @@ ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
     transcripts,
     liars,
 )
-ORDERING = 0.25  # of the time, for permutations learned by gradient
+ORDERING = 0.25  # of the time, for scrambles learned by gradient
 NOT_TESTED = (
     "Training with more text, time or another recipe than the budget allows: raise --budget-minutes.",
-    "Permutations learned by gradient on matrices with more than 2,048 rows or columns, and matching on those with more than 4,096.",
+    "Scrambles learned by gradient on matrices with more than 2,048 rows or columns, and matching on those with more than 4,096.",
     "Training on text that no black box gave, such as the model's own training data.",
     f"Training on more than {MOST_SEQUENCES * WINDOW:,} different tokens: with more time they are seen again.",
     "Attacks on the structure of the mixing itself: its secret permutations lie between public Hadamard transforms.",
@@ -87,6 +89,9 @@ def audit_slip(
         "budget_minutes": minutes,
         "text_tokens": int(subject.text.numel()),
         "text": "given" if text is not None else "sampled from the model",
+        "text_sha256": hashlib.sha256(subject.text.numpy().tobytes()).hexdigest(),
+        "cloven": version("cloven"),
+        "torch": torch.__version__,
         "relative": relative.config.name_or_path if relative is not None else "none",
         "perplexity_of_the_model": round(math.exp(subject.nats), 4),
         "random": "pads of the recordings and questions to the worker are drawn anew; steps of training follow the machine's speed",
@@ -107,7 +112,7 @@ def audit_slip(
         text_to_train_on = training_text(subject)
         seconds = max(0.0, 60 * minutes - (time.monotonic() - started))
         trained, curves = recovery(subject, text_to_train_on, (1 - ORDERING) * seconds, progress)
-        attacks += trained + learned_permutations(subject, text_to_train_on, ORDERING * seconds, progress)
+        attacks += trained + learned_scramble(subject, text_to_train_on, ORDERING * seconds, progress)
         figures += curves
     else:
         skipped.append("Recovery by training: --budget-minutes 0.")

@@ -224,7 +224,8 @@ def _controls_as_they_lie(groups: list[AttackedGroup], stream: SecretStream, mix
         ]
 
     nothing_taken = views(lambda weight, k: weight)
-    return {"bottom": views(without_top), "top": nothing_taken, "peaked": nothing_taken}  # scales part the pairs: nothing to see
+    # scales part the pairs, and where everything is mixed no vector is peaked: nothing to see
+    return {"bottom": views(without_top), "top": nothing_taken} | ({} if mixed else {"peaked": nothing_taken})
 
 
 def hollow(weight: Tensor, k: int, terms: int) -> Tensor:

@@ -2,14 +2,14 @@
 
 Adversary: A1 with data: given embeddings, norms, biases and scales, and as much text sampled from the model (its black-box outputs) as
     it likes.
-Method: fine-tune the exposed half by AdamW: all of its matrices, by the text and by the model's distributions (distillation); or only
-    low-rank factors in the place of the secret part. With the scramble undone; as it lies, by text and distilled; and put in order by
-    a public relative, where there is one (`weight_directions`). The baselines, with the same steps and the same gifts: random matrices,
-    by text and distilled; and the relative, where there is one.
+Method: fine-tune the exposed half by AdamW, with the best of three rates in a short trial: all of its matrices, by the text and by the
+    model's distributions (distillation); or only low-rank factors in the place of the secret part. With the scramble undone; as it
+    lies, by text and distilled; and put in order by a public relative, where there is one (`weight_directions`). The baselines, with the
+    same steps and the same gifts: random matrices, by text and distilled; and the relative, where there is one.
 Success: the share of the model's knowledge that is recovered (see `exposed_half`), beyond the best baseline's that saw the same outputs
     (text alone, or distributions too), which is what anybody can have without the exposed half. Broken: more than half of the way from
-    the baseline to the model.
-Weakened: nothing secret: the same training from the whole model.
+    the baseline to the model. No claim is made on less than 50,000 tokens.
+Weakened: nothing secret: the same training from the whole model, as it is at its end.
 Source: fine-tuning attacks on partially exposed models are published; measuring them against the best baseline is ours.
 """
 
@@ -32,6 +32,7 @@ from cloven.audit.slip.weight_directions import aligned_matrix
 from cloven.slip.layer import SplitLinear
 
 _WITHOUT_KEYS = ("recovery_scrambled", "recovery_scrambled_distilled", "recovery_aligned")
+ENOUGH_TOKENS = 50_000  # to claim that training on them is of no use
 _ADVERSARY = "A1, given embeddings, norms and scales, with text"
 
 
@@ -133,13 +134,17 @@ def _control(runs: dict[str, Run], name: str) -> Run:
 
 
 def _attack(subject: Subject, name: str, run: Run, baseline: Run, control: Run, tokens: int) -> Attack:
-    value, best, weak = (knowledge(one.perplexity, subject) for one in (run, baseline, control))
+    value, best = (knowledge(one.perplexity, subject) for one in (run, baseline))
+    weak = knowledge(control.last, subject)
     verdict: Verdict = "broken" if value > (1 + best) / 2 else "holds" if value <= best + 0.02 else "measured"
+    if verdict == "holds" and tokens < ENOUGH_TOKENS:
+        verdict = "measured"
     adversary = _ADVERSARY + ("" if name in _WITHOUT_KEYS else ", and the scramble")
     metric = f"share of the model's knowledge after training on {tokens:,} tokens; chance: the best baseline's of its kind"
     details = {
         "perplexity": run.perplexity,
         "perplexity_of_the_best_baseline": baseline.perplexity,
         "perplexity_minus_the_best_baseline": run.perplexity - baseline.perplexity,
+        "rate": run.rate,
     }
     return Attack(name, subject.scheme, adversary, metric, value, best, weak, tokens, verdict, details=details)

@@ -16,7 +16,7 @@ class Scrambled:
     """The first int8 term of an exposed matrix, and what its rows and columns are.
 
     Args:
-        codes: as they lie, float32 [N, K].
+        codes: as they lie, float32 [N, K]; where rows are mixed, with the rows' own scales, which are nearly equal: a gift.
         rows: row a of the codes is a combination of the model's rows with the coefficients rows[a]; orthogonal, float32 [N, N].
         columns: the same of the columns, [K, K]. Where nothing is mixed both are signed permutations.
     """
@@ -36,8 +36,13 @@ class Scrambled:
 
 
 def coarse(matrix: ExposedMatrix) -> Tensor:
-    """The rows of the first int8 term as they lie, float32 [N, K]; attackers tell terms by their spread."""
-    return matrix.codes[matrix.row_gather[0].long().sort().values].float()
+    """See `Scrambled.codes`; attackers tell terms by their spread."""
+    order = matrix.row_gather[0].long().sort()
+    codes = matrix.codes[order.values].float()
+    if not len(matrix.mixing_scale):
+        return codes
+    sizes = matrix.row_scale[0].abs()
+    return codes * (sizes / sizes.mean())[order.indices, None]
 
 
 def columns_of(matrix: ExposedMatrix) -> Tensor:
@@ -51,7 +56,7 @@ def sizes_of(matrix: ExposedMatrix) -> tuple[Tensor, Tensor]:
     """Scales of the model's rows [N] and columns [K], without signs."""
     columns = torch.empty(matrix.codes.shape[1])
     columns[matrix.column_gather[0].long()] = matrix.column_scale[0].abs()
-    if len(matrix.mixing_scale):  # the mixed rows' own scales are nearly the same for all
+    if len(matrix.mixing_scale):  # the mixed rows' own scales are in `coarse`
         return matrix.mixing_scale[-1].abs() * matrix.row_scale[0].abs().mean(), columns
     return matrix.row_scale[0].abs(), columns
 

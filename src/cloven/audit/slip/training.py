@@ -15,7 +15,8 @@ from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.zoo.text import perplexity, sample_text
 
 BATCH, WINDOW = 8, 128
-RATE = 1e-3
+RATES = (3e-4, 1e-3, 3e-3)  # of AdamW; a short trial tells which is best
+_TRIAL = 20  # of the steps, one is a trial, for every rate
 GROWTH = 2.2  # of the tokens from one point of a curve to the next
 LEAST_STEPS = 3
 MOST_SEQUENCES = 512
@@ -29,26 +30,32 @@ class Start:
     Args:
         model: makes the model; what requires a gradient is learnt.
         distilled: learn the unsplit model's distributions, which a generous API shows, not its text alone.
-        rate: of AdamW.
+        rate: of AdamW; None: the best of `RATES` in a short trial.
     """
 
     model: Callable[[], PreTrainedModel]
     distilled: bool = False
-    rate: float = RATE
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the model at its end, the perplexity before it, and after so many tokens."""
+    """One training: the model at its end, the perplexity before it, and after so many tokens; the rate."""
 
     model: PreTrainedModel
     before: float
     curve: tuple[tuple[float, float], ...]
+    rate: float
 
     @property
     def perplexity(self) -> float:
         """The least one on the way: the attacker keeps the best model."""
         return min(self.before, *(value for _, value in self.curve))
+
+    @property
+    def last(self) -> float:
+        """That at the end: what a control must not lose."""
+        return self.curve[-1][1]
 
 
 def trainable(subject: Subject, matrix: Callable[[AttackedGroup, int], Tensor]) -> PreTrainedModel:
@@ -63,11 +70,11 @@ def trainable(subject: Subject, matrix: Callable[[AttackedGroup, int], Tensor]) 
 class _Trainer:
     """A model under training."""
 
-    def __init__(self, subject: Subject, start: Start, data: Tensor) -> None:
+    def __init__(self, subject: Subject, start: Start, data: Tensor, rate: float) -> None:
         self.model, self._data, self._random = start.model(), data, subject.random("batches")
         self._teacher = subject.plain if start.distilled else None
         learnt = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._optimiser = torch.optim.AdamW(learnt, lr=start.rate, weight_decay=0.0)
+        self._optimiser = torch.optim.AdamW(learnt, lr=rate, weight_decay=0.0)
 
     def step(self) -> None:
         """One batch."""
@@ -87,14 +94,33 @@ class _Trainer:
 
 def train(subject: Subject, start: Start, data: Tensor, steps: int) -> Run:
     """Train for that many steps on token ids [sequences, WINDOW]."""
-    trainer, curve, mark = _Trainer(subject, start, data), list[tuple[float, float]](), 1
+    rate = start.rate if start.rate is not None else _best_rate(subject, start, data, trial_steps(steps))
+    trainer, curve, mark = _Trainer(subject, start, data, rate), list[tuple[float, float]](), 1
     before = perplexity(trainer.model.eval(), subject.text)
     for done in range(1, steps + 1):
         trainer.step()
         if done in (mark, steps):
             mark = math.ceil(mark * GROWTH)
             curve.append((float(done * BATCH * WINDOW), perplexity(trainer.model.eval(), subject.text)))
-    return Run(trainer.model.eval(), before, tuple(curve))
+    return Run(trainer.model.eval(), before, tuple(curve), rate)
+
+
+def trial_steps(steps: int) -> int:
+    """Steps of a trial with one rate, before a training of so many."""
+    return max(2, steps // _TRIAL)
+
+
+def _best_rate(subject: Subject, start: Start, data: Tensor, steps: int) -> float:
+    """The rate with the least perplexity after a trial."""
+
+    def reached(rate: float) -> float:
+        trainer = _Trainer(subject, start, data, rate)
+        for _ in range(steps):
+            trainer.step()
+        value = perplexity(trainer.model.eval(), subject.text)
+        return value if math.isfinite(value) else math.inf
+
+    return min(RATES, key=reached)
 
 
 def training_text(subject: Subject) -> Tensor:
@@ -104,14 +130,16 @@ def training_text(subject: Subject) -> Tensor:
 
 
 def steps_that_fit(subject: Subject, starts: Iterable[Start], data: Tensor, seconds: float) -> int:
-    """How many steps each training may have, so that all of them together take the time that was given."""
-    steps = looks = 0.0
+    """How many steps each training may have, so that all of them together take the time that was given, this measurement included."""
+    began, steps, looks = time.monotonic(), 0.0, 0.0
     for start in starts:
-        trainer = _Trainer(subject, start, data)
+        trainer = _Trainer(subject, start, data, RATES[0])
         trainer.step()  # warms up
         started = time.monotonic()
         trainer.step()
         done = time.monotonic()
         perplexity(trainer.model.eval(), subject.text)
-        steps, looks = steps + done - started, looks + time.monotonic() - done
-    return max(LEAST_STEPS, int((seconds - _LOOKS * looks) / steps))
+        trials = len(RATES) if start.rate is None else 0
+        steps += (done - started) * (1 + trials / _TRIAL)
+        looks += (time.monotonic() - done) * (_LOOKS + trials)
+    return max(LEAST_STEPS, int((seconds - (time.monotonic() - began) - looks) / steps))

@@ -1,7 +1,7 @@
 """Does what the worker received depend on the prompt?
 
-Adversary: A1 and A8: the worker records every row of real passes through the wire, and knows or chooses the prompts.
-Method: a real worker process records two passes over the same text. For every group: chi-square tests of the four byte planes of its
+Adversary: A1 and A8: the worker records every row of real generations through the wire, and knows or chooses the prompts.
+Method: a real worker process records two generations from the same prompt. For every group: chi-square tests of the four byte planes of its
     residues against the uniform distribution; whether the same token of the same prompt gives rows that agree, or correlate, from one
     pass to the other; whether neighbouring tokens' rows correlate.
 Success: the share of tests with p < 0.001 (chance: 0.001).
@@ -25,7 +25,7 @@ from cloven.field.residues import P
 
 LEVEL = 0.001
 _SURE = 1e-6  # p of the most unlikely test, times their number
-TOKENS = 48
+PROMPT, NEW = 24, 24  # tokens
 _SMALL = 2**18  # numbers of the weakened systems are below
 
 
@@ -70,8 +70,7 @@ def rejected(ps: Iterable[float]) -> tuple[float, int]:
 @torch.no_grad()
 def transcripts(subject: Subject) -> list[Attack]:
     """See the module."""
-    ids = subject.text[:1, :TOKENS]
-    first, second = record(subject, ids, 2)
+    first, second = record(subject, subject.text[:1, :PROMPT], 2, NEW)
     unmasked = {group: c % _SMALL for group, c in first.items()}
     small = {group: torch.randint(0, _SMALL, c.shape, generator=subject.random("rows")) for group, c in first.items()}
     reused = {group: c + small[group] for group, c in first.items()}  # the second pass under the first one's pads
@@ -84,7 +83,7 @@ def transcripts(subject: Subject) -> list[Attack]:
             [p for c in first.values() for p in plane_tests(c)],
             [p for c in unmasked.values() for p in plane_tests(c)],
         ),
-        ("transcript_repeated_prompt", "groups, one text twice", repeat_tests(first, second), repeat_tests(first, reused)),
+        ("transcript_repeated_prompt", "groups, one prompt twice", repeat_tests(first, second), repeat_tests(first, reused)),
         ("transcript_neighbours", "groups, tokens and their successors", neighbour_tests(first), neighbour_tests(same_pad)),
     ):
         value, tries = rejected(real)

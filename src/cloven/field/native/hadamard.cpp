@@ -5,7 +5,13 @@
 // Blocks lie side by side; where they do not fill a row, one more lies at its end, over what was transformed already. Additions and
 // subtractions happen in the order of `cloven.field.hadamard`, whose results are therefore the same bits.
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "shared_pool.hpp"
 
 namespace {
 
@@ -46,20 +52,77 @@ Transform best() {
   return portable;
 }
 
+void blocks(double* x, std::int64_t n, std::int64_t block, double scale, bool transposed) {
+  static const Transform transform = best();
+  const bool rest = n % block != 0;
+  if (rest && transposed) transform(x + n - block, block, scale);
+  for (std::int64_t i = 0; i + block <= n; i += block) transform(x + i, block, scale);
+  if (rest && !transposed) transform(x + n - block, block, scale);
+}
+
+struct Turn {
+  const double* x;
+  std::int64_t m, n, block, stages, rows_per_chunk;
+  double scale;
+  const std::int32_t* gather;
+  const float* units;
+  bool leading;
+  double* out;
+};
+
+void turn_row(const Turn& job, std::int64_t row, double* a, double* b) {
+  const double* from = job.x + row * job.n;
+  if (job.leading) {
+    std::memcpy(a, from, static_cast<std::size_t>(job.n) * sizeof(double));
+    from = a;
+  }
+  for (std::int64_t stage = 0; stage < job.stages; ++stage) {
+    if (stage > 0 || job.leading) blocks(a, job.n, job.block, job.scale, false);
+    double* to = stage + 1 == job.stages ? job.out + row * job.n : b;
+    const std::int32_t* gather = job.gather + stage * job.n;
+    const float* units = job.units + stage * job.n;
+    for (std::int64_t i = 0; i < job.n; ++i) to[i] = from[gather[i]] * static_cast<double>(units[i]);
+    std::swap(a, b);
+    from = a;
+  }
+}
+
+void turn_chunk(const void* what, std::int64_t index) {
+  const Turn& job = *static_cast<const Turn*>(what);
+  thread_local std::vector<double> memory;
+  memory.resize(static_cast<std::size_t>(2 * job.n));
+  const std::int64_t first = index * job.rows_per_chunk;
+  for (std::int64_t row = first; row < first + job.rows_per_chunk && row < job.m; ++row)
+    turn_row(job, row, memory.data(), memory.data() + job.n);
+}
+
+bool sound(std::int64_t m, std::int64_t n, std::int64_t block) {
+  return m >= 0 && n >= 1 && block >= 1 && block <= n && (block & (block - 1)) == 0;
+}
+
 }  // namespace
+
+#define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
 // rows [m, n], dense; block a power of two ≤ n. `transposed` undoes it where blocks overlap, too. Returns 0, or 1 if the arguments are out
 // of range.
-extern "C" __attribute__((visibility("default"))) int cloven_hadamard(double* rows, std::int64_t m, std::int64_t n, std::int64_t block,
-                                                                       double scale, int transposed) {
-  static const Transform transform = best();
-  if (m < 0 || n < 1 || block < 1 || block > n || (block & (block - 1)) != 0) return 1;
-  const bool rest = n % block != 0;
-  for (std::int64_t row = 0; row < m; ++row) {
-    double* x = rows + row * n;
-    if (rest && transposed) transform(x + n - block, block, scale);
-    for (std::int64_t i = 0; i + block <= n; i += block) transform(x + i, block, scale);
-    if (rest && !transposed) transform(x + n - block, block, scale);
-  }
+CLOVEN_API int cloven_hadamard(double* rows, std::int64_t m, std::int64_t n, std::int64_t block, double scale, int transposed) {
+  if (!sound(m, n, block)) return 1;
+  for (std::int64_t row = 0; row < m; ++row) blocks(rows + row * n, n, block, scale, transposed != 0);
+  return 0;
+}
+
+// out = x turned, both [m, n], dense: stages of out[j] = in[gather[j]]·units[j], with a transform between any two of them, and before the
+// first if `leading`. gather, units [stages, n]. Returns 0, or 1 if the arguments are out of range or memory is short.
+CLOVEN_API int cloven_turn(const double* x, std::int64_t m, std::int64_t n, std::int64_t block, double scale, std::int64_t stages,
+                           const std::int32_t* gather, const float* units, int leading, double* out, int threads) {
+  if (!sound(m, n, block) || stages < 1) return 1;
+  std::uint32_t outside = 0;
+  for (std::int64_t i = 0; i < stages * n; ++i) outside |= static_cast<std::uint32_t>(gather[i]) >= static_cast<std::uint64_t>(n);
+  if (outside != 0) return 1;
+  Turn job{x, m, n, block, stages, 1, scale, gather, units, leading != 0, out};
+  const std::int64_t entries = 1 << 14;
+  job.rows_per_chunk = entries / n > 1 ? entries / n : 1;
+  cloven::shared_pool().run(turn_chunk, &job, (m + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
   return 0;
 }

@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "pool.hpp"
+#include "shared_pool.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -124,6 +124,8 @@ int best_kernel() {
 }
 
 }  // namespace
+
+cloven::Pool& cloven::shared_pool() { return *pool; }
 
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 

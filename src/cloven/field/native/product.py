@@ -38,7 +38,11 @@ class Kernels:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         library.cloven_product.argtypes = [pointer, integer, integer, pointer, integer, integer, pointer, ctypes.c_int, ctypes.c_int]
         library.cloven_hadamard.argtypes = [pointer, integer, integer, integer, ctypes.c_double, ctypes.c_int]
-        library.cloven_hadamard.restype = ctypes.c_int
+        library.cloven_turn.argtypes = [
+            *(pointer, integer, integer, integer, ctypes.c_double),
+            *(integer, pointer, pointer, ctypes.c_int, pointer, ctypes.c_int),
+        ]
+        library.cloven_hadamard.restype = library.cloven_turn.restype = ctypes.c_int
         library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
         self._library = library
         self.best: int = library.cloven_kernel()
@@ -68,6 +72,27 @@ class Kernels:
         m, n = rows.shape
         if self._library.cloven_hadamard(rows.ctypes.data, m, n, block, scale, int(transposed)):
             raise ValueError(f"the kernel refuses blocks of {block} of {n}")
+
+    def turn(
+        self,
+        x: npt.NDArray[np.float64],
+        gather: npt.NDArray[np.int32],
+        units: npt.NDArray[np.float32],
+        block: int,
+        scale: float,
+        leading: bool,
+    ) -> npt.NDArray[np.float64]:
+        """Dense rows [m, n] turned by stages [s, n], see `cloven.field.hadamard`.
+
+        Raises:
+            ValueError: no such block, or places that are not there.
+        """
+        out = np.empty_like(x)
+        (m, n), addresses = x.shape, (gather.ctypes.data, units.ctypes.data)
+        arguments = (x.ctypes.data, m, n, block, scale, len(gather), *addresses, int(leading), out.ctypes.data, torch.get_num_threads())
+        if self._library.cloven_turn(*arguments):
+            raise ValueError(f"the kernel refuses stages of {n} places with blocks of {block}")
+        return out
 
 
 @cache

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cloven.audit.slip import learned_permutations as module
-from cloven.audit.slip.learned_permutations import learned_permutations
+from cloven.audit.slip import learned_scramble as module
+from cloven.audit.slip import training
+from cloven.audit.slip.learned_scramble import learned_scramble
 from cloven.audit.slip.matching import Alignment
 from tests.audit.slip.subjects import demo_subject, named, tiny_subject
 from tests.split_models import tiny
@@ -17,17 +18,34 @@ def data() -> Tensor:
     return torch.randint(1, 40, (4, 32), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(autouse=True)
+def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "RATES", (1e-3,))
+
+
 def test_nothing_is_learnt_where_there_is_nothing_to_begin_with_and_nothing_is_lost_where_there_is() -> None:
-    subject = replace(demo_subject(), groups=demo_subject().groups[:4])
-    attack = named(learned_permutations(subject, subject.text[:, :32], 0.0))["learned_permutations"]
-    assert attack.value < 0.02 and attack.verdict == "holds"
-    assert attack.weakened_value >= 0.95  # begun at a planted near-duplicate
-    assert attack.interval is not None and set(attack.details) == {"perplexity", "knowledge"}
+    subject = replace(demo_subject(), groups=demo_subject().groups[:2])
+    found = learned_scramble(subject, subject.text[:, :32], 0.0)
+    bases, permutations = named(found, "mixing")["learned_bases"], named(found, "permutation")["learned_permutations"]
+    for attack in (bases, permutations):
+        assert attack.value < 0.02 and attack.verdict == "holds"
+        assert attack.interval is not None and set(attack.details) == {"perplexity", "knowledge"}
+    assert permutations.weakened_value >= 0.95  # begun at a planted near-duplicate
+    assert bases.weakened_value > 0.8  # begun near the true bases
 
 
 def test_with_a_relative_it_begins_there() -> None:
-    attack = named(learned_permutations(replace(tiny_subject(), relative=tiny("llama")), data(), 0.0))["learned_permutations"]
+    subject = replace(tiny_subject(scramble="permutation"), relative=tiny("llama"))
+    attack = named(learned_scramble(subject, data(), 0.0))["learned_permutations"]
     assert attack.value > 0.9 and attack.verdict == "broken" and attack.adversary.endswith("who has a public relative")
+
+
+def test_true_bases_give_the_exposed_matrix() -> None:
+    group = tiny_subject().groups[0]
+    bases = module._Bases(group, (group.seen.rows, group.seen.columns))
+    with torch.no_grad():
+        bases.compute()
+    assert float((bases.matrix - group.exposed).norm() / group.exposed.norm()) < 0.03
 
 
 def test_a_known_order_gives_the_exposed_matrix() -> None:
@@ -57,6 +75,6 @@ def test_gradients_reach_places_and_signs() -> None:
 
 
 def test_not_without_a_scramble_and_not_on_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert learned_permutations(demo_subject(scramble="none"), data(), 0.0) == []
+    assert learned_scramble(demo_subject(scramble="none"), data(), 0.0) == []
     monkeypatch.setattr(module, "MOST_PLACES", 16)
-    assert learned_permutations(tiny_subject(), data(), 0.0) == []
+    assert learned_scramble(tiny_subject(), data(), 0.0) == []
