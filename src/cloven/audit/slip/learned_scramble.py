@@ -13,6 +13,7 @@ Source: learning permutations through Sinkhorn's operator: Mena et al. 2018; the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -114,7 +115,8 @@ def _mixed_model(subject: Subject, *, planted: bool) -> PreTrainedModel:
     random = subject.random("bases")
 
     def near(truth: Tensor) -> Tensor:
-        return truth + _NEAR * torch.randn(truth.shape, generator=random) / len(truth) ** 0.5
+        noise = torch.randn(truth.shape, generator=random) * math.sqrt(1 / len(truth))
+        return truth + _NEAR * noise
 
     return _with(subject, [_Bases(g, (near(g.seen.rows), near(g.seen.columns)) if planted else None) for g in subject.groups])
 
@@ -123,7 +125,7 @@ def _found(learnt: nn.Parameter, truth: Tensor) -> Tensor:
     """Squared cosines of the rows of the nearest rotation with the truth."""
     u, _, vt = torch.linalg.svd(learnt.detach())
     cosines: Tensor = ((u @ vt) * truth).sum(1)
-    return torch.square(cosines)
+    return cosines.square()
 
 
 def _places(subject: Subject, model: PreTrainedModel) -> float:
