@@ -12,13 +12,13 @@ from cloven.audit.kv_shield import audit as kv_shield
 from cloven.audit.private_lora import audit as private_lora
 from cloven.audit.slip import audit as slip
 from cloven.audit.slip.guessed_subspace import inside_a_guess
-from cloven.audit.slip.learned_permutations import learned_permutations
+from cloven.audit.slip.learned_scramble import learned_scramble
 from cloven.audit.slip.recovery import recovery
 
 PAGE = Path(__file__).parents[1] / "docs" / "threat-model.md"
 BEGIN, END = "<!-- begin: docstrings of src/cloven/audit -->", "<!-- end: docstrings -->"
 ATTACKS = {
-    "SLIP": (*slip.ATTACKS, recovery, inside_a_guess, learned_permutations),
+    "SLIP": (*slip.ATTACKS, recovery, inside_a_guess, learned_scramble),
     "KV-Shield": kv_shield.ATTACKS,
     "private LoRA": private_lora.ATTACKS,
 }
