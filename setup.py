@@ -6,8 +6,8 @@ setup(
     ext_modules=[
         Extension(
             "cloven.field.native._kernels",
-            ["src/cloven/field/native/product.cpp", "src/cloven/field/native/hadamard.cpp"],
-            depends=["src/cloven/field/native/pool.hpp", "src/cloven/field/native/shared_pool.hpp"],
+            [f"src/cloven/field/native/{name}.cpp" for name in ("product", "hadamard", "rows")],
+            depends=[f"src/cloven/field/native/{name}.hpp" for name in ("amx", "pool", "shared_pool")],
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a compiler, PyTorch's product does the work

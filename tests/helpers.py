@@ -20,7 +20,8 @@ from cloven.bundle.shards import ShardWriter
 from cloven.bundle.verification import sha256_matrix
 from cloven.field.codec import row_bounds
 from cloven.field.freivalds import CHECKS, Freivalds
-from cloven.field.native.product import Native, load_kernels
+from cloven.field.native.library import load_kernels
+from cloven.field.native.product import Native
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.field.products import Backend, Float64, Int8Digits, PlacedMatrix
 from cloven.field.residues import H, P
@@ -193,6 +194,11 @@ class Saturating:
     def place(self, codes: Tensor) -> PlacedMatrix:
         """The codes as they are."""
         return PlacedMatrix(codes, *codes.shape)
+
+    def product(self, c: Tensor, w: PlacedMatrix) -> Tensor | None:
+        """None."""
+        del c, w
+        return None
 
     def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
         """The right formula on wrong sums."""

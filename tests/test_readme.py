@@ -2,7 +2,8 @@
 
 A ```python block is a complete program. The lines of the ```sh blocks are commands of one session; those that contain `make `,
 `git clone` or `pip install` need a fresh clone and are not run. `MODEL` and `ADAPTER` stand for a model's and an
-adapter's directory: here they are the demo's.
+adapter's directory: here they are the demo's. The short form runs the commands in forked processes (see `forked_session`), the long one
+by a shell.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from cloven.zoo.demo import demo_adapter_path, demo_model_path
 from tests.helpers import free_port
@@ -39,7 +43,8 @@ def commands() -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#") and not any(word in line for word in NOT_RUN)]
 
 
-def test_the_examples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shell", ["forked", pytest.param("bash", marks=pytest.mark.long)])
+def test_the_examples(tmp_path: Path, shell: str) -> None:
     """All at once, because each mostly waits for something: the Python programs, and the commands as one shell session."""
     programs = []
     for number, block in enumerate(blocks("python")):
@@ -51,20 +56,27 @@ def test_the_examples(tmp_path: Path) -> None:
     session = "\n".join(commands())
     for port in PORTS:  # somebody else may be at the printed ones
         session = session.replace(port, str(free_port()))
-    shell = started(["bash", "-c", f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{session}\n"], tmp_path)
+    if shell == "bash":
+        commander = started(["bash", "-c", f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{session}\n"], tmp_path)
+    else:
+        commander = started([sys.executable, str(Path(__file__).with_name("forked_session.py"))], tmp_path, stdin=subprocess.PIPE)
+        assert commander.stdin is not None
+        commander.stdin.write(session)
+        commander.stdin.close()
+        commander.stdin = None
     for program in programs:
         out, errors = program.communicate(timeout=240)
         assert program.returncode == 0, errors
         assert "ROMEO:" in out and "exchanges=" in out
         assert "Warning" not in errors and "Traceback" not in errors
-    out, errors = shell.communicate(timeout=240)
-    assert shell.returncode == 0, errors
+    out, errors = commander.communicate(timeout=240)
+    assert commander.returncode == 0, errors
     assert "Traceback" not in errors and "FAIL" not in out
     assert (tmp_path / "OUT" / "trusted").is_dir() and (tmp_path / "OUT" / "exposed").is_dir()
 
 
-def started(command: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment())
+def started(command: list[str], folder: Path, **more: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment(), **more)
 
 
 def test_there_is_something_to_run() -> None:

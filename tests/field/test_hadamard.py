@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import cloven.field.hadamard as module
 from cloven.field.hadamard import Rows, block_of, transform_, transform_in_numpy_, turn, turn_in_numpy
-from cloven.field.native.product import load_kernels
+from cloven.field.native.library import load_kernels
 
 
 def rows(m: int, n: int, seed: int = 0) -> Rows:
@@ -89,7 +89,7 @@ def test_places_that_are_not_there() -> None:
 def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows(2, 300)
     ours = x.copy()
-    monkeypatch.setattr(module, "load_kernels", lambda: None)
+    monkeypatch.setattr(module, "kernels_in_use", lambda: None)
     transform_(ours)
     monkeypatch.undo()
     transform_(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cloven.errors import BadInput, ClovenError, RunError
 from cloven.field import selection
-from cloven.field.native.product import Kernels, load_kernels
+from cloven.field.native.library import Kernels, load_kernels
 from cloven.field.products import Float64, Int8Digits, PlacedMatrix
 from cloven.field.residues import centre
 from cloven.field.selection import select_backend, self_check

@@ -13,9 +13,9 @@ import zmq
 
 import cloven
 from cloven.errors import BadInput, ClovenError
-from cloven.field.native.product import load_kernels
+from cloven.field.native.library import KERNELS, load_kernels
 from cloven.field.products import Float64
-from cloven.field.selection import KERNELS, select_backend
+from cloven.field.selection import select_backend
 from cloven.kv_shield.enclave_step import library
 from cloven.wire.admission import Admission
 from cloven.wire.lane import lanes_available

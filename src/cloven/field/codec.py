@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cloven.errors import BadInput, RunError
+from cloven.field.native.library import kernels_in_use
 from cloven.field.residues import H
 
 ZERO_NORM = 2.0**-100  # shorter rows have α = 1 and so round to zeros (and are masked like any other)
@@ -62,20 +63,36 @@ def encode(x: Tensor, bounds: RowBounds, noise: float = 0.0) -> tuple[Tensor, Te
     Raises:
         RunError: x holds NaN or infinity, or is longer than 10^150. Raised before a pad is taken.
     """
-    with np.errstate(over="ignore"):
-        norms = [math.sqrt(row @ row) for row in x.numpy()]  # [M]
-    if not all(map(math.isfinite, norms)):
-        raise RunError("the activations hold NaN or infinity: nothing was sent")
     room = _SLACK * (H - 0.5 * bounds.l1 - noise)
     if room <= 0:
         raise BadInput(f"row bounds leave no room in the field: l1={bounds.l1}, noise={noise}")
-    scale = room / max(1.0, bounds.l2)
-    alpha = torch.tensor([1.0 if norm < ZERO_NORM else scale / norm for norm in norms], dtype=torch.float64).view(-1, 1)
-    x_int = x.numpy() * alpha.numpy()
-    np.rint(x_int, out=x_int)
-    return torch.from_numpy(x_int.astype(np.int32)), alpha
+    kernels, scale = kernels_in_use(), room / max(1.0, bounds.l2)
+    encoded = kernels.encode(x, scale) if kernels is not None else encode_in_numpy(x, scale)
+    if encoded is None:
+        raise RunError("the activations hold NaN or infinity: nothing was sent")
+    return encoded
+
+
+def encode_in_numpy(x: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """The same without the kernel, and its oracle; None where a row is not finite.
+
+    ‖x‖² is summed in eight lanes, in order, and these pairwise: in that order the kernel sums, too.
+    """
+    rows = x.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
+        lanes = np.zeros((len(rows), 8))
+        for step in range(0, padded.shape[1], 8):
+            lanes += padded[:, step : step + 8] * padded[:, step : step + 8]
+        a, b, c, d = (lanes[:, i] + lanes[:, i + 1] for i in (0, 2, 4, 6))
+        norms = np.sqrt((a + b) + (c + d))
+    if not np.isfinite(norms).all():
+        return None
+    alpha = np.where(norms < ZERO_NORM, 1.0, scale / np.maximum(norms, ZERO_NORM))[:, None]
+    return torch.from_numpy(np.rint(rows * alpha).astype(np.int32)), torch.from_numpy(alpha)
 
 
 def decode(y_int: Tensor, alpha: Tensor) -> Tensor:
-    """Undo `encode` after the product: int [M, N] and alpha [M, 1] -> float64 [M, N]."""
-    return torch.from_numpy(y_int.numpy() / alpha.numpy())
+    """Undo `encode` after the product: int32 [M, N] and alpha [M, 1] -> float64 [M, N]."""
+    kernels = kernels_in_use()
+    return kernels.decode(y_int, alpha) if kernels is not None else torch.from_numpy(y_int.numpy() / alpha.numpy())

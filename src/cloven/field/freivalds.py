@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cloven.errors import VerificationFailed
+from cloven.field.native.library import kernels_in_use
 from cloven.field.products import Backend, PlacedMatrix, multiply
 from cloven.field.residues import P, row_blocks
 
@@ -58,8 +59,8 @@ class Freivalds:
         return check
 
     def _prepare(self, s: Tensor, sw: Tensor) -> None:
-        test = _halves(torch.cat([s, -sw], dim=1))
-        self._test = test.transpose(0, 2, 1).reshape(2 * CHECKS, -1).copy()  # [4, N + K], low and high half of each row of S ‖ −S W
+        self._test = torch.cat([s, -sw], dim=1).contiguous()  # [2, N + K]: S ‖ −S W
+        self._test_halves: npt.NDArray[np.float64] | None = None  # [4, N + K], low and high half of each row; without kernels
 
     def __repr__(self) -> str:
         return "Freivalds(<secret>)"
@@ -74,13 +75,19 @@ class Freivalds:
         Raises:
             VerificationFailed: some row of z is wrong.
         """
-        wrong = sum(self._wrong_rows(torch.cat(pair, dim=1)) for pair in row_blocks(_ROWS_AT_A_TIME, z, c))
+        kernels = kernels_in_use()
+        if kernels is not None:
+            wrong = kernels.wrong_rows(self._test, z, c)
+        else:
+            wrong = sum(self.wrong_rows_in_numpy(torch.cat(pair, dim=1)) for pair in row_blocks(_ROWS_AT_A_TIME, z, c))
         if wrong:
             raise VerificationFailed(f"{what} is wrong in {wrong} of {c.shape[0]} rows; nothing of it was used")
 
-    def _wrong_rows(self, both: Tensor) -> int:
-        """How many rows of z ‖ c [M, N + K] do not satisfy S z − (S W) c = 0."""
-        sums: Any = (self._test @ _halves(both)).astype(np.int64)  # [4, N + K] @ [M, N + K, 2] -> [M, 4, 2], exact below 2^53
+    def wrong_rows_in_numpy(self, both: Tensor) -> int:
+        """How many rows of z ‖ c [M, N + K] do not satisfy S z − (S W) c = 0: without the kernel, and its oracle."""
+        if self._test_halves is None:
+            self._test_halves = _halves(self._test).transpose(0, 2, 1).reshape(2 * CHECKS, -1).copy()
+        sums: Any = (self._test_halves @ _halves(both)).astype(np.int64)  # [4, N + K] @ [M, N + K, 2] -> [M, 4, 2], exact below 2^53
         return sum(any(_residual(rows) for rows in zip(row[::2], row[1::2], strict=True)) for row in sums.tolist())
 
 

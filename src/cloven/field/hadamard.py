@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cloven.field.native.product import load_kernels
+from cloven.field.native.library import kernels_in_use
 
 _ENTRIES = 2**15  # of float64, at a time
 MOST = 256  # entries of a block: what stays in a core's nearest cache, and its square exceeds nearly all widths
@@ -34,7 +34,7 @@ def transform_(rows: Rows, *, transposed: bool = False) -> None:
     if rows.dtype != np.float64 or rows.ndim != 2 or not rows.flags.c_contiguous or not rows.flags.writeable or not rows.shape[1]:
         raise ValueError("the transform takes dense float64 [M, n]")
     block = block_of(rows.shape[1])
-    kernels = load_kernels()
+    kernels = kernels_in_use()
     if kernels is not None:
         kernels.hadamard(rows, block, block**-0.5, transposed)
     else:
@@ -57,7 +57,7 @@ def turn(x: Rows, gather: Places, units: Units, *, leading: bool) -> Rows:
         raise ValueError("stages are dense int32 and float32 [stages, n], rows dense float64 [M, n]")
     if not len(gather) or gather.shape != units.shape or gather.shape[1] != x.shape[1] or not x.shape[1]:
         raise ValueError(f"stages {gather.shape} and {units.shape} do not fit rows of {x.shape[1]}")
-    kernels, block = load_kernels(), block_of(x.shape[1])
+    kernels, block = kernels_in_use(), block_of(x.shape[1])
     if kernels is not None:
         return kernels.turn(x, gather, units, block, block**-0.5, leading)
     return turn_in_numpy(x, gather, units, leading)

@@ -52,6 +52,9 @@ class Backend(Protocol):
     def place(self, codes: Tensor) -> PlacedMatrix:
         """Take an int8 matrix [N, K] (a view where possible) for later products."""
 
+    def product(self, c: Tensor, w: PlacedMatrix) -> Tensor | None:
+        """z = c Wᵀ mod p for K ≤ MAX_INNER, int32 [M, N], where the back end reduces on the spot; None: take `parts`."""
+
     def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
         """c [M, K] · Wᵀ for K ≤ MAX_INNER in parts: residues int32 in; int32 [T, M, N] out, c Wᵀ ≡ Σ_t 256^t·parts[t] (mod p).
 
@@ -91,6 +94,11 @@ class Int8Digits:
         elif n == 1:  # torch._int_mm takes the stride of a single row for granted, and a view may have any
             codes = torch.empty(1, k, dtype=torch.int8).copy_(codes)
         return PlacedMatrix(codes, n, k)
+
+    def product(self, c: Tensor, w: PlacedMatrix) -> Tensor | None:
+        """See `Backend.product`: none here."""
+        del c, w
+        return None
 
     def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
         """See `Backend.parts`: the products of the digits, T = 4."""
@@ -136,6 +144,11 @@ class Float64:
         """A matrix on the device, unpadded."""
         return PlacedMatrix(codes.to(self.device), *codes.shape)
 
+    def product(self, c: Tensor, w: PlacedMatrix) -> Tensor | None:
+        """See `Backend.product`: none here."""
+        del c, w
+        return None
+
     def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
         """See `Backend.parts`: the product itself, T = 1; W is widened a few rows at a time."""
         step = max(1, _FLOAT64_BYTES_AT_A_TIME // (8 * w.columns))
@@ -162,6 +175,8 @@ def multiply(backend: Backend, c: Tensor, w: PlacedMatrix) -> Tensor:
         for part, codes in zip(c.split(MAX_INNER, 1), w.codes[: w.rows, : w.columns].split(MAX_INNER, 1), strict=True):
             total += multiply(backend, part, backend.place(codes))
         return centre(total)
+    if (reduced := backend.product(c, w)) is not None:
+        return reduced
     z = torch.empty((c.shape[0], w.rows), dtype=torch.int32, device=backend.device)
     step = max(1, min(ROWS_AT_A_TIME, _INT32_BYTES_AT_A_TIME // (4 * DIGITS * w.rows)))
     for rows, out in row_blocks(step, c, z):

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cloven.field.native.library import kernels_in_use
+
 P = 2**31 - 1
 H = (P - 1) // 2
 
@@ -48,16 +50,21 @@ def centre_(x: Tensor | npt.NDArray[np.int64]) -> None:
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b mod p for residues of the same shape, int32 on the CPU."""
-    return _wrapped(np.add, a, b)
+    kernels = kernels_in_use()
+    return kernels.add(a, b, 1) if kernels is not None and a.dim() else _wrapped(np.add, a, b)
 
 
 def subtract(a: Tensor, b: Tensor) -> Tensor:
     """a − b mod p for residues of the same shape, int32 on the CPU."""
-    return _wrapped(np.subtract, a, b)
+    kernels = kernels_in_use()
+    return kernels.add(a, b, -1) if kernels is not None and a.dim() else _wrapped(np.subtract, a, b)
 
 
 def _wrapped(operation: np.ufunc, a: Tensor, b: Tensor) -> Tensor:
-    """|a ± b| ≤ 2H < 2^31, so one correction by p is enough: what sticks out above H loses p, below −H gains it."""
+    """Without the kernel, and its oracle.
+
+    |a ± b| ≤ 2H < 2^31, so one correction by p is enough: what sticks out above H loses p, below −H gains it.
+    """
     result = np.empty(a.shape, np.int32)
     for x, y, out in zip(*(np.atleast_2d(array) for array in (a.numpy(), b.numpy(), result)), strict=True):
         operation(x, y, out=out)

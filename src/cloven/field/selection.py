@@ -12,11 +12,10 @@ import threading
 import torch
 
 from cloven.errors import BadInput, RunError
-from cloven.field.native.product import Native, load_kernels
+from cloven.field.native.library import KERNELS, load_kernels
+from cloven.field.native.product import Native
 from cloven.field.products import Backend, Float64, Int8Digits, multiply
 from cloven.field.residues import H, P, centre
-
-KERNELS = "CLOVEN_KERNELS"
 
 
 def self_check(backend: Backend) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cloven.errors import NotAttached
-from cloven.field.hadamard import turn
+from cloven.field.hadamard import Places, Units, turn
 from cloven.field.residues import row_blocks
 from cloven.model.shared_input import SharedInput
 from cloven.slip.mixing import Mixing
@@ -120,8 +120,12 @@ class SplitGroup:
         leader = self.members[0]
         self._columns = leader.column_gather.numpy(), leader.column_scale.numpy()  # stages [1 + rounds, K]
         self._rows = Mixing(leader.mixing_gather, leader.mixing_scale)
-        self._row_gather = torch.cat([member.row_gather for member in self.members], dim=1).long().numpy()  # [T, N of all members]
-        self._row_scale = torch.cat([member.row_scale for member in self.members], dim=1).double().numpy()
+        gather, scale = (torch.cat([getattr(member, name) for member in self.members], dim=1) for name in ("row_gather", "row_scale"))
+        self._row_gather, self._row_scale = gather.long().numpy(), scale.double().numpy()  # [T, N of all members]
+        self._one_term: tuple[Places, Units] | None = None  # stages [1 + rounds, N], where there is one term
+        if len(gather) == 1:
+            stages = torch.cat([gather, leader.mixing_gather]), torch.cat([scale, leader.mixing_scale])
+            self._one_term = stages[0].numpy(), stages[1].numpy()
         self._product = product
 
     def output(self, position: int, x: Tensor) -> Tensor:
@@ -158,8 +162,10 @@ class SplitGroup:
     def _unscrambled(self, y: Tensor) -> Tensor:
         """What the worker's basis hides, of all terms: float64 [M, T·N] -> E x, float64 [M, N of all members].
 
-        NumPy: at one row, the cost is that of starting an operation.
+        Two terms in NumPy: at one row, the cost is that of starting an operation.
         """
+        if self._one_term is not None:
+            return torch.from_numpy(turn(y.numpy(), *self._one_term, leading=False))
         values = y.numpy()
         result = values.take(self._row_gather[0], axis=1)
         result *= self._row_scale[0]

@@ -14,6 +14,11 @@ extern "C" int cloven_product(const std::int32_t*, std::int64_t, std::int64_t, c
 extern "C" int cloven_hadamard(double*, std::int64_t, std::int64_t, std::int64_t, double, int);
 extern "C" int cloven_turn(const double*, std::int64_t, std::int64_t, std::int64_t, double, std::int64_t, const std::int32_t*,
                            const float*, int, double*, int);
+extern "C" int cloven_add(const std::int32_t*, const std::int32_t*, std::int64_t, std::int64_t, int, std::int32_t*, int);
+extern "C" int cloven_encode(const double*, std::int64_t, std::int64_t, double, std::int32_t*, double*, std::int32_t*, int);
+extern "C" int cloven_decode(const std::int32_t*, std::int64_t, std::int64_t, double*, double*, int);
+extern "C" int cloven_check(std::int32_t*, const std::int32_t*, const std::int32_t*, std::int64_t, std::int64_t, std::int64_t,
+                            std::int32_t*, int);
 
 namespace {
 
@@ -70,6 +75,36 @@ int wrong_turn(std::int64_t m, std::int64_t n, std::int64_t stages, bool leading
   return bad;
 }
 
+// Rows on their way out and back: sums against 64 bits, codes within a half, the check against slow sums.
+int wrong_rows(std::int64_t m, std::int64_t n, std::int64_t k, unsigned seed) {
+  std::mt19937_64 random(seed);
+  std::uniform_int_distribution<std::int64_t> residue(-kH, kH);
+  std::normal_distribution<double> normal;
+  std::vector<std::int32_t> z(m * n), c(m * k), sum(m * n), code(m * n), test(2 * (n + k)), found(m), over(m);
+  std::vector<double> x(m * n), alpha(m), back(m * n);
+  for (auto* values : {&z, &c, &test})
+    for (auto& value : *values) value = static_cast<std::int32_t>(seed % 3 ? residue(random) : seed % 2 ? kH : -kH);
+  for (auto& value : x) value = normal(random);
+  int bad = cloven_add(z.data(), z.data(), m, n, 1, sum.data(), 2) + cloven_add(sum.data(), z.data(), m, n, -1, sum.data(), 2);
+  for (std::int64_t i = 0; i < m * n; ++i) bad += sum[i] != z[i];
+  bad += cloven_encode(x.data(), m, n, 1e8, code.data(), alpha.data(), over.data(), 2);
+  bad += cloven_decode(code.data(), m, n, alpha.data(), back.data(), 2);
+  for (std::int64_t i = 0; i < m * n; ++i) bad += over[i / n] || std::abs(back[i] - x[i]) * alpha[i / n] > 0.500001;
+  bad += cloven_check(test.data(), z.data(), c.data(), m, n, k, found.data(), 2);
+  for (std::int64_t row = 0; row < m; ++row) {
+    bool expected = false;
+    for (int t = 0; t < 2; ++t) {
+      const std::int32_t* line = test.data() + t * (n + k);
+      std::int64_t total = 0;
+      for (std::int64_t i = 0; i < n; ++i) total = (total + std::int64_t{line[i]} * z[row * n + i] % kP) % kP;
+      for (std::int64_t i = 0; i < k; ++i) total = (total + std::int64_t{line[n + i]} * c[row * k + i] % kP) % kP;
+      expected |= total != 0;
+    }
+    bad += found[row] != expected;
+  }
+  return bad;
+}
+
 }  // namespace
 
 int main() {
@@ -79,12 +114,15 @@ int main() {
     for (std::int64_t k : {1, 2, 63, 64, 65, 200})
       for (std::int64_t n : {1, 3, 4, 5, 9})
         for (std::int64_t m : {1, 2, 16}) bad += wrong(m, k, n, 2, kernel, ++seed), ++done;
+    bad += wrong(37, 200, 70, 2, kernel, ++seed) + wrong(140, 1100, 33, 2, kernel, ++seed), done += 2;
     bad += wrong(1, 4096, 200, 3, kernel, ++seed), ++done;  // several chunks
     bad += wrong(1, 65536, 5, 2, kernel, seed += 3 - seed % 3), ++done;
   }
   for (std::int64_t n : {1, 2, 3, 7, 8, 9, 255, 256, 257, 700})
     for (std::int64_t m : {0, 1, 3, 40})
       for (bool leading : {false, true}) bad += wrong_turn(m, n, 1 + (n + m) % 3, leading, ++seed), ++done;
+  for (std::int64_t n : {1, 7, 8, 9, 33, 1000})
+    for (std::int64_t m : {1, 3, 90}) bad += wrong_rows(m, n, 5 + n / 2, ++seed), ++done;
   std::vector<int> results(4);
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloven.field.native import product
-from cloven.field.native.product import FEW_ROWS, Kernels, load_kernels
+from cloven.field.native.library import Kernels, load_kernels
+from cloven.field.native.product import FEW_ROWS
 from cloven.field.residues import H
 from tests.field.test_products import THREE_LOW_DIGITS, extreme_codes, extreme_residues
 from tests.helpers import python_product, random_codes, random_residues
@@ -31,7 +32,7 @@ def library() -> Kernels:
 @pytest.mark.parametrize("kernel", EVERY_KERNEL)
 @pytest.mark.parametrize("k", [1, 2, 15, 31, 63, 64, 65, 127, 128, 129, 1000, 4096])
 def test_every_kernel_against_python_integers(kernel: int, k: int) -> None:
-    for m, n in [(1, 1), (1, 3), (3, 4), (2, 5), (FEW_ROWS, 7)]:
+    for m, n in [(1, 1), (1, 3), (3, 4), (2, 5), (FEW_ROWS, 7), (5, 33), (17, 65)]:
         c, w = random_residues(m, k, k), random_codes(n, k, k + 1)
         assert torch.equal(library().product(c, w, kernel), python_product(c, w))
     c = torch.cat(extreme_residues(1, k))
@@ -66,6 +67,15 @@ def test_many_chunks_and_views() -> None:
     assert torch.equal(library().product(c, w[some, 7:137]), python_product(c, w[some, 7:137]))
     strided = random_residues(130, 3).t()
     assert torch.equal(library().product(strided, w[:9, :130]), python_product(strided, w[:9, :130]))
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(5, 64, 16), (16, 1025, 64), (129, 2100, 70), (300, 65, 129), (40, 12_000, 3)])
+def test_many_rows(m: int, k: int, n: int) -> None:
+    """More than one block of rows, part of k and strip of W, and parts of each."""
+    c, w = random_residues(m, k), random_codes(n, k + 3)[:, 2 : 2 + k]
+    expected = python_product(c, w)
+    for kernel in EVERY_KERNEL:
+        assert torch.equal(library().product(c, w, kernel), expected)
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -123,7 +133,11 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     program = tmp_path / "check"
-    source = [str(Path(__file__).with_name("check.cpp")), str(SOURCE / "product.cpp"), str(SOURCE / "hadamard.cpp"), f"-I{SOURCE}"]
+    source = [
+        str(Path(__file__).with_name("check.cpp")),
+        *(str(SOURCE / f"{name}.cpp") for name in ("product", "hadamard", "rows")),
+        f"-I{SOURCE}",
+    ]
     options = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     subprocess.run(["g++", *options, *source, "-o", str(program)], check=True, timeout=240)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "amx.hpp"
 #include "shared_pool.hpp"
 
 #if defined(__x86_64__)
@@ -29,6 +30,7 @@ constexpr std::int64_t kMaxInner = 65536;
 constexpr std::int64_t kStep = 64;       // planes are padded with zeros to a multiple of this
 constexpr int kRows = 4;                 // rows of W that share a pass over the planes
 constexpr std::int64_t kChunkBytes = 1 << 18;
+constexpr std::int64_t kFewest = 5;      // rows from which on the matrix unit is faster
 
 using Plane = std::int16_t;  // wide enough for the 16-bit multiply-add; the byte kernel has planes of its own
 
@@ -117,6 +119,7 @@ cloven::Pool* pool = new cloven::Pool;  // never destroyed: its threads sleep in
 
 int best_kernel() {
 #if CLOVEN_X86
+  if (cloven::amx_allowed()) return 3;
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return 2;
   if (__builtin_cpu_supports("avx2")) return 1;
 #endif
@@ -127,19 +130,44 @@ int best_kernel() {
 
 cloven::Pool& cloven::shared_pool() { return *pool; }
 
+#if CLOVEN_AMX
+namespace {
+
+int amx_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n, std::int64_t stride,
+                std::int32_t* z, int threads) {
+  thread_local cloven::Lines planes;
+  cloven::AmxJob job{c, m, k, (k + cloven::kQuad - 1) / cloven::kQuad, (m + cloven::kTile - 1) / cloven::kTile, nullptr, w, n, stride, z};
+  try {
+    job.planes = planes.at_least(static_cast<std::size_t>(job.blocks * job.quads) * 4 * cloven::kTileBytes);
+  } catch (...) {
+    return 1;
+  }
+  pool->run(cloven::pack_planes, &job, job.blocks, threads);
+  const std::int64_t wide = cloven::kStrips * cloven::kTile;
+  pool->run(cloven::amx_chunk, &job, (n + wide - 1) / wide, threads);
+  return 0;
+}
+
+}  // namespace
+#endif
+
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
-// The fastest kernel that this CPU runs: 0 portable, 1 AVX2, 2 AVX-512 VNNI.
+// The fastest kernel that this CPU runs: 0 portable, 1 AVX2, 2 AVX-512 VNNI, 3 AMX (and 2 for the fewest rows).
 CLOVEN_API int cloven_kernel() { return best_kernel(); }
 
 // The version of this interface.
-CLOVEN_API int cloven_interface() { return 2; }
+CLOVEN_API int cloven_interface() { return 3; }
 
 // z = c Wᵀ mod p. Strides in bytes of W only; c and z are dense. Returns 0, or 1 if the arguments are out of range or memory is short.
 CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n,
                               std::int64_t stride, std::int32_t* z, int threads, int kernel) {
   if (m < 0 || n < 0 || k < 1 || k > kMaxInner || kernel < 0 || kernel > best_kernel()) return 1;
   if (m == 0 || n == 0) return 0;
+#if CLOVEN_AMX
+  if (kernel == 3 && m >= kFewest) return amx_product(c, m, k, w, n, stride, z, threads);
+  if (kernel == 3) kernel = 2;
+#endif
   const std::int64_t padded = (k + kStep - 1) / kStep * kStep;
   const std::size_t size = static_cast<std::size_t>(m * 4 * padded);
   thread_local std::vector<std::uint8_t> bytes;

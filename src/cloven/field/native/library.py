@@ -1,0 +1,142 @@
+"""The compiled kernels: loaded once, called through a plain C interface; absent where there was no compiler.
+
+Everything here has an oracle in Python that gives the same bits: `cloven.field.products`, `hadamard`, `residues`, `codec`, `freivalds`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+KERNELS = "CLOVEN_KERNELS"  # native, or torch
+INTERFACE = 3  # of the library: what its functions take
+KERNEL_NAMES = ("portable", "avx2", "avx512-vnni", "amx")
+
+
+class Kernels:
+    """The compiled library.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        if library.cloven_interface() != INTERFACE:
+            raise OSError(f"{path}: kernels of another version: install cloven again")
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.cloven_product.argtypes = [pointer, integer, integer, pointer, integer, integer, pointer, ctypes.c_int, ctypes.c_int]
+        library.cloven_hadamard.argtypes = [pointer, integer, integer, integer, ctypes.c_double, ctypes.c_int]
+        library.cloven_turn.argtypes = [
+            *(pointer, integer, integer, integer, ctypes.c_double),
+            *(integer, pointer, pointer, ctypes.c_int, pointer, ctypes.c_int),
+        ]
+        library.cloven_hadamard.restype = library.cloven_turn.restype = ctypes.c_int
+        number = ctypes.c_int
+        library.cloven_add.argtypes = [pointer, pointer, integer, integer, number, pointer, number]
+        library.cloven_encode.argtypes = [pointer, integer, integer, ctypes.c_double, pointer, pointer, pointer, number]
+        library.cloven_decode.argtypes = [pointer, integer, integer, pointer, pointer, number]
+        library.cloven_check.argtypes = [pointer, pointer, pointer, integer, integer, integer, pointer, number]
+        library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
+        self._library = library
+        self.best: int = library.cloven_kernel()
+
+    def product(self, c: Tensor, w: Tensor, kernel: int | None = None) -> Tensor:
+        """c Wᵀ mod p: residues int32 [M, K], int8 [N, K] with dense rows, K ≤ MAX_INNER -> residues int32 [M, N].
+
+        Raises:
+            ValueError: arguments out of range, or a kernel that this CPU lacks.
+        """
+        (m, k), n = c.shape, w.shape[0]
+        if c.dtype != torch.int32 or w.dtype != torch.int8 or w.shape[1] != k or w.stride(1) != 1:
+            raise ValueError("the kernel takes int32 [M, K] and int8 [N, K] with dense rows")
+        c = c.contiguous()
+        z = torch.empty(m, n, dtype=torch.int32)
+        arguments = (c.data_ptr(), m, k, w.data_ptr(), n, w.stride(0), z.data_ptr())
+        if self._library.cloven_product(*arguments, torch.get_num_threads(), self.best if kernel is None else kernel):
+            raise ValueError(f"the kernel refuses {m} x {n} x {k}")
+        return z
+
+    def hadamard(self, rows: npt.NDArray[np.float64], block: int, scale: float, transposed: bool) -> None:
+        """Transform blocks of dense rows [M, n] in place, see `cloven.field.hadamard`.
+
+        Raises:
+            ValueError: no such block.
+        """
+        m, n = rows.shape
+        if self._library.cloven_hadamard(rows.ctypes.data, m, n, block, scale, int(transposed)):
+            raise ValueError(f"the kernel refuses blocks of {block} of {n}")
+
+    def turn(
+        self,
+        x: npt.NDArray[np.float64],
+        gather: npt.NDArray[np.int32],
+        units: npt.NDArray[np.float32],
+        block: int,
+        scale: float,
+        leading: bool,
+    ) -> npt.NDArray[np.float64]:
+        """Dense rows [m, n] turned by stages [s, n], see `cloven.field.hadamard`.
+
+        Raises:
+            ValueError: no such block, or places that are not there.
+        """
+        out = np.empty_like(x)
+        (m, n), addresses = x.shape, (gather.ctypes.data, units.ctypes.data)
+        arguments = (x.ctypes.data, m, n, block, scale, len(gather), *addresses, int(leading), out.ctypes.data, torch.get_num_threads())
+        if self._library.cloven_turn(*arguments):
+            raise ValueError(f"the kernel refuses stages of {n} places with blocks of {block}")
+        return out
+
+    def add(self, a: Tensor, b: Tensor, sign: int) -> Tensor:
+        """a + sign·b mod p for residues of one shape [..., n], int32."""
+        a, b = a.contiguous(), b.contiguous()
+        out, n = torch.empty_like(a), a.shape[-1]
+        self._library.cloven_add(a.data_ptr(), b.data_ptr(), a.numel() // max(1, n), n, sign, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def encode(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+        """round(α x) int32 [M, K] and α float64 [M, 1] of float64 [M, K], α = scale / ‖x‖; None where a row is not finite."""
+        x, (m, k) = x.contiguous(), x.shape
+        out, alpha = torch.empty(m, k, dtype=torch.int32), torch.empty(m, 1, dtype=torch.float64)
+        found = torch.empty(m, dtype=torch.int32)
+        arguments = (x.data_ptr(), m, k, scale, out.data_ptr(), alpha.data_ptr(), found.data_ptr())
+        self._library.cloven_encode(*arguments, torch.get_num_threads())
+        return None if found.any() else (out, alpha)
+
+    def decode(self, y: Tensor, alpha: Tensor) -> Tensor:
+        """y / α: int32 [M, N] and float64 [M, 1] -> float64 [M, N]."""
+        y, alpha, (m, n) = y.contiguous(), alpha.contiguous(), y.shape
+        out = torch.empty(m, n, dtype=torch.float64)
+        self._library.cloven_decode(y.data_ptr(), m, n, alpha.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def wrong_rows(self, test: Tensor, z: Tensor, c: Tensor) -> int:
+        """How many rows of z ‖ c [M, N + K] do not satisfy test · (z ‖ c) = 0 mod p, for residues; test int32 [2, N + K]."""
+        z, c = z.contiguous(), c.contiguous()
+        found = torch.empty(len(z), dtype=torch.int32)
+        sizes = (len(z), z.shape[1], c.shape[1])
+        self._library.cloven_check(test.data_ptr(), z.data_ptr(), c.data_ptr(), *sizes, found.data_ptr(), torch.get_num_threads())
+        return int(found.sum())
+
+
+def kernels_in_use() -> Kernels | None:
+    """The kernels, or None where they were not built, or CLOVEN_KERNELS says that PyTorch and NumPy do the work."""
+    return load_kernels() if os.environ.get(KERNELS) != "torch" else None
+
+
+@cache
+def load_kernels() -> Kernels | None:
+    """The kernels, or None where they were not built."""
+    found = importlib.util.find_spec("cloven.field.native._kernels")
+    try:
+        return Kernels(found.origin) if found is not None and found.origin is not None else None
+    except (OSError, AttributeError):  # built for another machine, or another version
+        return None
