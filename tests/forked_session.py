@@ -6,6 +6,7 @@ the first exit code that is not 0, and ends what runs in the background.
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
@@ -41,6 +42,7 @@ def main() -> int:
     del cloven
     assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer  # imported when they are first asked for
     assert torch.get_num_threads()  # nothing has run that would start its threads
+    gc.freeze()  # or every command would tidy up all that was imported at its end
     background: list[int] = []
     parent = os.getpid()
 

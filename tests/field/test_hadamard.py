@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cloven.field.hadamard as module
-from cloven.field.hadamard import Rows, block_of, transform_, transform_in_numpy_, turn, turn_in_numpy
+from cloven.field.hadamard import Rows, block_of, transform_, transform_in_numpy_, turn, turn_in_numpy, turn_onto
 from cloven.field.native.library import load_kernels
 
 
@@ -55,6 +56,28 @@ def test_turned_as_by_single_steps(m: int, n: int, stages: int, seed: int, leadi
         oracle = oracle.take(gather[stage], axis=1) * units[stage].astype(np.float64)
     ours = turn(x, gather, units, leading=leading)
     assert np.array_equal(ours, oracle) and np.array_equal(ours, turn_in_numpy(x, gather, units, leading)) and np.array_equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(m=st.integers(0, 4), n=st.integers(1, 300), seed=st.integers(0, 2**32))
+def test_a_sum_in_the_dtype_of_the_model(dtype: torch.dtype, m: int, n: int, seed: int) -> None:
+    """One pass gives the bits that one after the other give."""
+    random = np.random.default_rng(seed)
+    stages = np.stack([random.permutation(n).astype(np.int32) for _ in range(3)]), random.standard_normal((3, n)).astype(np.float32)
+    x, total, out = rows(m, n, seed), torch.from_numpy(rows(m, n, seed + 1)).float(), torch.empty(m, n, dtype=dtype)
+    turn_onto(x, stages, total, out)
+    oracle = torch.empty(m, n, dtype=dtype).copy_(torch.from_numpy(turn_in_numpy(x, *stages, False)).add_(total))
+    assert torch.equal(out, oracle)
+
+
+def test_a_sum_that_is_not_a_number_or_out_of_range() -> None:
+    stages = np.arange(4, dtype=np.int32)[None], np.ones((1, 4), np.float32)
+    x, out = np.array([[1e300, -1e300, np.nan, 1.0]]), torch.empty(1, 4, dtype=torch.bfloat16)
+    turn_onto(x, stages, torch.zeros(1, 4), out)
+    assert out.isinf().tolist() == [[True, True, False, False]] and out.isnan().tolist() == [[False, False, True, False]]
+    for total in (torch.zeros(1, 4, dtype=torch.float64), torch.zeros(2, 4), torch.zeros(4, 1).t()[:, ::1].expand(1, 4)[:, [0, 1, 2]]):
+        with pytest.raises(ValueError, match="dense rows of one shape"):
+            turn_onto(x, stages, total, out)
 
 
 def test_many_rows_on_several_threads() -> None:

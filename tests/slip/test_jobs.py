@@ -26,6 +26,7 @@ from cloven.slip.config import SlipConfig
 from cloven.slip.jobs import GroupJob, find_spectra, read_record, read_spectra, record_path, spectra_path, split_group
 from cloven.slip.plan import PLAN, RANKS, WORK
 from cloven.slip.prepare import prepare_slip
+from cloven.zoo.demo import demo_model_path
 from tests.preparations import Stop, again, edit_weights, hashes, key_of, own_folder, record, reference, steps_of, stop_at
 from tests.split_models import run_cloven, scratch, tiny, tiny_folder
 
@@ -175,7 +176,10 @@ def after_lines(count: int, seconds: float) -> Callable[[subprocess.Popen[str]],
     return moment
 
 
-@pytest.mark.parametrize(("engine", "lines", "milliseconds"), [("inline", 2, 3), ("inline", 13, 7), ("pool", 14, 1)])
+@pytest.mark.parametrize(
+    ("engine", "lines", "milliseconds"),
+    [pytest.param("inline", 2, 3, marks=pytest.mark.long), ("inline", 13, 7), pytest.param("pool", 14, 1, marks=pytest.mark.long)],
+)
 def test_sigkill(tmp_path: Path, engine: str, lines: int, milliseconds: int) -> None:
     """In the middle of a job: half a file may be left."""
     code = killed(tmp_path / "out", engine, after_lines(lines, milliseconds / 1000))
@@ -419,7 +423,7 @@ def test_jobs_hold_paths_and_numbers_only() -> None:
     assert {field: type(value) for field, value in vars(GroupJob("a", 1)).items()} == {"folder": str, "group": int}
 
 
-@pytest.mark.parametrize("engine", ["inline", "pool"])  # Ray: tests/engine/test_ray.py
+@pytest.mark.parametrize("engine", ["inline", pytest.param("pool", marks=pytest.mark.long)])  # tests/engine has both pool and Ray
 def test_a_job_that_fails(tmp_path: Path, engine: str) -> None:
     folder = own_folder(tmp_path / "model")
     edit_weights(folder, lambda held: held["model.layers.1.mlp.up_proj.weight"].view(-1)[7].fill_(float("nan")))
@@ -463,10 +467,12 @@ def test_the_pool_is_given_the_memory_of_a_job(tmp_path: Path, monkeypatch: pyte
 # --- on the command line
 
 
-def test_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["inline", pytest.param("pool", marks=pytest.mark.long)])
+def test_the_same_command_goes_on(tmp_path: Path, engine: str) -> None:
     """SIGINT in the middle: exit code 130, no traceback; the same command again finishes."""
-    shutil.copytree(tiny_folder("llama"), tmp_path / "model")
-    arguments = ["prepare", "slip", str(tmp_path / "model"), str(tmp_path / "out"), "--no-public-relative", "--engine", "pool"]
+    model = demo_model_path() if engine == "inline" else tiny_folder("llama")  # jobs that last a while, or processes that take theirs
+    shutil.copytree(model, tmp_path / "model")
+    arguments = ["prepare", "slip", str(tmp_path / "model"), str(tmp_path / "out"), "--no-public-relative", "--engine", engine]
     for _ in range(5):  # on a busy machine it may have finished before it is interrupted: then once more
         process = subprocess.Popen([sys.executable, "-m", "cloven", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60

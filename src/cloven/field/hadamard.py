@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from cloven.field.native.library import kernels_in_use
+from cloven.field.native.library import KINDS, kernels_in_use
 
 _ENTRIES = 2**15  # of float64, at a time
 MOST = 256  # entries of a block: what stays in a core's nearest cache, and its square exceeds nearly all widths
@@ -52,15 +54,24 @@ def turn(x: Rows, gather: Places, units: Units, *, leading: bool) -> Rows:
     Raises:
         ValueError: another dtype or layout, or places that are not there.
     """
-    given = ((x, np.float64), (gather, np.int32), (units, np.float32))
-    if any(a.dtype != dtype or a.ndim != 2 or not a.flags.c_contiguous for a, dtype in given):
-        raise ValueError("stages are dense int32 and float32 [stages, n], rows dense float64 [M, n]")
-    if not len(gather) or gather.shape != units.shape or gather.shape[1] != x.shape[1] or not x.shape[1]:
-        raise ValueError(f"stages {gather.shape} and {units.shape} do not fit rows of {x.shape[1]}")
+    _require_stages(x, gather, units)
     kernels, block = kernels_in_use(), block_of(x.shape[1])
     if kernels is not None:
         return kernels.turn(x, gather, units, block, block**-0.5, leading)
     return turn_in_numpy(x, gather, units, leading)
+
+
+def turn_onto(x: Rows, stages: tuple[Places, Units], total: Tensor, out: Tensor) -> None:
+    """out = turn(x) + total, rounded once from float64 to float32 and then to the dtype of out: float32 total, any out, dense [M, n]."""
+    kernels = kernels_in_use()
+    if kernels is None or out.dtype not in KINDS:
+        out.copy_(torch.from_numpy(turn(x, *stages, leading=False)).add_(total))
+        return
+    _require_stages(x, *stages)
+    if total.dtype != torch.float32 or not (total.shape == out.shape == x.shape and total.is_contiguous() and out.is_contiguous()):
+        raise ValueError("a sum is taken of dense rows of one shape, and float32")
+    block = block_of(x.shape[1])
+    kernels.turn(x, *stages, block, block**-0.5, False, total, out)
 
 
 def turn_in_numpy(x: Rows, gather: Places, units: Units, leading: bool) -> Rows:
@@ -74,6 +85,14 @@ def turn_in_numpy(x: Rows, gather: Places, units: Units, leading: bool) -> Rows:
             rows = rows.take(places, axis=1) * unit.astype(np.float64)
         result[first : first + step] = rows
     return result
+
+
+def _require_stages(x: Rows, gather: Places, units: Units) -> None:
+    given = ((x, np.float64), (gather, np.int32), (units, np.float32))
+    if any(a.dtype != dtype or a.ndim != 2 or not a.flags.c_contiguous for a, dtype in given):
+        raise ValueError("stages are dense int32 and float32 [stages, n], rows dense float64 [M, n]")
+    if not len(gather) or gather.shape != units.shape or gather.shape[1] != x.shape[1] or not x.shape[1]:
+        raise ValueError(f"stages {gather.shape} and {units.shape} do not fit rows of {x.shape[1]}")
 
 
 def transform_in_numpy_(rows: Rows, block: int, transposed: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cloven.errors import NotAttached
-from cloven.field.hadamard import Places, Units, turn
+from cloven.field.hadamard import Places, Units, turn, turn_onto
 from cloven.field.residues import row_blocks
 from cloven.model.shared_input import SharedInput
 from cloven.slip.mixing import Mixing
@@ -151,8 +151,11 @@ class SplitGroup:
 
         y = self._product(self._scrambled(rows), meanwhile)  # [M, T·N]
         outputs = torch.empty(total.shape, dtype=x.dtype)
-        for y_rows, total_rows, out in row_blocks(_ROWS_AT_A_TIME, y, total, outputs):
-            out.copy_(self._unscrambled(y_rows).add_(total_rows))
+        if self._one_term is not None:
+            turn_onto(y.numpy(), self._one_term, total, outputs)
+        else:
+            for y_rows, total_rows, out in row_blocks(_ROWS_AT_A_TIME, y, total, outputs):
+                out.copy_(self._unscrambled(y_rows).add_(total_rows))
         return [output.contiguous().view(*x.shape[:-1], -1) for output in outputs.split(widths, dim=1)]
 
     def _scrambled(self, rows: Tensor) -> Tensor:
@@ -160,12 +163,7 @@ class SplitGroup:
         return torch.from_numpy(turn(rows.double().contiguous().numpy(), *self._columns, leading=False))
 
     def _unscrambled(self, y: Tensor) -> Tensor:
-        """What the worker's basis hides, of all terms: float64 [M, T·N] -> E x, float64 [M, N of all members].
-
-        Two terms in NumPy: at one row, the cost is that of starting an operation.
-        """
-        if self._one_term is not None:
-            return torch.from_numpy(turn(y.numpy(), *self._one_term, leading=False))
+        """What the worker's basis hides, of two terms: float64 [M, T·N] -> E x, float64 [M, N of all members]."""
         values = y.numpy()
         result = values.take(self._row_gather[0], axis=1)
         result *= self._row_scale[0]

@@ -13,7 +13,7 @@ extern "C" int cloven_product(const std::int32_t*, std::int64_t, std::int64_t, c
                               std::int32_t*, int, int);
 extern "C" int cloven_hadamard(double*, std::int64_t, std::int64_t, std::int64_t, double, int);
 extern "C" int cloven_turn(const double*, std::int64_t, std::int64_t, std::int64_t, double, std::int64_t, const std::int32_t*,
-                           const float*, int, double*, int);
+                           const float*, int, const float*, void*, int, int);
 extern "C" int cloven_add(const std::int32_t*, const std::int32_t*, std::int64_t, std::int64_t, int, std::int32_t*, int);
 extern "C" int cloven_encode(const double*, std::int64_t, std::int64_t, double, std::int32_t*, double*, std::int32_t*, int);
 extern "C" int cloven_decode(const std::int32_t*, std::int64_t, std::int64_t, double*, double*, int);
@@ -56,7 +56,7 @@ int wrong_turn(std::int64_t m, std::int64_t n, std::int64_t stages, bool leading
   std::int64_t block = 1;
   while (2 * block <= n && block < 256) block *= 2;
   const double scale = 1 / std::sqrt(static_cast<double>(block));
-  if (cloven_turn(x.data(), m, n, block, scale, stages, gather.data(), units.data(), leading, out.data(), 2)) return 1;
+  if (cloven_turn(x.data(), m, n, block, scale, stages, gather.data(), units.data(), leading, nullptr, out.data(), 0, 2)) return 1;
   int bad = 0;
   for (std::int64_t i = 0; i < m; ++i) {
     row.assign(x.begin() + i * n, x.begin() + (i + 1) * n);
@@ -67,11 +67,15 @@ int wrong_turn(std::int64_t m, std::int64_t n, std::int64_t stages, bool leading
     }
     for (std::int64_t j = 0; j < n; ++j) bad += row[j] != out[i * n + j];
   }
+  std::vector<float> total(m * n), sum(m * n);
+  for (auto& value : total) value = static_cast<float>(normal(random));
+  bad += cloven_turn(x.data(), m, n, block, scale, stages, gather.data(), units.data(), leading, total.data(), sum.data(), 1, 2);
+  for (std::int64_t i = 0; i < m * n; ++i) bad += sum[i] != static_cast<float>(out[i] + static_cast<double>(total[i]));
   out = x;
   bad += cloven_hadamard(out.data(), m, n, block, scale, 0) + cloven_hadamard(out.data(), m, n, block, scale, 1);
   for (std::int64_t i = 0; i < m * n; ++i) bad += std::abs(out[i] - x[i]) > 1e-12 * (1 + std::abs(x[i]));
   gather[0] = static_cast<std::int32_t>(n);
-  bad += cloven_turn(x.data(), m, n, block, scale, stages, gather.data(), units.data(), leading, out.data(), 2) != 1;
+  bad += cloven_turn(x.data(), m, n, block, scale, stages, gather.data(), units.data(), leading, nullptr, out.data(), 0, 2) != 1;
   return bad;
 }
 

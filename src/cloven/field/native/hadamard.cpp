@@ -67,8 +67,30 @@ struct Turn {
   const std::int32_t* gather;
   const float* units;
   bool leading;
-  double* out;
+  const float* total;  // added to the last stage's entries; null: nothing is
+  void* out;
+  int kind;  // of out: 0 float64, 1 float32, 2 bfloat16
 };
+
+std::uint16_t bfloat16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // not a number
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The last stage, into the caller's memory.
+void last_stage(const Turn& job, std::int64_t row, const double* from, const std::int32_t* gather, const float* units) {
+  const std::int64_t n = job.n, at = row * n;
+  const auto value = [&](std::int64_t i) { return from[gather[i]] * static_cast<double>(units[i]); };
+  const auto sum = [&](std::int64_t i) { return static_cast<float>(value(i) + static_cast<double>(job.total[at + i])); };
+  if (job.kind == 0)
+    for (std::int64_t i = 0; i < n; ++i) static_cast<double*>(job.out)[at + i] = value(i);
+  else if (job.kind == 1)
+    for (std::int64_t i = 0; i < n; ++i) static_cast<float*>(job.out)[at + i] = sum(i);
+  else
+    for (std::int64_t i = 0; i < n; ++i) static_cast<std::uint16_t*>(job.out)[at + i] = bfloat16(sum(i));
+}
 
 void turn_row(const Turn& job, std::int64_t row, double* a, double* b) {
   const double* from = job.x + row * job.n;
@@ -78,10 +100,10 @@ void turn_row(const Turn& job, std::int64_t row, double* a, double* b) {
   }
   for (std::int64_t stage = 0; stage < job.stages; ++stage) {
     if (stage > 0 || job.leading) blocks(a, job.n, job.block, job.scale, false);
-    double* to = stage + 1 == job.stages ? job.out + row * job.n : b;
     const std::int32_t* gather = job.gather + stage * job.n;
     const float* units = job.units + stage * job.n;
-    for (std::int64_t i = 0; i < job.n; ++i) to[i] = from[gather[i]] * static_cast<double>(units[i]);
+    if (stage + 1 == job.stages) return last_stage(job, row, from, gather, units);
+    for (std::int64_t i = 0; i < job.n; ++i) b[i] = from[gather[i]] * static_cast<double>(units[i]);
     std::swap(a, b);
     from = a;
   }
@@ -113,14 +135,16 @@ CLOVEN_API int cloven_hadamard(double* rows, std::int64_t m, std::int64_t n, std
 }
 
 // out = x turned, both [m, n], dense: stages of out[j] = in[gather[j]]·units[j], with a transform between any two of them, and before the
-// first if `leading`. gather, units [stages, n]. Returns 0, or 1 if the arguments are out of range or memory is short.
+// first if `leading`. gather, units [stages, n]. kind 0: out is float64; 1, 2: out is float32 or bfloat16, of the sum with total [m, n]. Returns 0, or 1 if the arguments are out of range or memory is short.
 CLOVEN_API int cloven_turn(const double* x, std::int64_t m, std::int64_t n, std::int64_t block, double scale, std::int64_t stages,
-                           const std::int32_t* gather, const float* units, int leading, double* out, int threads) {
-  if (!sound(m, n, block) || stages < 1) return 1;
+                           const std::int32_t* gather, const float* units, int leading, const float* total, void* out, int kind,
+                           int threads) {
+  if (!sound(m, n, block) || stages < 1 || kind < 0 || kind > 2) return 1;
+  if (m > 0 && (kind != 0) != (total != nullptr)) return 1;
   std::uint32_t outside = 0;
   for (std::int64_t i = 0; i < stages * n; ++i) outside |= static_cast<std::uint32_t>(gather[i]) >= static_cast<std::uint64_t>(n);
   if (outside != 0) return 1;
-  Turn job{x, m, n, block, stages, 1, scale, gather, units, leading != 0, out};
+  Turn job{x, m, n, block, stages, 1, scale, gather, units, leading != 0, total, out, kind};
   const std::int64_t entries = 1 << 14;
   job.rows_per_chunk = entries / n > 1 ? entries / n : 1;
   cloven::shared_pool().run(turn_chunk, &job, (m + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 KERNELS = "CLOVEN_KERNELS"  # native, or torch
-INTERFACE = 3  # of the library: what its functions take
+INTERFACE = 4  # of the library: what its functions take
+KINDS = {torch.float32: 1, torch.bfloat16: 2}  # of a sum
 KERNEL_NAMES = ("portable", "avx2", "avx512-vnni", "amx")
 
 
@@ -36,7 +37,7 @@ class Kernels:
         library.cloven_hadamard.argtypes = [pointer, integer, integer, integer, ctypes.c_double, ctypes.c_int]
         library.cloven_turn.argtypes = [
             *(pointer, integer, integer, integer, ctypes.c_double),
-            *(integer, pointer, pointer, ctypes.c_int, pointer, ctypes.c_int),
+            *(integer, pointer, pointer, ctypes.c_int, pointer, pointer, ctypes.c_int, ctypes.c_int),
         ]
         library.cloven_hadamard.restype = library.cloven_turn.restype = ctypes.c_int
         number = ctypes.c_int
@@ -82,18 +83,26 @@ class Kernels:
         block: int,
         scale: float,
         leading: bool,
+        total: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> npt.NDArray[np.float64]:
         """Dense rows [m, n] turned by stages [s, n], see `cloven.field.hadamard`.
+
+        Args:
+            total: float32 [m, n], dense, to be added. Then
+            out: float32 or bfloat16 [m, n], dense, gets the sum, and nothing is returned that is of use.
 
         Raises:
             ValueError: no such block, or places that are not there.
         """
-        out = np.empty_like(x)
-        (m, n), addresses = x.shape, (gather.ctypes.data, units.ctypes.data)
-        arguments = (x.ctypes.data, m, n, block, scale, len(gather), *addresses, int(leading), out.ctypes.data, torch.get_num_threads())
+        result = np.empty((0, 0)) if out is not None else np.empty_like(x)
+        (m, n), kind = x.shape, KINDS[out.dtype] if out is not None else 0
+        addresses = (gather.ctypes.data, units.ctypes.data, int(leading), total.data_ptr() if total is not None else None)
+        target = out.data_ptr() if out is not None else result.ctypes.data
+        arguments = (x.ctypes.data, m, n, block, scale, len(gather), *addresses, target, kind, torch.get_num_threads())
         if self._library.cloven_turn(*arguments):
             raise ValueError(f"the kernel refuses stages of {n} places with blocks of {block}")
-        return out
+        return result
 
     def add(self, a: Tensor, b: Tensor, sign: int) -> Tensor:
         """a + sign·b mod p for residues of one shape [..., n], int32."""
