@@ -75,6 +75,30 @@ def prepare(
     )
 
 
+@app.command("exchange")
+def exchange(
+    width: Annotated[int, typer.Option(min=64, help="Rows and columns of the matrix.")] = 4096,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of x: tokens.")] = 1,
+    rounds: Annotated[int, typer.Option(min=5, help="Exchanges, after some that warm up.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Where the time of one exchange between the trusted process and a worker goes, step by step."""
+    from cloven.bench.exchange import bench_exchange
+    from cloven.cli.progress import progress_bars
+
+    with progress_bars() as progress:
+        result = bench_exchange(width, rows, rounds, progress)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    lines = [(name, f"{microseconds:,.0f}") for name, microseconds in result.steps.items()]
+    lines += [("the product alone", f"{result.product:,.0f}"), ("all steps less the product", f"{result.overhead:,.0f}")]
+    lines += [("B (A x), while the worker works", f"{result.secret_part:,.0f}"), ("a whole call of the layer", f"{result.whole_call:,.0f}")]
+    _print_rows(
+        f"one exchange, {result.rows} x {result.width}, {result.products}, medians of {result.rounds}", ("step", "microseconds"), lines
+    )
+
+
 def _print(result: SlipBench) -> None:
     from rich.console import Console
     from rich.table import Table

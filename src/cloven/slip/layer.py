@@ -128,6 +128,11 @@ class SplitGroup:
             self._one_term = stages[0].numpy(), stages[1].numpy()
         self._product = product
 
+    def stages(self) -> tuple[tuple[Places, Units], tuple[Places, Units]]:
+        """How x gets into the worker's basis and the answer out of it (of one term), once a product is attached: for measurements."""
+        assert self._one_term is not None
+        return self._columns, self._one_term
+
     def output(self, position: int, x: Tensor) -> Tensor:
         """The output of one member; the first sibling to be called computes for all."""
         return self._shared.output(position, x)

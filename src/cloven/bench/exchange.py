@@ -1,0 +1,129 @@
+"""`cloven bench exchange`: where the time of one exchange goes, step by step.
+
+One square group of linears, a real worker over ipc, pads ready. In every round the steps run by hand, as `slip.layer` and `offload` chain
+them, then the product alone in this process on the same matrix, then a whole call of the layer: medians of all rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import cloven
+from cloven.cluster.worker_process import WorkerProcess
+from cloven.errors import BadInput
+from cloven.field.codec import decode, encode
+from cloven.field.hadamard import turn, turn_onto
+from cloven.field.products import multiply
+from cloven.field.selection import select_backend
+from cloven.masks.waiting import Pads
+from cloven.model.quiet import quiet_transformers
+from cloven.slip.config import SlipConfig
+from cloven.slip.layer import SplitGroup
+from cloven.slip.session import SlipSession
+from cloven.slip.split_model import groups_of
+from cloven.zoo.random_bundle import write_random_bundle
+
+GROUP = 1  # o_proj: square
+WARM_UP = 10
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ExchangeBench:
+    """Medians, in microseconds.
+
+    Args:
+        width: K = N; rows: M; rounds; products: the back end.
+        steps: by name, in order; "sent, multiplied, received" holds the worker's product.
+        product: the same product alone, in one process; secret_part: B (A x), which runs while the worker works.
+        overhead: all steps less the product; whole_call: of the layer, the secret part in it.
+    """
+
+    width: int
+    rows: int
+    rounds: int
+    products: str
+    steps: dict[str, float]
+    product: float
+    secret_part: float
+    overhead: float
+    whole_call: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def bench_exchange(width: int, rows: int, rounds: int, progress: Callable[[str, int, int], None]) -> ExchangeBench:
+    """Measure.
+
+    Raises:
+        BadInput: a width that heads of 64 do not divide.
+    """
+    if width < 64 or width % 64:
+        raise BadInput(f"width {width}: give a multiple of 64")
+    quiet_transformers()
+    config = LlamaConfig(hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=width // 64, vocab_size=64)
+    with tempfile.TemporaryDirectory(prefix="cloven-bench-") as folder:
+        progress("writing random weights", 0, 1)
+        bundle = write_random_bundle(config, Path(folder) / "out", SlipConfig())
+        with WorkerProcess(bundle.exposed) as worker:
+            model = AutoModelForCausalLM.from_pretrained(bundle.trusted, dtype=torch.bfloat16, trust_remote_code=False)
+            with cloven.attach(model, worker.address, look_ahead=0) as session:
+                assert isinstance(session, SlipSession)
+                return _measured(model, session, rows, rounds, progress)
+
+
+def _measured(model: Any, session: SlipSession, rows: int, rounds: int, progress: Callable[[str, int, int], None]) -> ExchangeBench:
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], _T]) -> _T:
+        started = time.perf_counter()
+        result = work()
+        times.setdefault(name, []).append(1e6 * (time.perf_counter() - started))
+        return result
+
+    offloaded, backend = session.offloaded[GROUP], select_backend("cpu")
+    x = torch.randn(rows, offloaded.columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    w = backend.place(torch.randint(-127, 128, (offloaded.rows, offloaded.columns), dtype=torch.int8))
+    for done in range(WARM_UP + rounds):
+        if done == WARM_UP:
+            times.clear()
+        progress("exchanges", done, WARM_UP + rounds)
+        session.pads[GROUP].fill(2 * rows)
+        c = _by_hand(groups_of(model)[GROUP], session, x, timed)
+        timed("product", lambda c=c: multiply(backend, c, w))  # type: ignore[misc]
+        timed("whole call", lambda: groups_of(model)[GROUP].members[0](x))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    secret, product, whole = (medians.pop(name) for name in ("secret part", "product", "whole call"))
+    overhead = sum(medians.values()) - product
+    return ExchangeBench(offloaded.columns, rows, rounds, backend.name, medians, product, secret, overhead, whole)
+
+
+def _by_hand(group: SplitGroup, session: SlipSession, x: Tensor, timed: Callable[[str, Callable[[], Any]], Any]) -> Tensor:
+    """One exchange, step by step; what was sent."""
+    offloaded, (to_worker, back) = session.offloaded[GROUP], group.stages()
+    channel, freivalds = offloaded.shares[0].holder.current(GROUP)
+    total: Tensor = timed("secret part", lambda: group.members[0].trusted_part(x.float()))
+    turned = timed("turned", lambda: turn(x.double().numpy(), *to_worker, leading=False))
+    x_int, alpha = timed("encoded", lambda: encode(torch.from_numpy(turned), offloaded.bounds))
+    pads: Pads = timed("pads taken", lambda: offloaded.masks.take(len(x)))
+    c: Tensor = timed("masked", lambda: pads.mask(x_int))
+    z = timed("sent, multiplied, received", lambda: channel.multiply(group.name, GROUP, c, offloaded.rows, lambda: None))
+    timed("checked", lambda: freivalds.check(c, z, group.name))
+    y_int = timed("unmasked", lambda: pads.unmask(z))
+    y = timed("decoded", lambda: decode(y_int, alpha))
+    out = torch.empty(len(x), offloaded.rows, dtype=x.dtype)
+    timed("turned back, added, rounded", lambda: turn_onto(y.numpy(), back, total, out))
+    return c
