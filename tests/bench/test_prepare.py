@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from cloven.bench.prepare import bench_prepare
+from cloven.engine import pool
 from cloven.errors import BadInput
 
 
-def test_the_tiny_shape(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_the_tiny_shape(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_cores", lambda: processes)
     stages: list[str] = []
     result = bench_prepare("tiny", lambda stage, done, total: stages.append(stage), layers=1, engine="pool", folder=tmp_path)
     assert list(dict.fromkeys(stages)) == ["writing random weights", "spectra", "split", "write"]

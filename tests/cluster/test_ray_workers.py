@@ -23,7 +23,7 @@ from cloven.engine.ray import start_ray
 from cloven.errors import BadBundle, BadInput, RunError, WorkerUnreachable
 from cloven.slip import workers as workers_module
 from cloven.wire.channel import Channel
-from cloven.wire.keys import generate_keys
+from cloven.wire.keys import generate_keys, trusted_keys
 from tests.end_to_end.test_worker_imports import FORBIDDEN
 from tests.helpers import free_port, random_codes, write_exposed
 from tests.split_models import load, logits, open_session, random_ids, tiny_bundle, worker_thread
@@ -103,18 +103,41 @@ def test_no_addresses(listen: str) -> None:
     ("placement", "text"),
     [pytest.param("", ",", marks=pytest.mark.long), ("layers", " "), pytest.param("rows", " ", marks=pytest.mark.long)],
 )
-def test_actors_serve_and_end(ray: Any, placement: str, text: str, socket_folder: Path, expected: torch.Tensor) -> None:
+def test_actors_serve_and_end(
+    ray: Any, placement: str, text: str, socket_folder: Path, expected: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And, as each actor takes seconds to start: what they import, and what they are given. Nothing that handles secrets is imported after
+    an answer: whoever takes the cluster over finds no use for it there. Ray's object store is plaintext: the worker's key stays in its
+    file."""
+    from ray import cloudpickle
+
+    generate_keys(tmp_path / "keys")
+    sent, given = [], cloudpickle.dumps
+
+    def dumps(value: Any, *more: Any, **options: Any) -> bytes:
+        data: bytes = given(value, *more, **options)
+        sent.append(data)
+        return data
+
+    monkeypatch.setattr(cloudpickle, "dumps", dumps)
+    modules = eval("lambda self: sorted(__import__('sys').modules)", {"__name__": "__main__"})  # pickled by value: no test is imported
     bundle = tiny_bundle("llama")
     model = load(bundle.trusted)
-    with RayWorkers(bundle.exposed, f"ipc://{socket_folder}/w", 2, placement=placement) as workers:
+    with RayWorkers(bundle.exposed, f"ipc://{socket_folder}/w", 2, placement=placement, keys=tmp_path / "keys" / "worker") as workers:
         assert workers.addresses == [f"ipc://{socket_folder}/w-1", f"ipc://{socket_folder}/w-2"]
         for number, address in enumerate(workers.addresses, start=1):
-            channel = Channel(address, bytes.fromhex(bundle.id), timeout=10)
+            channel = Channel(address, bytes.fromhex(bundle.id), keys=trusted_keys(tmp_path / "keys" / "trusted"), timeout=10)
             assert channel.hello() == 9 and channel.part == (f"{placement}:{number}/2" if placement else "")
             channel.close()
-        with open_session(model, text.join(workers.addresses), placement=placement or "replicas"):
+        keys = tmp_path / "keys" / "trusted"
+        with open_session(model, text.join(workers.addresses), placement=placement or "replicas", keys=keys):
             assert torch.equal(logits(model, IDS), expected)
         assert running(ray) == 2
+        imported = ray.get(workers._actors[0].__ray_call__.remote(modules), timeout=30)
+    key = ray_workers_key(tmp_path / "keys" / "worker")
+    assert sent and len(key) == 32 and not any(key in data for data in sent)
+    assert {"torch", "zmq", "cloven.worker.service", "cloven.field.products", "cloven.cluster.ray_workers"} <= set(imported)
+    assert [name for name in imported if any(name == one or name.startswith(one + ".") for one in FORBIDDEN)] == []
     assert all(ended(address) for address in workers.addresses) and all_free(ray)
     workers.stop()  # twice is harmless
 
@@ -139,39 +162,6 @@ def test_an_actor_that_dies_is_replaced_by_its_replica(
             assert ended(workers.addresses[1])
             with pytest.raises(WorkerUnreachable, match="no replica of it answers either"):
                 logits(model, IDS)
-
-
-def test_what_an_actor_imports(ray: Any, socket_folder: Path) -> None:
-    """Nothing that handles secrets, after it has answered: whoever takes the cluster over finds no use for it there."""
-    bundle = tiny_bundle("llama")
-    model = load(bundle.trusted)
-    modules = eval("lambda self: sorted(__import__('sys').modules)", {"__name__": "__main__"})  # pickled by value: no test is imported
-    with RayWorkers(bundle.exposed, f"ipc://{socket_folder}/w", 1) as workers:
-        with open_session(model, workers.addresses[0]):
-            logits(model, IDS)
-        imported = ray.get(workers._actors[0].__ray_call__.remote(modules), timeout=30)
-    assert {"torch", "zmq", "cloven.worker.service", "cloven.field.products", "cloven.cluster.ray_workers"} <= set(imported)
-    assert [name for name in imported if any(name == one or name.startswith(one + ".") for one in FORBIDDEN)] == []
-
-
-def test_actors_are_given_paths_only(ray: Any, socket_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's object store is plaintext: the worker's key stays in its file."""
-    from ray import cloudpickle
-
-    generate_keys(tmp_path / "keys")
-    sent, given = [], cloudpickle.dumps
-
-    def dumps(value: Any, *more: Any, **options: Any) -> bytes:
-        data: bytes = given(value, *more, **options)
-        sent.append(data)
-        return data
-
-    monkeypatch.setattr(cloudpickle, "dumps", dumps)
-    with RayWorkers(tiny_bundle("llama").exposed, f"ipc://{socket_folder}/w", 1, keys=tmp_path / "keys" / "worker"):
-        pass
-    key = ray_workers_key(tmp_path / "keys" / "worker")
-    assert sent and len(key) == 32
-    assert not any(key in data for data in sent)
 
 
 def ray_workers_key(folder: Path) -> bytes:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cloven.audit import registry
+from cloven.audit.findings import Findings
+from cloven.audit.slip import audit as module
+from cloven.audit.slip import training
 from tests.end_to_end.commands import Command, one_line
 from tests.split_models import tiny_bundle
 
@@ -20,7 +25,18 @@ def out(tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle("llama").path, tmp_path / "out"))
 
 
-def test_json_and_a_report(out: Path, cloven_here: Command) -> None:
+def values(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
+    return {(attack["name"], attack["scheme"]): attack["value"] for attack in answer["attacks"] if attack["name"] not in SECRETS}
+
+
+def test_what_is_printed_and_the_same_numbers_for_one_seed(
+    out: Path, tmp_path: Path, cloven_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, found = tmp_path / "page.html", list[Findings]()
+    attack = registry.audit
+    monkeypatch.setattr(registry, "audit", lambda *given, **options: found.append(attack(*given, **options)) or found[-1])
+    monkeypatch.setattr(training, "MOST_SEQUENCES", 16)  # sampling text would take longer than all trainings
+    monkeypatch.setattr(training, "RATES", (1e-3,))
     outcome = cloven_here("audit", str(out), "--budget-minutes", "0.01", "--seed", "3", "--json")
     assert outcome.code == 0, outcome.err
     answer = json.loads(outcome.out)
@@ -31,16 +47,32 @@ def test_json_and_a_report(out: Path, cloven_here: Command) -> None:
     assert answer["report"] == str(page) and page.stat().st_mode & 0o777 == 0o600
     text = page.read_text(encoding="utf-8")
     assert "Recovery by training" in text and "http" not in text.replace("http://www.w3.org/", "")
+    page.unlink()
+    # the same seed, nothing trained, none of the attacks with a worker, whose numbers are fresh at every run; a report elsewhere
+    seeded = tuple(one for one in module.ATTACKS if one.__name__ not in ("plaintext_adjacency", "transcripts", "liars"))
+    assert len(seeded) == len(module.ATTACKS) - 3
+    monkeypatch.setattr(module, "ATTACKS", seeded)
+    outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--seed", "3", "--json", "--report", str(elsewhere))
+    assert elsewhere.exists() and not page.exists() and outcome.code == 0, outcome.err
+    again = values(json.loads(outcome.out))
+    assert len(again) >= 8 and again.items() <= values(answer).items()
+    # a table of what was found
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(registry, "audit", lambda *_, **options: asked.append(options) or found[0])
+    outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--no-report")
+    assert outcome.code == 0 and "liar" in outcome.out and "report:" not in outcome.out
+    assert (asked[0]["seed"], asked[0]["minutes"]) == (0, 0) and not page.exists()
 
 
-def test_a_table_and_the_same_numbers_for_one_seed(out: Path, tmp_path: Path, cloven_here: Command) -> None:
-    values = []
+@pytest.mark.long
+def test_a_table_and_the_same_numbers_without_a_seed(out: Path, tmp_path: Path, cloven_here: Command) -> None:
+    found = []
     for number in range(2):
         page = tmp_path / f"{number}.html"
         outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--json", "--report", str(page))
         assert page.exists() and not (out / "audit.html").exists()
-        values.append({(a["name"], a["scheme"]): a["value"] for a in json.loads(outcome.out)["attacks"] if a["name"] not in SECRETS})
-    assert values[0] == values[1]
+        found.append(values(json.loads(outcome.out)))
+    assert found[0] == found[1]
     outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--no-report")
     assert outcome.code == 0 and "liar" in outcome.out and "report:" not in outcome.out
 

@@ -517,9 +517,10 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_a_short_demo(cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with less text for the perplexities, which take most of the time."""
+    """The same with less text for the perplexities, which take most of the time, and splits that are there already."""
     from cloven.demo import slip
 
+    monkeypatch.setattr(slip, "prepare_slip", lambda _path, _out, config: demo_bundle(config.precision))
     full = slip.run_slip_demo
     monkeypatch.setattr(slip, "run_slip_demo", lambda progress, prompts, tokens: full(progress, prompts, tokens, sequences=2, length=64))
     outcome = cloven_here("demo", "slip", "--prompts", "1", "--tokens", "6", "--json")

@@ -46,14 +46,22 @@ def fast_worker() -> Any:
         yield worker
 
 
-@pytest.mark.parametrize(("precision", "target"), [("int8", 5e-4), ("int8x2", 2e-5)])
-def test_the_targets_on_the_demo_model(precision: str, target: float, long_text: str, request: pytest.FixtureRequest) -> None:
-    """On 2,000 tokens int8's change varies by about 0.025 % from split to split: what is beyond four errors would be more than chance."""
+@pytest.mark.parametrize(
+    ("precision", "target", "tokens"),
+    [
+        ("int8", 1e-3, 500),
+        pytest.param("int8", 5e-4, 2000, marks=pytest.mark.long),
+        pytest.param("int8x2", 2e-5, 2000, marks=pytest.mark.long),
+    ],
+)
+def test_the_targets_on_the_demo_model(precision: str, target: float, tokens: int, long_text: str, request: pytest.FixtureRequest) -> None:
+    """On 2,000 tokens int8's change varies by about 0.025 % from split to split: what is beyond four errors would be more than chance.
+    (On a quarter of the tokens errors are twice as large; int8x2's in the short form: see `test_as_json`.)"""
     worker = request.getfixturevalue("fast_worker" if precision == "int8" else "demo_worker")
     trusted = demo_bundle(precision).trusted
-    options: dict[str, Any] = {"tokens": 2000, "exposed_only": precision == "int8", "timeout": 60, "look_ahead": 0}
+    options: dict[str, Any] = {"tokens": tokens, "exposed_only": precision == "int8", "timeout": 60, "look_ahead": 0}
     result = cloven.evaluate(trusted, long_text, original=ORIGINAL, worker=worker.address, **options)
-    assert result.original is not None and result.predicted == 2000 - 4 and not result.own_worker
+    assert result.original is not None and result.predicted == tokens - -(-tokens // 512) and not result.own_worker
     assert result.split.perplexity_change_error < target
     assert abs(result.split.perplexity_change) < target + 4 * result.split.perplexity_change_error
     assert precision == "int8" or abs(result.split.perplexity_change) < target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -145,19 +146,20 @@ def test_a_generation_goes_on_over_a_restart(folder: Path) -> None:
     assert written == [greedy(demo_model(), PROMPT, 40)]
 
 
-def test_a_worker_that_sleeps(folder: Path) -> None:
+def test_a_worker_that_sleeps(demo_worker: WorkerProcess) -> None:
     """SIGSTOP: a timeout that says so. After SIGCONT its late answers are dropped, and the texts are right."""
-    bundle, address = demo_bundle("int8x2"), f"ipc://{folder}/w"
-    model = load(bundle.trusted)
-    with WorkerProcess(bundle.exposed, address) as worker, open_session(model, address, timeout=15) as session:
+    model = load(demo_bundle("int8x2").trusted)
+    with contextlib.ExitStack() as stack:
+        stack.callback(demo_worker.process.send_signal, signal.SIGCONT)  # others use it, whatever happens here
+        session = stack.enter_context(open_session(model, demo_worker.address, timeout=15))
         expected = greedy(demo_model(), PROMPT, 6)
         assert greedy(model, PROMPT, 6) == expected
         session.channel.timeout = 0.5
-        worker.process.send_signal(signal.SIGSTOP)
+        demo_worker.process.send_signal(signal.SIGSTOP)
         for prompt in (PROMPT, "Another prompt"):
             within(0.5, lambda prompt=prompt: greedy(model, prompt, 6), WorkerTimeout, "no answer from the worker")  # type: ignore[misc]
         session.channel.timeout = 15.0
-        worker.process.send_signal(signal.SIGCONT)
+        demo_worker.process.send_signal(signal.SIGCONT)
         assert greedy(model, PROMPT, 6) == expected
         assert not session.closed
 

@@ -18,7 +18,7 @@ from cloven.cluster.enclave_process import EnclaveProcess
 from cloven.demo import kv_shield as kv_demo
 from cloven.kv_shield.config import KvShieldConfig
 from cloven.kv_shield.prepare import prepare_kv_shield
-from tests.end_to_end.commands import Command, one_line
+from tests.end_to_end.commands import Command, Outcome, one_line
 from tests.helpers import free_port
 from tests.kv_bundles import enclave as enclave_thread
 from tests.kv_bundles import ids_of, kv_bundle, load
@@ -49,14 +49,9 @@ def check_prepared(mode: str, out: Path, printed: str) -> None:
 
 @pytest.fixture(scope="module")
 def bundles() -> dict[str, Path]:
-    """The demo model in both modes: session by the command line, permute (quicker) here."""
+    """The demo model in both modes."""
     made = {mode: scratch() / f"cli-{mode}" for mode in ("permute", "session")}
-    result = run_cloven(
-        *("prepare", "kv-shield", str(cloven.demo_model_path()), str(made["session"])),
-        *("--mode", "session", "--seal-idle", "--noise-dims", "8"),
-    )
-    assert result.returncode == 0 and result.stderr == "", result.stderr  # no bars where there is no terminal
-    check_prepared("session", made["session"], result.stdout)
+    prepare_kv_shield(cloven.demo_model_path(), made["session"], KvShieldConfig("session", seal_idle=True, noise_dims=8))
     prepare_kv_shield(cloven.demo_model_path(), made["permute"], KvShieldConfig("permute", seal_idle=True))
     return made
 
@@ -71,11 +66,22 @@ def manifest(half: Path) -> dict[str, object]:
     return record
 
 
-def test_what_prepare_wrote(bundles: dict[str, Path], tmp_path: Path, cloven_here: Command) -> None:
-    outcome = cloven_here("prepare", "kv-shield", str(tiny_folder("llama")), str(tmp_path / "permute"), "--seal-idle")
-    assert outcome.code == 0 and outcome.err == ""
-    check_prepared("permute", tmp_path / "permute", re.sub(r"\n(?=/)", "", outcome.out))
-    for mode, out in (("session", bundles["session"]), ("permute", tmp_path / "permute")):
+@pytest.mark.long
+def test_prepare_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = run_cloven(
+        *("prepare", "kv-shield", str(cloven.demo_model_path()), str(tmp_path / "out")),
+        *("--mode", "session", "--seal-idle", "--noise-dims", "8"),
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stderr  # no bars where there is no terminal
+    check_prepared("session", tmp_path / "out", result.stdout)
+
+
+def test_what_prepare_wrote(tmp_path: Path, cloven_here: Command) -> None:
+    for mode, options in (("permute", ()), ("session", ("--mode", "session", "--noise-dims", "8"))):
+        out = tmp_path / mode
+        outcome = cloven_here("prepare", "kv-shield", str(tiny_folder("llama")), str(out), "--seal-idle", *options)
+        assert outcome.code == 0 and outcome.err == ""
+        check_prepared(mode, out, re.sub(r"\n(?=/)", "", outcome.out))
         for half in ("exposed", "trusted"):
             record = manifest(out / half)
             assert (record["mode"], record["seal_idle"], record["noise_dims"]) == (mode, True, 8 if mode == "session" else 16)
@@ -85,16 +91,15 @@ def test_what_prepare_wrote(bundles: dict[str, Path], tmp_path: Path, cloven_her
 
 def test_generate_over_ipc(bundles: dict[str, Path], cloven_here: Command) -> None:
     out = bundles["session"]
-    with EnclaveProcess(out / "trusted") as enclave:
+    with enclave_thread(out / "trusted") as (address, _):
         outcome = cloven_here(
-            *("generate", str(out / "exposed"), "--enclave", enclave.address, "--prompt", PROMPT),
+            *("generate", str(out / "exposed"), "--enclave", address, "--prompt", PROMPT),
             *("--max-new-tokens", "12", "--dtype", "float32", "--json"),
         )
         assert outcome.code == 0 and outcome.err == "", outcome.err
         report = json.loads(outcome.out)
         assert report["tokens"] == greedy(demo_model(), PROMPT, 12)
         assert report["exchanges"] >= 2 * 5 * 12  # two calls per layer and token
-        assert enclave.log() == ""
 
 
 def test_the_enclaves_address_from_the_environment(permute: Path, cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,19 +111,26 @@ def test_the_enclaves_address_from_the_environment(permute: Path, cloven_here: C
     assert outcome.out.strip() == demo_tokenizer().decode(greedy(demo_model(), PROMPT, 12), skip_special_tokens=True).strip()
 
 
-def test_the_whole_way_over_tcp_in_processes_of_their_own(bundles: dict[str, Path], folder: Path, cloven_here: Command) -> None:
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_the_whole_way_over_tcp(apart: bool, bundles: dict[str, Path], folder: Path, cloven_here: Command) -> None:
+    """The enclave in a process of its own, and the model as well in the long form."""
     keys, address, out = folder / "keys", f"tcp://127.0.0.1:{free_port()}", bundles["session"]
     assert cloven_here("keygen", str(keys)).code == 0
     command = [sys.executable, "-m", "cloven", "enclave", str(out / "trusted"), "--listen", address, "--keys"]
     enclave = subprocess.Popen([*command, str(keys / "worker")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        result = run_cloven(
+        arguments = (
             *("generate", str(out / "exposed"), "--enclave", address, "--keys", str(keys / "trusted"), "--prompt", PROMPT),
             *("--max-new-tokens", "8", "--dtype", "float32", "--json"),
         )
-        assert result.returncode == 0, result.stderr
-        assert json.loads(result.stdout)["tokens"] == greedy(demo_model(), PROMPT, 8)
-        assert "INSECURE" not in result.stderr
+        if apart:
+            done = run_cloven(*arguments)
+            outcome = Outcome(done.returncode, done.stdout, done.stderr)
+        else:
+            outcome = cloven_here(*arguments)
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["tokens"] == greedy(demo_model(), PROMPT, 8)
+        assert "INSECURE" not in outcome.err
     finally:
         enclave.send_signal(signal.SIGTERM)
         listening, errors = enclave.communicate(timeout=20)

@@ -33,7 +33,7 @@ from cloven.private_lora.manifest import ServerManifest
 from cloven.private_lora.prepare import prepare_private_lora
 from cloven.private_lora.session import LoraSession
 from cloven.zoo.demo import demo_adapter_path
-from tests.end_to_end.commands import Command, one_line
+from tests.end_to_end.commands import Command, Outcome, one_line
 from tests.helpers import free_port
 from tests.lora_bundles import adapter_server, copied
 from tests.split_models import demo_model, demo_tokenizer, greedy, run_cloven, scratch, tiny_folder
@@ -115,36 +115,45 @@ def address(folder: Path) -> str:
 # --- the whole way, in processes of their own
 
 
-def test_the_whole_way(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_the_whole_way(apart: bool, tmp_path: Path, address: str, cloven_here: Command) -> None:
+    """The short form: only the server in a process of its own."""
+
+    def command(*arguments: str) -> Outcome:
+        if not apart:
+            return cloven_here(*arguments)
+        done = run_cloven(*arguments)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
     out = tmp_path / "out"
-    result = run_cloven(
+    result = command(
         *("prepare", "private-lora", str(out), "--base", BASE, "--adapter", str(demo_adapter_path())),
         *("--budget-tokens", "100", "--client-tokens", "90"),
     )
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    first, server, client, share, *_ = result.stdout.splitlines()
+    assert result.code == 0 and result.err == "", result.err
+    first, server, client, share, *_ = re.sub(r"\n(?=/)", "", result.out).splitlines() if not apart else result.out.splitlines()
     assert re.fullmatch(r"Bundle [0-9a-f]{32}: 35 adapted linears, 20 queries per token", first)
     assert str(out / "server") in server and "secret" in server and str(out / "client") in client
     assert share.startswith("100 tokens of 16 bits give away up to 100.0% of the adapter's narrowest matrix") and "metered" in share
     pin = client.rpartition(" ")[2]
     assert re.fullmatch(r"[0-9a-f]{64}", pin)
-    command = [sys.executable, "-m", "cloven", "adapter-server", str(out / "server"), "--listen", address]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    serve = [sys.executable, "-m", "cloven", "adapter-server", str(out / "server"), "--listen", address]
+    process = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        result = run_cloven(*generate(out, address, "--json", "--pin", pin))
-        assert result.returncode == 0, result.stderr
-        report = json.loads(result.stdout)
+        result = command(*generate(out, address, "--json", "--pin", pin))
+        assert result.code == 0, result.err
+        report = json.loads(result.out)
         assert report["tokens"] == expected() and report["exchanges"] == 20 * TOKENS
-        assert report["bytes_up"] > 20 * report["bytes_down"] and "INSECURE" not in result.stderr
+        assert report["bytes_up"] > 20 * report["bytes_down"] and "INSECURE" not in result.err
     finally:
         process.send_signal(signal.SIGTERM)
         listening, errors = process.communicate(timeout=20)
     assert process.returncode == 0 and errors == ""
     assert listening == f"bundle {first.split()[1][:-1]}: 20 groups, listening at {address}\n"
     rows = report["prompt_tokens"] + TOKENS - 1
-    result = run_cloven("ledger", str(out / "server"), "--json")
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    record = json.loads(result.stdout)
+    result = command("ledger", str(out / "server"), "--json")
+    assert result.code == 0 and result.err == "", result.err
+    record = json.loads(result.out)
     assert (record["budget"], record["client_budget"]) == (100, 90) and len(record["groups"]) == 20
     for group in record["groups"]:
         assert group["used"] == rows and group["left"] == 100 - rows and group["clients"] == {"local": rows}
@@ -339,20 +348,24 @@ def test_keygen_for_a_client_refuses_to_overwrite_and_needs_the_servers_keys(fol
 # --- the budget
 
 
+def without_warnings(outcome: Outcome) -> Outcome:
+    """Those are the server's, which runs in this process."""
+    said = [line for line in outcome.err.strip().splitlines() if "WARNING" not in line]
+    return Outcome(outcome.code, outcome.out, "\n".join(said))
+
+
 def test_a_budget_that_ends_in_mid_generation(tmp_path: Path, address: str, cloven_here: Command) -> None:
     prompt = len(demo_tokenizer()(PROMPT)["input_ids"])
     out = own(tmp_path, budget=prompt + 3)
-    with AdapterServerProcess(out / "server", address) as server:
-        outcome = cloven_here(*generate(out, address, "--json", tokens=20))
+    with adapter_server(out / "server", address):
+        outcome = without_warnings(cloven_here(*generate(out, address, "--json", tokens=20)))
         one_line(outcome, 1, "answered 'budget': the budget of answers is used up, or too small for 1 rows")
         assert PROMPT not in outcome.err
-        again = cloven_here(*generate(out, address, "--json"))
+        again = without_warnings(cloven_here(*generate(out, address, "--json")))  # the server goes on
         one_line(again, 1, f"the budget of answers is used up, or too small for {prompt} rows")
-        server.require_running()
-        log = server.log()
     assert max(used(out).values()) == prompt + 3
     record = json.loads(cloven_here("ledger", str(out / "server"), "--json").out)
-    assert record["groups"][0]["left"] == 0 and "Traceback" not in log
+    assert record["groups"][0]["left"] == 0
 
 
 def test_the_server_says_that_its_budget_is_used_up(tmp_path: Path, address: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -370,7 +383,7 @@ def test_what_streamed_before_the_budget_ended_stays_on_standard_output(tmp_path
     out = own(tmp_path, budget=prompt + 12)
     with adapter_server(out / "server", address):
         outcome = cloven_here(*generate(out, address, tokens=20))
-    said = [line for line in outcome.err.strip().splitlines() if "WARNING" not in line]  # that is the server's, which runs in this process
+    said = without_warnings(outcome).err.splitlines()
     assert outcome.code == 1 and len(said) == 1 and "used up" in said[0]
     written = demo_tokenizer().decode(expected(tokens=20), skip_special_tokens=True)
     assert outcome.out.strip() and written.strip().startswith(outcome.out.strip())
@@ -386,6 +399,7 @@ def started(out: Path, address: str, timeout: float = 3.0) -> tuple[Any, LoraSes
     return model, session
 
 
+@pytest.mark.long  # in the short form tests/private_lora/test_server.py kills one
 @torch.no_grad()
 def test_a_server_that_is_killed_forgets_no_answer(tmp_path: Path, address: str) -> None:
     out = own(tmp_path, budget=265)
@@ -418,11 +432,15 @@ def refused_start(out: Path, address: str, cloven_here: Command, match: str) -> 
     assert not socket.exists()
 
 
-def test_a_missing_ledger_in_a_process_of_its_own(tmp_path: Path, address: str) -> None:
-    out = own(tmp_path)
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_missing_ledger(apart: bool, tmp_path: Path, address: str, cloven_here: Command) -> None:
+    """Here, or in a process of its own."""
+    out, says = own(tmp_path), "the ledger is missing: restore it; it is made only by `cloven prepare private-lora`"
     (out / "server" / "ledger.sqlite").unlink()
-    result = run_cloven("adapter-server", str(out / "server"), "--listen", address)
-    one_line(result, 1, "the ledger is missing: restore it; it is made only by `cloven prepare private-lora`")
+    if apart:
+        one_line(run_cloven("adapter-server", str(out / "server"), "--listen", address), 1, says)
+    else:
+        refused_start(out, address, cloven_here, says)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "empty", "zeros in the middle"])
@@ -521,6 +539,7 @@ def test_two_adapters_at_one_server(tmp_path: Path, address: str, cloven_here: C
     one_line(refused, 2, "given twice")
 
 
+@pytest.mark.long
 def test_fhe_where_both_sides_ask_for_it(tmp_path: Path, address: str, cloven_here: Command) -> None:
     pytest.importorskip("seal")
     out = own(tmp_path)

@@ -412,6 +412,7 @@ def test_ray_fills_several_stores(tmp_path: Path) -> None:
             assert {status.left for status in store.status()} == {20}
 
 
+@pytest.mark.long  # in the short form tests/cluster/test_ray_workers.py has the worker's
 def test_a_ray_that_is_not_there(tmp_path: Path) -> None:
     bundle = copied(tiny_bundle("llama"), tmp_path / "out")
     result = run_cloven(

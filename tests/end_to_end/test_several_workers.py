@@ -107,14 +107,12 @@ PLACEMENTS = {
 }
 
 
-# The short form: every placement, each once, in turn over both precisions and both transports; the long one has all combinations.
+# The short form: every kind of placement, each once, in turn over both precisions and both transports; the long one has all combinations.
 SHORT = {
     "replicas": ("int8", "ipc"),
     "two layers": ("int8x2", "tcp"),
-    "three layers": ("int8", "ipc"),
     "two rows": ("int8", "ipc"),
     "three rows": ("int8x2", "tcp"),
-    "layers with replicas": ("int8", "tcp"),
     "rows with replicas": ("int8x2", "ipc"),
 }
 
@@ -199,7 +197,7 @@ def test_every_worker_has_its_own_secret_s(placement: str, parts: list[str], far
                 for number, one in enumerate(tests):
                     for other in tests[:number]:
                         width = min(one.shape[1], other.shape[1])
-                        assert (one[:, :width] == other[:, :width]).mean() < 0.05
+                        assert (one[:, :width] == other[:, :width]).double().mean() < 0.05
         assert all(not seat._checks for seat in session.channel.seats)  # dropped with the session
 
 
@@ -259,7 +257,7 @@ KILLS = [3, pytest.param(50, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("kills", KILLS)
-@pytest.mark.parametrize("name", ["replicas", "layers with replicas", "rows with replicas"])
+@pytest.mark.parametrize("name", ["replicas", pytest.param("layers with replicas", marks=pytest.mark.long), "rows with replicas"])
 def test_sigkill_at_a_random_exchange(name: str, kills: int, farm: Farm, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens are those of the undisturbed run, and no c reaches anybody twice: what was asked again was under fresh pads."""
     (placement, parts), bundle = PLACEMENTS[name], demo_bundle()
@@ -295,7 +293,8 @@ def test_sigkill_at_a_random_exchange(name: str, kills: int, farm: Farm, impatie
     assert min(pads) >= runs
 
 
-@pytest.mark.parametrize("transport", ["tcp", pytest.param("ipc", marks=pytest.mark.long)])
+@pytest.mark.long  # in the short form the same command is forked (see `forked_workers`)
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
 def test_real_commands_killed_by_a_thread(transport: str, keys: Path, tmp_path: Path, socket_folder: Path, impatient: None) -> None:
     """`cloven worker` as it is started in earnest, SIGKILL at a random time, on both transports."""
     bundle = demo_bundle()
@@ -465,10 +464,16 @@ def test_a_replica_that_lies(
     ("held", "placement", "count", "says"),
     [
         ("layers:1/2", "rows", 2, r"holds part layers:1/2; this placement needs one with --part rows:1/2"),
-        ("rows:1/2", "layers", 2, r"holds part rows:1/2; this placement needs one with --part layers:1/2"),
+        pytest.param(
+            "rows:1/2", "layers", 2, r"holds part rows:1/2; this placement needs one with --part layers:1/2", marks=pytest.mark.long
+        ),
         ("layers:2/3", "layers", 2, r"holds part layers:2/3; this placement needs one with --part layers:1/2"),
-        ("layers:2/2", "layers", 2, r"holds part layers:2/2; this placement needs one with --part layers:1/2"),
-        ("layers:2/3", "replicas", 1, r"holds part layers:2/3; this placement needs one with no --part"),
+        pytest.param(
+            "layers:2/2", "layers", 2, r"holds part layers:2/2; this placement needs one with --part layers:1/2", marks=pytest.mark.long
+        ),
+        pytest.param(
+            "layers:2/3", "replicas", 1, r"holds part layers:2/3; this placement needs one with no --part", marks=pytest.mark.long
+        ),
         ("rows:1/2", "replicas", 2, r"holds part rows:1/2; this placement needs one with no --part"),
         ("", "rows", 2, r"holds everything; the placement by rows needs one with --part rows:1/2"),
     ],
@@ -636,7 +641,7 @@ def test_a_store_has_a_secret_s_for_every_worker(farm: Farm, tmp_path: Path, imp
         logits(model, IDS)
         found = secrets_of(session, 0)
         assert set(found) == {a.address, b.address}
-        assert (found[a.address] == found[b.address]).mean() < 0.05
+        assert (found[a.address] == found[b.address]).double().mean() < 0.05
 
 
 # --- the command line

@@ -149,7 +149,7 @@ def test_processes_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         wait_for(lambda: gone(there), 20)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.5])
+@pytest.mark.parametrize("delay", [0.0, pytest.param(0.5, marks=pytest.mark.long)])
 def test_processes_that_have_only_just_begun_die_as_well(tmp_path: Path, delay: float) -> None:
     """They import for seconds before they can ask the kernel to be killed with their parent."""
     with started(tmp_path) as parent:

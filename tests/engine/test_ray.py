@@ -48,12 +48,24 @@ def ray() -> Iterator[Any]:
         try:
             yield module
         finally:
+            processes = of_ray()
             module.shutdown()
+        assert processes and ended(processes)  # nothing of Ray is left
 
 
 @pytest.fixture
 def engine(ray: Any) -> RayEngine:
     return RayEngine(2**20)
+
+
+def ended(processes: list[psutil.Process]) -> bool:
+    """Within some seconds."""
+    deadline = time.monotonic() + 30
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def of_ray() -> list[psutil.Process]:
@@ -144,11 +156,6 @@ def test_more_memory_than_the_cluster_has(ray: Any, tmp_path: Path) -> None:
 # --- a preparation
 
 
-def test_the_same_bundle(ray: Any, tmp_path: Path) -> None:
-    bundle = again(tmp_path / "out", engine="ray")
-    assert hashes(bundle.path) == hashes(reference().path)
-
-
 def test_another_engine_goes_on_where_ray_stopped(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(Interruption):
         again(tmp_path / "out", engine="ray", progress=stop_at(14))
@@ -164,7 +171,7 @@ def test_weights_that_are_no_numbers(ray: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_tasks_hold_no_keys(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bundle_and_no_keys_in_tasks(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's object store is plaintext: whatever goes there is pickled first."""
     from ray import cloudpickle
 
@@ -176,7 +183,8 @@ def test_tasks_hold_no_keys(ray: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         return data
 
     monkeypatch.setattr(cloudpickle, "dumps", dumps)
-    again(tmp_path / "out", engine="ray")
+    bundle = again(tmp_path / "out", engine="ray")
+    assert hashes(bundle.path) == hashes(reference().path)
     assert sent
     key = json.loads(key_of(reference()).read_text())["key"]
     assert not any(key.encode() in data or bytes.fromhex(key) in data for data in sent)
@@ -198,6 +206,7 @@ def prepared(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.long  # in the short form tests/cluster/test_ray_workers.py has the worker's
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     result = prepared(tmp_path, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
     assert result.returncode == 1, result.stderr
@@ -274,7 +283,8 @@ def test_ray_that_is_not_installed_costs_an_unfinished_preparation_nothing(tmp_p
     assert hashes(again(tmp_path / "out").path) == hashes(reference().path)
 
 
-def test_nothing_of_ray_is_left_when_it_is_shut_down() -> None:
+@pytest.mark.long  # in the short form the fixture's end looks as well
+def test_nothing_of_ray_is_left_when_its_process_ends() -> None:
     """Runs last: the fixture of this module has not ended yet, so a cluster of its own."""
     script = "from cloven.engine.ray import start_ray; import psutil; start_ray(); print(*[p.pid for p in psutil.Process().children(True)])"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

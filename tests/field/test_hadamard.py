@@ -34,7 +34,10 @@ def test_against_the_matrix_and_bit_for_bit_against_numpy(m: int, n: int, seed: 
     for i in range(0, n - block + 1, block):
         matrix[i : i + block] = hadamard(block) @ matrix[i : i + block]
     if n % block:
-        matrix[n - block :] = hadamard(block) @ matrix[n - block :]
+        whole = n // block * block
+        spread = block - (n - whole)
+        places = [*(i * whole // spread for i in range(spread)), *range(whole, n)]
+        matrix[places] = hadamard(block) @ matrix[places]
     ours, oracle = x.copy(), x.copy()
     transform_(ours, transposed=transposed)
     transform_in_numpy_(oracle, block, transposed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from cloven.kv_shield.manifest import EXPOSED, KEYS_FILE, TRUSTED, KvManifest
 from cloven.kv_shield.prepare import attention_shapes, prepare_kv_shield
 from cloven.zoo.tiny import tiny_config, tiny_model
 from tests.kv_bundles import FAMILIES, FLOAT32_TOLERANCE, MODES, deviation, enclave, ids_of, kv_bundle, load, stored_keys, tensors
-from tests.split_models import logits, run_python, tiny, tiny_folder
+from tests.split_models import logits, tiny, tiny_folder
 
 BOTH = [(family, mode) for family in FAMILIES for mode in MODES]
 
@@ -198,37 +197,7 @@ def test_progress(tmp_path: Path) -> None:
     assert [done for _, done, _ in seen] == list(range(seen[0][2]))
 
 
-# --- loading without cloven
-
-
-WITHOUT_CLOVEN = """
-import sys, torch
-sys.modules["cloven"] = None  # not installed
-from transformers import AutoModelForCausalLM
-for folder in sys.argv[1:]:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        print("LOADED", folder, model(torch.tensor([[1, 2, 3]])).logits.sum())
-    except Exception as error:
-        print("REFUSED", folder, type(error).__name__)
-"""
-
-
-def test_it_does_not_load_without_cloven(tmp_path: Path) -> None:
-    """Neither as it is, nor with the quantisation method removed from its configuration: the weights are flat."""
-    folders = []
-    for family, mode in (("llama", "permute"), ("llama", "session"), ("gpt2", "session")):
-        stripped = tmp_path / f"{family}-{mode}"
-        shutil.copytree(kv_bundle(family, mode) / "exposed", stripped)
-        record = json.loads((stripped / "config.json").read_text())
-        del record["quantization_config"]
-        (stripped / "config.json").write_text(json.dumps(record))
-        folders += [str(kv_bundle(family, mode) / "exposed"), str(stripped)]
-    result = run_python(WITHOUT_CLOVEN, *folders)
-    assert "LOADED" not in result.stdout and result.stdout.count("REFUSED") == len(folders), result.stdout + result.stderr
-
-
-# --- refusals
+# --- refusals (loading without cloven: tests/model/test_without_cloven.py)
 
 
 def refused(tmp_path: Path, model: Any, kind: type[ClovenError], match: str, config: KvShieldConfig | None = None) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
 
 import cloven
-from cloven.cluster.enclave_process import EnclaveProcess
 from cloven.errors import BadInput, ClovenError, RunError, WorkerRefused
 from cloven.kv_shield import sealed_cache
 from cloven.kv_shield.messages import ENCLAVE, TAG_BYTES, Label, Seal, SealEnd
@@ -462,8 +461,8 @@ def test_a_scan_of_the_process_finds_no_row_in_the_caches_memory(mode: str) -> N
     Asserted for the cache's own memory alone: freed temporaries and message buffers that rows passed through may still hold them, and do.
     """
     out = sealing_bundle("llama", mode)
-    with EnclaveProcess(out / "trusted") as process:
-        done = run_python(SCAN, str(out / "exposed"), process.address)
+    with enclave(out / "trusted") as (address, _):
+        done = run_python(SCAN, str(out / "exposed"), address)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     print(f"{mode}: copies outside the cache: {report['before']['outside']} -> {report['after']['outside']}")

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cloven.engine import pool
 from cloven.engine.engine import Inline
 from cloven.engine.pool import ProcessPool
 from cloven.errors import BadInput, RunError
@@ -58,8 +59,10 @@ def test_in_this_process(tmp_path: Path, engine: str) -> None:
     same(again(tmp_path / "out", engine=engine).path)
 
 
-def test_in_a_pool(tmp_path: Path) -> None:
-    """(Ray: see tests/engine/test_ray.py.)"""
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_in_a_pool(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(Ray: see tests/engine/test_ray.py. Each process takes seconds to start, in each pass.)"""
+    monkeypatch.setattr(pool, "_cores", lambda: processes)
     same(again(tmp_path / "out", engine="pool").path)
 
 

@@ -2,8 +2,9 @@
 
     H_1 = [1],  H_2h = [[H_h, H_h], [H_h, −H_h]] / √2        [block, block], its own inverse
 
-Blocks lie side by side; where they do not fill the vector, one more lies at its end, over what was transformed already. The whole is
-orthogonal for every length; `transposed` undoes it. Float64; the C++ kernel and NumPy add in the same order and give the same bits.
+Blocks lie side by side; where they do not fill the vector, one more takes the entries that are left, and others from all over the vector that
+were transformed already (from all over: a transform of most of a block would undo the block's own). The whole is orthogonal for every
+length; `transposed` undoes it. Float64; the C++ kernel and NumPy add in the same order and give the same bits.
 """
 
 from __future__ import annotations
@@ -99,12 +100,19 @@ def transform_in_numpy_(rows: Rows, block: int, transposed: bool) -> None:
     """The same without the kernel, and its oracle."""
     n = rows.shape[1]
     whole = n // block * block
-    blocks = [rows[:, :whole], rows[:, n - block :]] if n % block else [rows]
-    for part in reversed(blocks) if transposed else blocks:
+    steps = [np.arange(whole), last_places(n, block)] if n % block else [np.arange(n)]
+    for places in reversed(steps) if transposed else steps:
         width, scale = 1, block**-0.5
-        x = part.reshape(len(rows), part.shape[1] // block, block).copy()
+        x = rows[:, places].reshape(len(rows), len(places) // block, block)
         while width < block:
             pairs = x.reshape(*x.shape[:2], block // (2 * width), 2, width)
             x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(x.shape)
             width *= 2
-        part[...] = (x * scale).reshape(part.shape)
+        rows[:, places] = (x * scale).reshape(len(rows), len(places))
+
+
+def last_places(n: int, block: int) -> npt.NDArray[np.int64]:
+    """What the last block takes where blocks do not fill the vector: entries spread over the others, and those that are left."""
+    whole = n // block * block
+    spread = block - (n - whole)
+    return np.concatenate([np.arange(spread) * whole // spread, np.arange(whole, n)])

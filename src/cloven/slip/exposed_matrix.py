@@ -2,7 +2,7 @@
 
     E = [E_1; E_2; …]                       stacked [N, K]
     Ê = E diag(c)^-1                        columns equalised: c_j = ‖E_·j‖ / mean; the trusted process multiplies x by c
-    F = Rᵀ diag(n)^-1 Ê (C S)ᵀ              mixed: R, C secret mixings (`cloven.slip.mixing`), S a secret signed permutation, n_i = ‖Ê_i·‖
+    F = R⁻¹ diag(n)^-1 Ê (C S)^-1           mixed: R, C secret mixings (`cloven.slip.mixing`), S a secret signed permutation, n_i = ‖Ê_i·‖
     F_i ≈ r_i (q1_i + q2_i / 254)           rows quantised, |q| ≤ 127; the second term only with int8x2
     X[a] = s_a Q[ρ(a)],  Q = [q1; q2]       [T·N, K], T terms, rows permuted and flipped: this is exposed
 
@@ -142,8 +142,8 @@ def _mixed(matrix: Tensor, column: Tensor, signed: tuple[Tensor, Tensor], column
         largest = equal.abs().amax(1)  # squares may overflow, or vanish
         norms[part] = _stored(largest * (equal / largest.clamp_min(1e-300)[:, None]).square_().mean(1).sqrt_())
         unit = equal / torch.where(norms[part] == 0, 1.0, norms[part])[:, None]
-        flat[part] = torch.from_numpy(columns.apply((unit[:, gather] * sign).numpy())).to(flat.dtype)
-    _on_columns(flat, rows.transposed)
+        flat[part] = torch.from_numpy(columns.undone_on_rows((unit[:, gather] * sign).numpy())).to(flat.dtype)
+    _on_columns(flat, rows.undone)
     return flat, norms
 
 
@@ -188,7 +188,7 @@ def _finer_where_it_matters(column: Tensor, matrix: Tensor, activations: Tensor,
     sample = matrix[:: max(1, matrix.shape[0] // _SAMPLED_ROWS)].to(torch.float64)
 
     def error(c: Tensor) -> float:
-        rows = torch.from_numpy(columns.apply((sample / c).numpy()))
+        rows = torch.from_numpy(columns.undone_on_rows((sample / c).numpy()))
         scale = _row_scales([rows], None)
         terms_of = zip(_quantised(rows, None, scale, terms), (1.0, 1 / _SECOND_TERM), strict=False)
         read = sum(codes.to(torch.float64) * unit for codes, unit in terms_of) * scale[:, None]

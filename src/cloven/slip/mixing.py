@@ -1,10 +1,13 @@
-"""A secret orthogonal mixing of coordinates in n·log n steps.
+"""A secret mixing of coordinates in n·log n steps.
 
-    R = S_2 H S_1 H        H: Hadamard transforms of blocks (public, `cloven.field.hadamard`); S_i: secret signed permutations
+    R = S_2 H S_1 H        H: Hadamard transforms of blocks (public, `cloven.field.hadamard`)
+                           S_2: a secret signed permutation;  S_1: one whose signs have secret sizes, e^u, u uniform in ±½
 
 Every entry of R x depends on up to 256² entries of x. Guarantee: none is proved. Unlike a permutation alone, R leaves no entries,
-norms or sparse patterns of single coordinates in place by which they could be found one after the other; inner products, and so
-spectra, stay. The audit measures what that gives away.
+norms or sparse patterns of single coordinates in place by which they could be found one after the other. Why sizes and not signs alone:
+with signs 256·R is a matrix of whole numbers, whose residues modulo 8 in a dozen known columns give all others by linear algebra
+over F_2 (a reviewer's attack: tests/attacks/test_mixing_structure.py); and a rotation leaves singular vectors in place, by which two
+bundles of one model align. Sizes cost some precision: numbers that are small between the transforms carry the same rounding as large ones.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from cloven.field.hadamard import Rows, transform_, turn
 from cloven.field.prg import SecretStream
 
 ROUNDS = 2
+SPREAD = 0.5  # of the sizes' logarithms, up and down
 _ENTRIES = 2**15  # of float64, at a time
 
 
@@ -28,7 +32,7 @@ class Mixing:
 
     Args:
         gather: places, int32 [rounds, n]: after round i entry j is what was at gather[i, j].
-        scale: signs (and, in a last round, units), float32 [rounds, n].
+        scale: signs and sizes (and, in a last round, units), float32 [rounds, n].
     """
 
     gather: Tensor
@@ -40,8 +44,11 @@ class Mixing:
     @classmethod
     def fresh(cls, n: int, stream: SecretStream) -> Mixing:
         """Of a secret stream."""
-        rounds = [(stream.permutation(n).to(torch.int32), stream.signs(n).to(torch.float32)) for _ in range(ROUNDS)]
-        return cls(torch.stack([gather for gather, _ in rounds]), torch.stack([signs for _, signs in rounds]))
+        gather = torch.stack([stream.permutation(n).to(torch.int32) for _ in range(ROUNDS)])
+        signs = torch.stack([stream.signs(n) for _ in range(ROUNDS)])
+        sizes = torch.from_numpy(stream.uniform(n)).sub_(0.5).mul_(2 * SPREAD).exp_()
+        signs[0] *= sizes
+        return cls(gather, signs.to(torch.float32))
 
     @classmethod
     def none(cls, n: int) -> Mixing:
@@ -57,10 +64,32 @@ class Mixing:
         return turn(x, self.gather.numpy(), self.scale.numpy(), leading=True) if len(self.gather) else x
 
     def transposed(self, x: Rows) -> Rows:
-        """Rᵀ x of every row, and so R⁻¹ x where all scales are signs: float64 [M, n] -> float64 [M, n]."""
-        rounds = [
-            (np.argsort(gather), scale) for gather, scale in zip(self.gather.numpy(), self.scale.numpy().astype(np.float64), strict=True)
-        ]
+        """Rᵀ x of every row: float64 [M, n] -> float64 [M, n]."""
+        return self._back(x, self.scale.numpy().astype(np.float64))
+
+    def undone(self, x: Rows) -> Rows:
+        """R⁻¹ x of every row: float64 [M, n] -> float64 [M, n]."""
+        return self._back(x, 1 / self.scale.numpy().astype(np.float64))
+
+    def undone_on_rows(self, x: Rows) -> Rows:
+        """R⁻ᵀ x of every row: of a matrix whose rows meet vectors that R is applied to. Float64 [M, n] -> float64 [M, n]."""
+        if not len(self.gather):
+            return x
+        sizes = 1 / self.scale.numpy().astype(np.float64)
+        result, step = np.empty_like(x), max(1, _ENTRIES // x.shape[1])
+        for first in range(0, len(x), step):  # in the cache
+            part = x[first : first + step].copy()
+            for gather, size in zip(self.gather.numpy(), sizes, strict=True):
+                transform_(part)
+                part = part.take(gather, axis=1) * size
+            result[first : first + step] = part
+        return result
+
+    def _back(self, x: Rows, scales: Rows) -> Rows:
+        """The rounds in reverse: each entry goes back to where it came from, times its scale."""
+        if not len(self.gather):
+            return x
+        rounds = [(np.argsort(gather), scale) for gather, scale in zip(self.gather.numpy(), scales, strict=True)]
         result, step = np.empty_like(x), max(1, _ENTRIES // x.shape[1])
         for first in range(0, len(x), step):  # in the cache
             part = x[first : first + step]

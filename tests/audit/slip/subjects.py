@@ -12,7 +12,7 @@ from cloven.audit.slip.subject import Subject, open_subject
 from cloven.slip.config import SlipConfig
 from cloven.slip.prepare import prepare_slip
 from cloven.zoo.demo import demo_model_path
-from tests.split_models import demo_model, scratch, tiny, tiny_bundle
+from tests.split_models import demo_bundle, demo_model, scratch, tiny, tiny_bundle
 
 
 @functools.cache
@@ -30,9 +30,11 @@ def demo_subject(precision: str = "int8", scramble: str = "mixing") -> Subject:
 
 @functools.cache
 def _demo_subject(precision: str, scramble: str) -> Subject:
-    out = scratch() / f"audit-{precision}-{scramble}"
-    config = SlipConfig(precision=precision, scramble=scramble)
-    prepare_slip(demo_model_path(), out, config, engine="inline")
+    out, config = scratch() / f"audit-{precision}-{scramble}", SlipConfig(precision=precision, scramble=scramble)
+    if config == SlipConfig(precision=precision):
+        out = demo_bundle(precision).path
+    else:
+        prepare_slip(demo_model_path(), out, config, engine="inline")
     return open_subject(out, text(), seed=1)
 
 

@@ -14,8 +14,7 @@ def test_full_logits_align_the_heads_rows() -> None:
     found = full_logits(demo_subject())
     attack = named(found, "permutation")["full_logits"]
     assert attack.value > 0.9 and attack.weakened_value > 0.9 and attack.verdict == "broken"
-    mixed = named(found, "mixing")["full_logits"]
-    assert mixed.value < 0.01 and mixed.weakened_value > 0.9 and mixed.verdict == "holds"  # its rows are of no one token
+    assert named(found, "mixing") == {}  # its rows are of no one token
 
 
 def test_without_logits_of_this_model_nothing_is_aligned() -> None:

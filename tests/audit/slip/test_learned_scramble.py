@@ -42,7 +42,8 @@ def test_with_a_relative_it_begins_there() -> None:
 
 def test_true_bases_give_the_exposed_matrix() -> None:
     group = tiny_subject().groups[0]
-    bases = module._Bases(group, (group.seen.rows, group.seen.columns))
+    rows, columns = (torch.linalg.inv(basis).t() for basis in (group.seen.rows, group.seen.columns))
+    bases = module._Bases(group, (rows, columns))
     with torch.no_grad():
         bases.compute()
     assert float((bases.matrix - group.exposed).norm() / group.exposed.norm()) < 0.03

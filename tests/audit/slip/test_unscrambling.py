@@ -8,24 +8,25 @@ import torch
 
 from cloven.audit.slip import unscrambling as module
 from cloven.audit.slip.scrambled import share_of
-from cloven.audit.slip.subject import Subject
 from cloven.audit.slip.unscrambling import _feeds, over_matrices, pairs_of, planted, residual_sides, unscrambling
 from tests.audit.slip.subjects import demo_subject, named
 
 COLUMNS = {f"unscramble_columns_by{what}_{how}" for what in ("", "_embeddings") for how in ("magnitudes", "graph", "eigenvectors")}
 
 
-def few(subject: Subject) -> Subject:
-    """The last two layers and the head."""
-    return replace(subject, groups=subject.groups[-9:])
-
-
-@pytest.mark.parametrize("precision", ["int8", "int8x2"])
-def test_the_scramble_is_not_undone(precision: str) -> None:
-    found = unscrambling(few(demo_subject(precision)))
+@pytest.mark.parametrize(
+    ("precision", "layers"),
+    [("int8", 1), pytest.param("int8", 2, marks=pytest.mark.long), pytest.param("int8x2", 2, marks=pytest.mark.long)],
+)
+def test_the_scramble_is_not_undone(precision: str, layers: int) -> None:
+    """In the last layers, of four groups each, and the head."""
+    subject = demo_subject(precision)
+    found = unscrambling(replace(subject, groups=subject.groups[-4 * layers - 1 :]))
     mixed, permuted = named(found, "mixing"), named(found, "permutation")
-    assert set(mixed) == {*COLUMNS, "unscramble_lm_head_by_embeddings"}
-    assert set(permuted) == {*mixed, "unscramble_rows_by_next_columns_magnitudes", "unscramble_rows_by_next_columns_graph"}
+    assert set(mixed) == {name for name in COLUMNS if name.endswith("eigenvectors")}  # there are no places to be matched
+    rows = {"unscramble_rows_by_next_columns_magnitudes", "unscramble_rows_by_next_columns_graph"}
+    assert set(permuted) == {*COLUMNS, *rows, "unscramble_lm_head_by_embeddings"}
+    assert 0 < mixed["unscramble_columns_by_eigenvectors"].details["highest_share_of_the_16_top_directions"] < 0.6
     for attack in found:
         assert attack.value < 0.03, attack.name  # chance is 0.1 to 0.4 %
         assert attack.weakened_value >= (0.9 if "eigenvectors" in attack.name else 0.95), attack.name  # the planted near-duplicate
@@ -35,7 +36,7 @@ def test_the_scramble_is_not_undone(precision: str) -> None:
 
 def test_a_bundle_that_permutes_is_attacked_as_it_is() -> None:
     subject = demo_subject(scramble="permutation")
-    found = unscrambling(replace(subject, groups=subject.groups[-3:]))
+    found = unscrambling(replace(subject, groups=subject.groups[-2:]))
     assert {attack.scheme for attack in found} == {"slip/int8, permutation"}
 
 
@@ -75,7 +76,7 @@ def test_the_truth_about_a_side(scramble: str) -> None:
         flat = group.exposed / n[:, None] / c
         true = flat if side.name.endswith("_proj}") else flat.t()
         other = group.seen.rows if side.name.endswith("_proj}") else group.seen.columns
-        turned = other.t() @ side.matrix @ side.basis
+        turned = torch.linalg.solve(side.basis, torch.linalg.solve(other, side.matrix).t()).t()
         assert float(torch.nn.functional.cosine_similarity(turned, true, dim=0).min()) > 0.99
 
 
@@ -83,7 +84,7 @@ def test_the_truth_about_a_side(scramble: str) -> None:
 def test_a_near_duplicate_and_its_truth(mixed: bool) -> None:
     matrix = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     for seen in planted(matrix, 1, mixed=mixed):
-        back = seen.rows.t() @ seen.codes @ seen.columns
+        back = torch.linalg.solve(seen.columns, torch.linalg.solve(seen.rows, seen.codes).t()).t()
         assert float(torch.nn.functional.cosine_similarity(back, matrix, dim=1).min()) > 0.9
     assert module.between(*planted(matrix, 1, mixed=False), module.by_graph) == 1.0
 

@@ -29,20 +29,21 @@ def test_a_relative_breaks_the_scramble() -> None:
 
 
 def test_what_a_relative_gets_of_a_mixing() -> None:
-    """The model itself tells singular vectors apart, up to signs: measured, no claim is made where there is a relative."""
-    subject = replace(demo_subject(), relative=demo_model(), groups=demo_subject().groups[:4])
+    """Not even the model itself tells singular vectors apart; of permutations it finds everything."""
+    subject = replace(demo_subject(), relative=demo_model(), groups=demo_subject().groups[:2])
     found = weight_directions(subject)
     mixed, permuted = named(found, "mixing"), named(found, "permutation")
     for side in ("rows", "columns"):
-        assert mixed[f"unscramble_{side}_by_relative"].weakened_value > 0.1  # rows beyond the rank have no directions
+        attack = mixed[f"unscramble_{side}_by_relative"]
+        assert attack.value < 0.1 and attack.weakened_value > 0.1  # rows beyond the rank have no directions
         assert permuted[f"unscramble_{side}_by_relative"].value > 0.9
-    assert mixed["unscramble_columns_by_relative"].value > 0.5
+    assert mixed["unscramble_columns_by_relative"].weakened_value > 0.8
     ours, true = aligned_matrix(subject, subject.groups[1], 0), subject.groups[1].exposed
-    assert ours.shape == true.shape and torch.allclose(ours.norm(), true.norm(), rtol=0.1)
+    assert ours.shape == true.shape and torch.allclose(ours.norm(), true.norm(), rtol=0.2)
 
 
 def test_a_relative_that_is_none() -> None:
-    subject = replace(demo_subject(), relative=type(demo_model())(demo_model().config), groups=demo_subject().groups[:4])
+    subject = replace(demo_subject(), relative=type(demo_model())(demo_model().config), groups=demo_subject().groups[:2])
     for attack in weight_directions(subject):
         if attack.name != "unscrambled_model":
             assert attack.value < 0.05, attack

@@ -12,7 +12,7 @@ SOURCE = Path(cloven.__file__).parent / "kv_shield" / "native"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.long)])
 def test_a_pass_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     program = tmp_path / "check"
     source = [str(Path(__file__).with_name("check.cpp")), f"-I{SOURCE}"]

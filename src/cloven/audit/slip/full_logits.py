@@ -5,7 +5,7 @@ Method: the logits span lm_head's columns: an SVD gives W M, M an unknown basis.
     places and signs, and W' = W less its secret part. Tyler's estimator brings both into one basis up to a rotation, whatever D, M and
     M' are; rows are then matched by the graph of their cosines.
 Success: the share of lm_head's rows whose token is found. Chance: 1 / vocabulary.
-    Where rows are mixed there are none: the mean squared share of the token that is named for a row. And under permutations alone.
+    Where the bundle's scramble mixes there are no such rows: then the same matrices under permutations alone are attacked.
 Weakened: the same with the exposed matrix of the whole W, nothing secret taken out, under permutations.
 Source: that logits give the head is published (arXiv 2403.06634); the alignment is ours.
 """
@@ -37,7 +37,7 @@ def head_from_logits(subject: Subject, rank: int) -> Tensor:
 @torch.no_grad()
 def full_logits(subject: Subject) -> list[Attack]:
     """See the module."""
-    return [attack for one in compared(subject) for attack in _attack(one)]
+    return [attack for one in compared(subject) if one.scramble == "permutation" for attack in _attack(one)]
 
 
 def _attack(subject: Subject) -> list[Attack]:

@@ -6,7 +6,8 @@ Method: groups of one kind in neighbouring layers. Where columns are permuted: c
     that were found (Frank-Wolfe steps on the signed graphs). Where they are mixed: the rotation that agrees with what is known and aligns
     the rest of the Gram matrices' roots best, by repeated polar steps. The bundle's own scramble, and permutations alone beside it.
 Success: the share of the rest of the basis that is found, as for unscrambling.
-Weakened: a near-duplicate (1 % noise) under keys of its own; where they are mixed nothing is rounded.
+Weakened: a near-duplicate (1 % noise) under keys of its own; where they are mixed by rotations, with signs
+    in the place of secret sizes, unrounded.
 Source: seeded graph matching is published; the rest is ours.
 """
 
@@ -37,11 +38,12 @@ def share_from_known(a: Scrambled | Side, b: Scrambled | Side, known: Tensor) ->
         rest = torch.ones(len(truth), dtype=torch.bool)
         rest[mine] = False
         return float((match == truth)[rest].double().mean())
+    ours, theirs = (torch.nn.functional.normalize(torch.linalg.inv(basis).t(), dim=0) for basis in (ours, theirs))  # images of columns
     rotations = by_known_directions(x, y, ours[:, known], theirs[:, known])
     rest = torch.ones(len(relation), dtype=torch.bool)
     rest[known] = False
     named = (rotation @ ours[:, rest] for rotation in rotations)  # what the attacker takes the model's other columns for in b
-    return max(float((one * theirs[:, rest]).sum(0).square().mean()) for one in named)
+    return max(float(torch.nn.functional.cosine_similarity(one, theirs[:, rest], dim=0).square().mean()) for one in named)
 
 
 @torch.no_grad()

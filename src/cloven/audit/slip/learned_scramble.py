@@ -4,7 +4,7 @@ Adversary: A1 with data: given embeddings, norms, biases and scales, and text sa
 Method: trained by AdamW to predict the text, through the whole model, with the codes as they are: of a scramble that mixes every group's
     two bases, as square matrices that begin at one; of permutations, the bundle's or the same matrices' under these alone, doubly
     stochastic matrices (Sinkhorn) and real numbers for the signs, which begin at the match with a public relative
-    (`weight_directions`), or at random. At the end places are read off by assignment, and bases by the nearest rotation.
+    (`weight_directions`), or at random. At the end places are read off by assignment.
 Success: the share of the bases of rows and columns that is found, as for unscrambling. Chance: 1 / dimension.
 Weakened: they begin near the answer: at the match with a planted near-duplicate (1 % noise) of every matrix; at the true bases with
     noise. Training must not lose what is found.
@@ -118,14 +118,16 @@ def _mixed_model(subject: Subject, *, planted: bool) -> PreTrainedModel:
         noise = torch.randn(truth.shape, generator=random) * math.sqrt(1 / len(truth))
         return truth + _NEAR * noise
 
-    return _with(subject, [_Bases(g, (near(g.seen.rows), near(g.seen.columns)) if planted else None) for g in subject.groups])
+    def true(group: AttackedGroup) -> tuple[Tensor, Tensor]:
+        rows, columns = (torch.linalg.inv(basis).t() for basis in (group.seen.rows, group.seen.columns))
+        return near(rows), near(columns)
+
+    return _with(subject, [_Bases(group, true(group) if planted else None) for group in subject.groups])
 
 
 def _found(learnt: nn.Parameter, truth: Tensor) -> Tensor:
-    """Squared cosines of the rows of the nearest rotation with the truth."""
-    u, _, vt = torch.linalg.svd(learnt.detach())
-    cosines: Tensor = ((u @ vt) * truth).sum(1)
-    return cosines.square()
+    """Squared cosines of what was learnt with the truth, row by row."""
+    return torch.nn.functional.cosine_similarity(learnt.detach(), truth, dim=1).square()
 
 
 def _places(subject: Subject, model: PreTrainedModel) -> float:
@@ -136,7 +138,7 @@ def _places(subject: Subject, model: PreTrainedModel) -> float:
         assert isinstance(ordered, _Ordered)
         for learnt, truth in ((ordered.order.rows, group.seen.rows), (ordered.order.columns, group.seen.columns)):
             if isinstance(ordered.order, _Bases):
-                found += float(_found(learnt, truth).sum())
+                found += float(_found(learnt, torch.linalg.inv(truth).t()).sum())
             else:
                 found += share_of(assigned(learnt.detach()), truth, torch.eye(len(truth))) * len(truth)
             total += len(truth)

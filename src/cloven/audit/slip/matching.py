@@ -113,7 +113,7 @@ def by_eigenvectors(matrix: Tensor) -> Tensor:
 
 
 def by_known_directions(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
-    """Rotations Q [h, h] that take the known directions, orthonormal [h, s], of a [n, h] to those of b [m, h]: candidates.
+    """Maps Q [h, h], rotations but for what is known, that take known directions [h, s] of a [n, h] to those of b [m, h]: candidates.
 
     Eigenvectors of both Gram matrices are told apart by what they have of the known directions, where their places in the spectrum are
     near each other, for several widths; then tr(B Q A Qᵀ) of the matrices' roots is raised by polar steps.
@@ -122,7 +122,7 @@ def by_known_directions(a: Tensor, b: Tensor, first: Tensor, second: Tensor) -> 
     (va, vb), h = (torch.linalg.eigh(root)[1] for root in roots), len(roots[0])
     known, images = first.double(), second.double()
     rest, other = (torch.linalg.qr(one, mode="complete")[0][:, one.shape[1] :] for one in (known, images))
-    fixed, place = images @ known.t(), torch.arange(h, dtype=torch.float64)
+    fixed, place = images @ torch.linalg.pinv(known), torch.arange(h, dtype=torch.float64)
 
     def polar(gradient: Tensor) -> Tensor:
         u, _, vt = torch.linalg.svd(other.t() @ gradient @ rest)

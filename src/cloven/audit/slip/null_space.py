@@ -60,9 +60,12 @@ class View:
         seen, (n, c) = Scrambled.of(made), sizes_of(made)
         lefts, rights = zip(*(secret_directions(group, part) for part in range(len(group.parts))), strict=True)
         sides = (seen.rows.double(), torch.block_diag(*lefts), n.double()), (seen.columns.double(), torch.cat(rights, 1), c.double())
+        # a hole is met by what the codes are multiplied with, R and C; what was taken out by R⁻¹ and C⁻ᵀ
         secret, hole = (
-            tuple(torch.linalg.qr(turn @ (basis * size[:, None] ** power))[0] for turn, basis, size in sides) for power in (-1, 1)
-        )
+            tuple(torch.linalg.qr((turn if power < 0 else torch.linalg.inv(turn).t()) @ (basis * size[:, None] ** power))[0]
+                  for turn, basis, size in sides)
+            for power in (-1, 1)
+        )  # fmt: skip
         view = cls.of(seen.codes, *secret)
         return replace(view, hole=(hole[0], hole[1]))
 

@@ -69,7 +69,7 @@ def recorded(subject: Subject, group: AttackedGroup, second: AttackedGroup) -> t
     needed, vocabulary = int(_MORE * group.codes.shape[1]) + 8, int(subject.plain.config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (-(-needed // _TOKENS), _TOKENS), generator=subject.random("adjacency, recorded"))
     (seen,) = record(subject, ids, 1)
-    first, following = (seen[one.group.index].double() @ columns_of(one.matrix).double() for one in (group, second))
+    first, following = (seen[one.group.index].double() @ columns_of(one.matrix).double() for one in (group, second))  # (C S)⁻¹ c
     return first, following
 
 

@@ -17,7 +17,7 @@ class Scrambled:
 
     Args:
         codes: as they lie, float32 [N, K]; where rows are mixed, with the rows' own scales, which are nearly equal: a gift.
-        rows: row a of the codes is a combination of the model's rows with the coefficients rows[a]; orthogonal, float32 [N, N].
+        rows: row a of the codes is a combination of the model's rows with the coefficients rows[a], float32 [N, N].
         columns: the same of the columns, [K, K]. Where nothing is mixed both are signed permutations.
     """
 
@@ -28,11 +28,13 @@ class Scrambled:
     @classmethod
     def of(cls, matrix: ExposedMatrix) -> Scrambled:
         """Of an exposed matrix and its keys."""
-        order = matrix.row_gather[0].long().sort()
-        mixing = Mixing(matrix.mixing_gather, matrix.mixing_scale.sign())
-        rows = _mixed(mixing, torch.eye(len(order.indices), dtype=torch.float64))  # Rᵀ
-        rows = rows[order.indices] * matrix.row_scale[0].sign()[order.indices, None]
-        return cls(coarse(matrix), rows.float(), columns_of(matrix))
+        return cls(coarse(matrix), rows_of(matrix), columns_of(matrix))
+
+
+def in_the_model(basis: Tensor, vectors: Tensor) -> Tensor:
+    """Directions of the codes' rows or columns [n, s], as singular vectors are, in the model's coordinates: unit vectors [n, s]."""
+    turned: Tensor = torch.linalg.solve(basis, vectors)
+    return torch.nn.functional.normalize(turned, dim=0)
 
 
 def coarse(matrix: ExposedMatrix) -> Tensor:
@@ -45,11 +47,23 @@ def coarse(matrix: ExposedMatrix) -> Tensor:
     return codes * (sizes / sizes.mean())[order.indices, None]
 
 
-def columns_of(matrix: ExposedMatrix) -> Tensor:
-    """See `Scrambled.columns`."""
+def rows_of(matrix: ExposedMatrix, *, sizes: bool = True) -> Tensor:
+    """See `Scrambled.rows`; without the sizes that are mixed in, a rotation."""
+    order, scale = matrix.row_gather[0].long().sort(), matrix.mixing_scale.clone()
+    if len(scale):
+        scale[-1] = scale[-1].sign()  # the rows' norms are the model's
+    mixing = Mixing(matrix.mixing_gather, scale if sizes else scale.sign())
+    one = torch.eye(len(order.indices), dtype=torch.float64)
+    rows = torch.from_numpy(mixing.undone(one.numpy())).t()[order.indices]  # R⁻¹
+    return (rows * matrix.row_scale[0].sign()[order.indices, None]).float()
+
+
+def columns_of(matrix: ExposedMatrix, *, sizes: bool = True) -> Tensor:
+    """See `Scrambled.columns`; without the sizes that are mixed in, a rotation."""
     gather, scale = matrix.column_gather, matrix.column_scale
+    mixing = Mixing(gather[1:], scale[1:] if sizes else scale[1:].sign())
     columns = torch.eye(gather.shape[1], dtype=torch.float64)[:, gather[0].long()] * scale[0].sign()
-    return _mixed(Mixing(gather[1:], scale[1:]), columns).t().float().contiguous()
+    return torch.from_numpy(mixing.undone_on_rows(columns.contiguous().numpy())).t().float().contiguous()
 
 
 def sizes_of(matrix: ExposedMatrix) -> tuple[Tensor, Tensor]:
@@ -61,13 +75,9 @@ def sizes_of(matrix: ExposedMatrix) -> tuple[Tensor, Tensor]:
     return matrix.row_scale[0].abs(), columns
 
 
-def _mixed(mixing: Mixing, rows: Tensor) -> Tensor:
-    return torch.from_numpy(mixing.apply(rows.contiguous().numpy()))
-
-
 def share_of(match: Tensor, ours: Tensor, theirs: Tensor) -> float:
     """How much of our vectors was found: the mean squared cosine of vector i of ours and vector match[i] of theirs, [n, m] each.
 
     A share of places where both are signed permutations; 1 / m by chance.
     """
-    return float((ours * theirs[match]).sum(1).square().mean())
+    return float(torch.nn.functional.cosine_similarity(ours, theirs[match], dim=1).square().mean())

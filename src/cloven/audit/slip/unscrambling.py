@@ -6,11 +6,12 @@ Method: matrices that read the residual stream have its basis on their columns, 
     what it wrote; and with the embeddings, given for free: by sorted magnitudes, by the graph of cosines (quadratic assignment), and
     by the eigenvectors of their Gram matrices, in the order of their eigenvalues. What an MLP's first matrices make, its last one
     reads: their rows are matched with its columns. lm_head's rows are matched with the embeddings' by soft permutations (Sinkhorn) and
-    alternating directions. The bundle's own scramble, and beside it permutations and signs alone.
+    alternating directions. The bundle's own scramble, and beside it permutations and signs alone. Where the scramble mixes there are no
+    places: only eigenvectors are compared.
 Success: the share of the basis that is found: the mean squared cosine of what was named and what is right; of places, where the scramble
     permutes. Chance: 1 / dimension. "Broken" if half of the basis of any one pair is found.
 Weakened: the same code where there is something to find: a near-duplicate (1 % noise) of the same matrix, under keys of its own; for what
-    matches places, both under permutations alone; for rotations nothing is rounded.
+    matches places, both under permutations alone; for eigenvectors under rotations, with signs in the place of secret sizes, unrounded.
 Source: matching obfuscated weights is published for permutation-based schemes; quadratic assignment by Vogelstein et al. 2015.
 """
 
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from cloven.audit.attack import Attack, interval_of, verdict_of
 from cloven.audit.slip.matching import aligned_to, by_eigenvectors, by_graph, by_profiles
-from cloven.audit.slip.scrambled import Scrambled, share_of, sizes_of
+from cloven.audit.slip.scrambled import Scrambled, columns_of, in_the_model, rows_of, share_of, sizes_of
 from cloven.audit.slip.subject import AttackedGroup, Subject, compared
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.slip.exposed_matrix import expose
 
 MOST_PLACES = 4096  # rows or columns that are matched
 MOST_PAIRS = 8  # of a kind
+_TOP = 16
 NOISE = 0.01
 _WRITERS = ("o_proj", "c_proj", "dense", "out_proj", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2")
 Matcher = Callable[[Tensor, Tensor], Tensor]
@@ -83,16 +85,16 @@ def with_noise(matrix: Tensor) -> Tensor:
 def planted(matrix: Tensor, terms: int, *, mixed: bool) -> tuple[Scrambled, Scrambled]:
     """A matrix [N, K] and its near-duplicate under scrambles of their own. The keys are no secrets: an attacker made them.
 
-    Where they are mixed nothing is rounded, so that a control tells of the method: rounded to int8, eigenvectors find 92 %.
+    Where they are mixed, it is by rotations, without sizes, and nothing is rounded.
     """
     made = []
     for one, key in ((matrix, "the matrix"), (with_noise(matrix), "a near-duplicate")):
         exposed = expose(one, terms, SecretStream(bytes(KEY_BYTES), key), mixed=mixed)
-        seen = Scrambled.of(exposed)
-        if mixed:
-            rows, columns = sizes_of(exposed)
-            seen = replace(seen, codes=seen.rows @ (one.float() / rows[:, None] / columns) @ seen.columns.t())
-        made.append(seen)
+        if not mixed:
+            made.append(Scrambled.of(exposed))
+            continue
+        (n, c), rows, columns = sizes_of(exposed), rows_of(exposed, sizes=False), columns_of(exposed, sizes=False)
+        made.append(Scrambled(rows @ (one.float() / n[:, None] / c) @ columns.t(), rows, columns))
     return made[0], made[1]
 
 
@@ -104,9 +106,19 @@ def between(a: Side | Scrambled, b: Side | Scrambled, matcher: Matcher) -> float
 
 def by_spectra(a: Side | Scrambled, b: Side | Scrambled) -> float:
     """The same for eigenvectors, in the order of eigenvalues."""
-    (x, ours), (y, theirs) = ((one.matrix, one.basis) if isinstance(one, Side) else (one.codes, one.columns) for one in (a, b))
-    first, second = by_eigenvectors(x), by_eigenvectors(y)
-    return float(((ours.t() @ first) * (theirs.t() @ second)).sum(0).square().mean())
+    first, second = _eigenvectors(a), _eigenvectors(b)
+    return float((first * second).sum(0).square().mean())
+
+
+def shared_top(a: Side | Scrambled, b: Side | Scrambled) -> float:
+    """How much of the span of one's 16 top eigenvectors is in the other's: more than single ones show, and less than a basis."""
+    first, second = (torch.linalg.qr(_eigenvectors(one)[:, -_TOP:])[0] for one in (a, b))
+    return float((first.t() @ second).square().sum() / first.shape[1])
+
+
+def _eigenvectors(one: Side | Scrambled) -> Tensor:
+    matrix, basis = (one.matrix, one.basis) if isinstance(one, Side) else (one.codes, one.columns)
+    return in_the_model(basis, by_eigenvectors(matrix))
 
 
 def over_matrices(subject: Subject, name: str, adversary: str, metric: str, found: list[tuple[float, int]], weak: float) -> list[Attack]:
@@ -131,13 +143,19 @@ def _columns(subject: Subject) -> list[Attack]:
     apart, mixed = (planted(group.exposed, group.terms, mixed=one) for one in (False, True))
     attacks = []
     for how in ("magnitudes", "graph", "eigenvectors"):
+        if how != "eigenvectors" and subject.scramble == "mixing":  # there are no places to be matched
+            continue
         matcher = {"magnitudes": by_profiles, "graph": by_graph}.get(how)
         compare = (lambda a, b, m=matcher: between(a, b, m)) if matcher is not None else by_spectra
         weak = compare(*(apart if matcher is not None else mixed))
         pairs = pairs_of(sides)
         found = [(compare(a, b), len(a.basis)) for a, b in pairs]
         metric = f"share of the residual stream's basis found between matrices that read or write it, {len(pairs)} pairs"
-        attacks += over_matrices(subject, f"unscramble_columns_by_{how}", "A1", metric, found, weak)
+        one = over_matrices(subject, f"unscramble_columns_by_{how}", "A1", metric, found, weak)
+        if matcher is None:
+            top = {"highest_share_of_the_16_top_directions": max(shared_top(a, b) for a, b in pairs)}
+            one = [replace(attack, details={**attack.details, **top}) for attack in one]
+        attacks += one
         chosen = sides[: 2 * MOST_PAIRS]
         found = [(compare(side, given), len(side.basis)) for side in chosen]
         metric = f"share of the residual stream's basis found by comparing {len(chosen)} matrices with the embeddings"
@@ -193,9 +211,9 @@ def _feeds(first: AttackedGroup, second: AttackedGroup) -> bool:
 @torch.no_grad()
 def unscrambling(subject: Subject) -> list[Attack]:
     """See the module."""
-    # rows of several matrices are mixed with one another: no row of one of them is left to be matched
+    # mixed rows are of no one place: there is none to be matched
     return [
         attack
         for one in compared(subject)
-        for attack in (*_columns(one), *_head(one), *(_between_layers(one) if one.scramble == "permutation" else []))
+        for attack in (*_columns(one), *((*_head(one), *_between_layers(one)) if one.scramble == "permutation" else ()))
     ]

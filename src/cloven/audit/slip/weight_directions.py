@@ -25,7 +25,7 @@ from cloven.audit.attack import Attack, verdict_of
 from cloven.audit.slip.exposed_half import as_they_lie, knowledge
 from cloven.audit.slip.matching import Alignment, aligned_to
 from cloven.audit.slip.null_space import without_top
-from cloven.audit.slip.scrambled import Scrambled, share_of
+from cloven.audit.slip.scrambled import Scrambled, in_the_model, share_of
 from cloven.audit.slip.subject import AttackedGroup, Subject, compared
 from cloven.audit.slip.unscrambling import MOST_PLACES, over_matrices, planted
 from cloven.slip.exposed_matrix import expose
@@ -51,8 +51,11 @@ def guess(seen: Scrambled, reference: Tensor, truth: tuple[Tensor, Tensor], *, m
         return Guess(found.applied(seen.codes), rows, columns, found)
     u, s, vt = torch.linalg.svd(seen.codes, full_matrices=False)
     p, _, qt = torch.linalg.svd(_even(reference), full_matrices=False)
-    rows = float(((seen.rows.t() @ u) * (truth[0].t() @ p)).sum(0).square().mean())
-    columns = float(((seen.columns.t() @ vt.t()) * (truth[1].t() @ qt.t())).sum(0).square().mean())
+    pairs = ((seen.rows, u, truth[0], p), (seen.columns, vt.t(), truth[1], qt.t()))
+    rows, columns = (
+        float((in_the_model(ours, mine) * in_the_model(theirs, other)).sum(0).square().sum()) / len(ours)
+        for ours, mine, theirs, other in pairs
+    )
     return Guess((p * s) @ qt, rows, columns, None)
 
 
@@ -103,9 +106,9 @@ def _attacks(subject: Subject) -> list[Attack]:
     group = next(one for one in subject.groups if max(one.exposed.shape) <= MOST_PLACES)
     mixed = subject.scramble == "mixing"
     first, near = planted(group.exposed, group.terms, mixed=mixed)
-    if mixed:  # the relative's basis is known: here the matrix's own, equalised
-        n, k = group.exposed.shape
-        weak = guess(near, expose(group.exposed, 1, None).codes.float(), (torch.eye(n), torch.eye(k)), mixed=True)
+    if mixed:  # the relative's basis is known: here the matrix's own
+        (n, c), sizes = group.sizes(), group.exposed.shape
+        weak = guess(near, group.exposed / n[:, None] / c, (torch.eye(sizes[0]), torch.eye(sizes[1])), mixed=True)
     else:
         weak = guess(near, first.codes, (first.rows, first.columns), mixed=False)
     pairs = [(one, found) for one, found in zip(subject.groups, guesses(subject), strict=True) if found is not None]

@@ -2,8 +2,8 @@
 //
 //     every block of 2^k entries x of a row becomes s H x,   H_{2h} = [[H_h, H_h], [H_h, −H_h]]
 //
-// Blocks lie side by side; where they do not fill a row, one more lies at its end, over what was transformed already. Additions and
-// subtractions happen in the order of `cloven.field.hadamard`, whose results are therefore the same bits.
+// Blocks lie side by side; where they do not fill a row, one more takes what is left, and entries from all over the row that were transformed
+// already. Additions and subtractions happen in the order of `cloven.field.hadamard`, whose results are therefore the same bits.
 
 #include <cstddef>
 #include <cstdint>
@@ -52,12 +52,24 @@ Transform best() {
   return portable;
 }
 
+constexpr std::int64_t kMost = 256;
+
+// The block that takes the n % block entries at the end, and block − n % block entries spread evenly over the others.
+void last_block(Transform transform, double* x, std::int64_t n, std::int64_t block, double scale) {
+  const std::int64_t whole = n / block * block, spread = block - (n - whole);
+  double part[kMost];
+  const auto place = [&](std::int64_t i) { return i < spread ? i * whole / spread : whole + i - spread; };
+  for (std::int64_t i = 0; i < block; ++i) part[i] = x[place(i)];
+  transform(part, block, scale);
+  for (std::int64_t i = 0; i < block; ++i) x[place(i)] = part[i];
+}
+
 void blocks(double* x, std::int64_t n, std::int64_t block, double scale, bool transposed) {
   static const Transform transform = best();
   const bool rest = n % block != 0;
-  if (rest && transposed) transform(x + n - block, block, scale);
+  if (rest && transposed) last_block(transform, x, n, block, scale);
   for (std::int64_t i = 0; i + block <= n; i += block) transform(x + i, block, scale);
-  if (rest && !transposed) transform(x + n - block, block, scale);
+  if (rest && !transposed) last_block(transform, x, n, block, scale);
 }
 
 struct Turn {
@@ -119,14 +131,14 @@ void turn_chunk(const void* what, std::int64_t index) {
 }
 
 bool sound(std::int64_t m, std::int64_t n, std::int64_t block) {
-  return m >= 0 && n >= 1 && block >= 1 && block <= n && (block & (block - 1)) == 0;
+  return m >= 0 && n >= 1 && block >= 1 && block <= n && block <= kMost && (block & (block - 1)) == 0;
 }
 
 }  // namespace
 
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
-// rows [m, n], dense; block a power of two ≤ n. `transposed` undoes it where blocks overlap, too. Returns 0, or 1 if the arguments are out
+// rows [m, n], dense; block a power of two ≤ n and 256. `transposed` undoes it where blocks overlap, too. Returns 0, or 1 if the arguments are out
 // of range.
 CLOVEN_API int cloven_hadamard(double* rows, std::int64_t m, std::int64_t n, std::int64_t block, double scale, int transposed) {
   if (!sound(m, n, block)) return 1;
