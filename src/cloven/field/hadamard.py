@@ -2,9 +2,9 @@
 
     H_1 = [1],  H_2h = [[H_h, H_h], [H_h, −H_h]] / √2        [block, block], its own inverse
 
-Blocks lie side by side; where they do not fill the vector, one more takes the entries that are left, and others from all over the vector that
-were transformed already (from all over: a transform of most of a block would undo the block's own). The whole is orthogonal for every
-length; `transposed` undoes it. Float64; the C++ kernel and NumPy add in the same order and give the same bits.
+Blocks lie side by side; where they do not fill the vector, one more takes the entries that are left, and others from all over the vector
+that were transformed already (from all over: a transform of most of a block would undo the block's own). The whole is orthogonal for
+every length; `transposed` undoes it. Float64; the C++ kernel and NumPy add in the same order and give the same bits.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Method: fine-tune the exposed half by AdamW, with the best of three rates in a s
     same steps and the same gifts: random matrices, by text and distilled; and the relative, where there is one.
 Success: the share of the model's knowledge that is recovered (see `exposed_half`), beyond the best baseline's that saw the same outputs
     (text alone, or distributions too), which is what anybody can have without the exposed half. Broken: more than half of the way from
-    the baseline to the model. No claim is made on less than 30,000 tokens.
+    the baseline to the model. No claim is made on less than 20,000 tokens.
 Weakened: nothing secret: the same training from the whole model, as it is at its end.
 Source: fine-tuning attacks on partially exposed models are published; measuring them against the best baseline is ours.
 """
@@ -32,7 +32,7 @@ from cloven.audit.slip.weight_directions import aligned_matrix
 from cloven.slip.layer import SplitLinear
 
 _WITHOUT_KEYS = ("recovery_scrambled", "recovery_scrambled_distilled", "recovery_aligned")
-ENOUGH_TOKENS = 30_000  # to claim that training on them is of no use
+ENOUGH_TOKENS = 20_000  # to claim that training on them is of no use
 _ADVERSARY = "A1, given embeddings, norms and scales, with text"
 
 
