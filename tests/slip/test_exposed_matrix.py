@@ -160,6 +160,22 @@ def test_degenerate_matrices(terms: int, what: str) -> None:
         assert not mixed[3].any()
 
 
+@pytest.mark.parametrize("terms", TERMS)
+def test_rows_and_columns_of_zeros_are_no_null_vectors_of_the_codes(terms: int) -> None:
+    """Else a zero column's image under the mixing would be the one direction in which the codes hold nothing."""
+    matrix = matrix_of(80, 40)
+    matrix[:, [3, 17]] = 0
+    matrix[[5, 60]] = 0
+    exposed = exposed_by(matrix, terms, "mixing")
+    values = torch.linalg.svdvals(exposed.codes[exposed.row_gather[0].long()].double())
+    assert float(values[-1]) > 0.02 * float(values[0])
+    back = exposed.dequantised()
+    assert not back[:, [3, 17]].any() and not back[[5, 60]].any()
+    assert float((back - matrix).norm()) < 0.02 * float(matrix.norm())
+    weaker = torch.linalg.svdvals((matrix / matrix.norm(dim=0).clamp_min(1e-9)).double())
+    assert float(weaker[-1]) < 1e-9
+
+
 def test_repr_shows_no_values() -> None:
     exposed = expose(matrix_of(4, 3), 1, stream())
     assert repr(exposed) == "ExposedMatrix((4, 3), <secret>)"

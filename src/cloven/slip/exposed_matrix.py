@@ -107,7 +107,10 @@ def expose(
         column = _finer_where_it_matters(column, matrix, activations, terms, columns)
     step = rows_at_a_time(k)
     if mixed:
-        matrix, norms = _mixed(matrix, column, (gather, column_sign), columns, rows_mixing)
+        assert stream is not None
+        empty = _empty_columns(matrix)
+        matrix, norms = _mixed(matrix, column, empty, (gather, column_sign), columns, rows_mixing, stream)
+        column = torch.where(empty, 0.0, column)
         scale = _row_scales(matrix.split(step), None)
         rows_mixing = rows_mixing.scaled(norms)
     else:
@@ -132,8 +135,19 @@ def expose(
     )
 
 
-def _mixed(matrix: Tensor, column: Tensor, signed: tuple[Tensor, Tensor], columns: Mixing, rows: Mixing) -> tuple[Tensor, Tensor]:
-    """F [N, K] in the dtype of E, and n [N]. A row of zeros stays one: its n is 0."""
+def _empty_columns(matrix: Tensor) -> Tensor:
+    """Which columns hold nothing, bool [K]."""
+    return torch.stack([part.abs().amax(0) for part in matrix.split(rows_at_a_time(matrix.shape[1]))]).amax(0) == 0
+
+
+def _mixed(
+    matrix: Tensor, column: Tensor, empty: Tensor, signed: tuple[Tensor, Tensor], columns: Mixing, rows: Mixing, stream: SecretStream
+) -> tuple[Tensor, Tensor]:
+    """F [N, K] in the dtype of E, and n [N].
+
+    Rows and columns of zeros would be null vectors of F, and tell what the mixings make of them: they are filled with noise, which the
+    trusted process multiplies with zero.
+    """
     flat, norms = torch.empty_like(matrix), torch.empty(len(matrix), dtype=torch.float64)
     (gather, sign), step = signed, rows_at_a_time(matrix.shape[1])
     for first in range(0, len(matrix), step):
@@ -142,6 +156,11 @@ def _mixed(matrix: Tensor, column: Tensor, signed: tuple[Tensor, Tensor], column
         largest = equal.abs().amax(1)  # squares may overflow, or vanish
         norms[part] = _stored(largest * (equal / largest.clamp_min(1e-300)[:, None]).square_().mean(1).sqrt_())
         unit = equal / torch.where(norms[part] == 0, 1.0, norms[part])[:, None]
+        if bool(empty.any()):
+            unit[:, empty] = stream.normal(len(unit), int(empty.sum())).double()
+        if not bool(norms[part].all()):
+            nothing = norms[part] == 0
+            unit[nothing] = stream.normal(int(nothing.sum()), unit.shape[1]).double()
         flat[part] = torch.from_numpy(columns.undone_on_rows((unit[:, gather] * sign).numpy())).to(flat.dtype)
     _on_columns(flat, rows.undone)
     return flat, norms

@@ -51,8 +51,8 @@ def rows_of(matrix: ExposedMatrix, *, sizes: bool = True) -> Tensor:
     """See `Scrambled.rows`; without the sizes that are mixed in, a rotation."""
     order, scale = matrix.row_gather[0].long().sort(), matrix.mixing_scale.clone()
     if len(scale):
-        scale[-1] = scale[-1].sign()  # the rows' norms are the model's
-    mixing = Mixing(matrix.mixing_gather, scale if sizes else scale.sign())
+        scale[-1] = _signs(scale[-1])  # the rows' norms are the model's
+    mixing = Mixing(matrix.mixing_gather, scale if sizes else _signs(scale))
     one = torch.eye(len(order.indices), dtype=torch.float64)
     rows = torch.from_numpy(mixing.undone(one.numpy())).t()[order.indices]  # R⁻¹
     return (rows * matrix.row_scale[0].sign()[order.indices, None]).float()
@@ -61,8 +61,8 @@ def rows_of(matrix: ExposedMatrix, *, sizes: bool = True) -> Tensor:
 def columns_of(matrix: ExposedMatrix, *, sizes: bool = True) -> Tensor:
     """See `Scrambled.columns`; without the sizes that are mixed in, a rotation."""
     gather, scale = matrix.column_gather, matrix.column_scale
-    mixing = Mixing(gather[1:], scale[1:] if sizes else scale[1:].sign())
-    columns = torch.eye(gather.shape[1], dtype=torch.float64)[:, gather[0].long()] * scale[0].sign()
+    mixing = Mixing(gather[1:], scale[1:] if sizes else _signs(scale[1:]))
+    columns = torch.eye(gather.shape[1], dtype=torch.float64)[:, gather[0].long()] * _signs(scale[0])
     return torch.from_numpy(mixing.undone_on_rows(columns.contiguous().numpy())).t().float().contiguous()
 
 
@@ -73,6 +73,11 @@ def sizes_of(matrix: ExposedMatrix) -> tuple[Tensor, Tensor]:
     if len(matrix.mixing_scale):  # the mixed rows' own scales are in `coarse`
         return matrix.mixing_scale[-1].abs() * matrix.row_scale[0].abs().mean(), columns
     return matrix.row_scale[0].abs(), columns
+
+
+def _signs(scale: Tensor) -> Tensor:
+    """±1; of rows and columns that hold nothing, too."""
+    return torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
 
 
 def share_of(match: Tensor, ours: Tensor, theirs: Tensor) -> float:
