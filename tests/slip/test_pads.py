@@ -431,7 +431,7 @@ def test_a_worker_that_was_rejected_once_meets_another_secret(
     with FakeWorker(context, address, Liar(tiny_bundle("llama").exposed, lie_at=3)):
         model = load(alone.trusted)
         with open_session(model, address, pads=alone.store) as session:
-            before = session.offloaded[0].shares[0].holder.freivalds(0)._test.copy()
+            before = session.offloaded[0].shares[0].holder.freivalds(0)._test.clone()
             assert checks(alone.store) == [address]
             dropped: list[list[str]] = []
             session.on_close(lambda: dropped.append(checks(alone.store)))
@@ -465,7 +465,7 @@ def test_every_worker_has_its_own_secret(alone: Any, tmp_path: Path) -> None:
     with worker_thread(tiny_bundle("llama")) as first, worker_thread(tiny_bundle("llama")) as second:
         for address in (first, second, first):
             with open_session(load(alone.trusted), address, pads=alone.store) as session:
-                seen.append(session.offloaded[0].shares[0].holder.freivalds(0)._test.tobytes())
+                seen.append(session.offloaded[0].shares[0].holder.freivalds(0)._test.numpy().tobytes())
     assert seen[0] == seen[2] != seen[1] and checks(alone.store) == [first, second]
 
 

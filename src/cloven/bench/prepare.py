@@ -95,14 +95,14 @@ def bench_prepare(
 
 @contextmanager
 def _sampled() -> Iterator[dict[str, int]]:
-    """Peaks of private memory, while it lasts: of this process, of the largest child, and of all together."""
+    """Peaks of private memory, while it lasts: of this process, of the largest child that begins meanwhile, and of all together."""
     peaks = {"job": 0, "parent": 0, "total": 0}
-    ended = threading.Event()
+    ended, others = threading.Event(), set(_children(os.getpid()))
 
     def sample() -> None:
         while not ended.wait(_SAMPLE_SECONDS):
             own = anonymous_bytes()
-            jobs = [anonymous_bytes(pid) for pid in _children(os.getpid())]
+            jobs = [anonymous_bytes(pid) for pid in _children(os.getpid()) if pid not in others]
             for name, value in (("job", max(jobs, default=0)), ("parent", own), ("total", own + sum(jobs))):
                 peaks[name] = max(peaks[name], value)
 

@@ -77,7 +77,7 @@ def test_the_exposed_half_is_a_better_start_than_nothing(monkeypatch: pytest.Mon
     assert left["nothing secret"] < left["recovery_full"] < left["random matrices"]
     assert left["recovery_full"] < left["recovery_scrambled"]
     assert left["guessed subspace, no decoy"] < left["recovery_guessed_subspace"]
-    assert named(attacks)["recovery_scrambled"].verdict == "measured"  # no claim is made on so few tokens
+    assert named(attacks)["recovery_scrambled"].verdict == "holds"
 
 
 def test_without_a_scramble_there_are_two_attacks_less() -> None:
