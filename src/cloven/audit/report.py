@@ -31,7 +31,7 @@ _ADVERSARIES = {
 _ADVICE = {
     "A1": "If something is broken: a larger --secret-fraction, or an exposed half that stays on machines of fewer people.",
     "A1 keys": "Keep OUT/trusted to itself. A larger --secret-fraction makes training dearer for whoever has the keys.",
-    "A1 columns": "If a part of a scramble has leaked, take the exposed half back: whoever holds it and a second bundle has more, not less.",
+    "A1 columns": "If a part of a scramble has leaked, take the exposed half back; a second bundle beside it gives more away.",
     "A1 relative": "If a relative of the model is public, split with --public-base or --adapter; the scramble is no protection then.",
     "A2": "Wrong answers are refused before they are used. A refused worker's address needs the operator before it is used again.",
     "A3": "Use mode session with --seal-idle. Whoever knows a part of the conversation, such as the system prompt, may learn the rest.",
