@@ -169,3 +169,9 @@ def test_no_rows_and_rows_too_long_for_a_norm() -> None:
     assert x_int.shape == (0, 8) and alpha.shape == (0, 1)
     with pytest.raises(RunError, match="nothing was sent"):
         encode(torch.full((1, 8), 1e200, dtype=torch.float64), RowBounds(100, 10.0))
+
+
+def test_any_integers_are_decoded() -> None:
+    """A homomorphic backend's answers are int64."""
+    y, alpha = random_codes(3, 5).long() * 2**33, torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)
+    assert torch.equal(decode(y, alpha), y.double() / alpha)

@@ -79,7 +79,7 @@ def test_a_sum_that_is_not_a_number_or_out_of_range() -> None:
     turn_onto(x, stages, torch.zeros(1, 4), out)
     assert out.isinf().tolist() == [[True, True, False, False]] and out.isnan().tolist() == [[False, False, True, False]]
     for total in (torch.zeros(1, 4, dtype=torch.float64), torch.zeros(2, 4), torch.zeros(4, 1).t()[:, ::1].expand(1, 4)[:, [0, 1, 2]]):
-        with pytest.raises(ValueError, match="dense rows of one shape"):
+        with pytest.raises(ValueError, match=r"the kernel adds dense|rows of shape"):
             turn_onto(x, stages, total, out)
 
 

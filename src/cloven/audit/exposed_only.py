@@ -56,7 +56,8 @@ def exposed_only(model: PreTrainedModel, exposed: ExposedCopy, *, knows_scramble
             member.secret_b = _constant(torch.empty(member.out_features, 0))
         if not knows_scramble:
             _take_as_it_lies(group)
-        group.attach(_product(exposed, group.index))
+        rows = sum(member.row_gather.numel() for member in group.members)  # of the codes: all, or the first N
+        group.attach(_product(exposed, group.index, rows))
     return twin
 
 
@@ -73,12 +74,12 @@ def _take_as_it_lies(group: SplitGroup) -> None:
         start += member.out_features
 
 
-def _product(exposed: ExposedCopy, index: int) -> Product:
-    """The worker's product, unmasked, in float32: some rows of the matrix at a time."""
+def _product(exposed: ExposedCopy, index: int, count: int) -> Product:
+    """The worker's product with the first rows of its matrix, unmasked, in float32: some rows at a time."""
 
     def product(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         meanwhile()
-        rows = exposed.mapped(index).split(_ROWS_AT_A_TIME)
+        rows = exposed.mapped(index)[:count].split(_ROWS_AT_A_TIME)
         return torch.cat([x.float() @ part.float().t() for part in rows], dim=1).double()
 
     return product

@@ -94,7 +94,7 @@ def _measured(model: Any, session: SlipSession, rows: int, rounds: int, progress
         times.setdefault(name, []).append(1e6 * (time.perf_counter() - started))
         return result
 
-    offloaded, backend = session.offloaded[GROUP], select_backend("cpu")
+    group, offloaded, backend = groups_of(model)[GROUP], session.offloaded[GROUP], select_backend("cpu")
     x = torch.randn(rows, offloaded.columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     w = backend.place(torch.randint(-127, 128, (offloaded.rows, offloaded.columns), dtype=torch.int8))
     for done in range(WARM_UP + rounds):
@@ -102,9 +102,9 @@ def _measured(model: Any, session: SlipSession, rows: int, rounds: int, progress
             times.clear()
         progress("exchanges", done, WARM_UP + rounds)
         session.pads[GROUP].fill(2 * rows)
-        c = _by_hand(groups_of(model)[GROUP], session, x, timed)
+        c = _by_hand(group, session, x, timed)
         timed("product", lambda c=c: multiply(backend, c, w))  # type: ignore[misc]
-        timed("whole call", lambda: groups_of(model)[GROUP].members[0](x))
+        timed("whole call", lambda: group.members[0](x))
     medians = {name: statistics.median(values) for name, values in times.items()}
     secret, product, whole = (medians.pop(name) for name in ("secret part", "product", "whole call"))
     overhead = sum(medians.values()) - product

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cloven.audit.findings import Findings
 
 MOST_TOKENS = 4096
+MOST_MINUTES, MOST_SEED = 10_000, 2**62
 
 
 def audit(
@@ -28,9 +29,11 @@ def audit(
         str | None, typer.Option(metavar="MODEL", help="SLIP: a public relative of the model, which the attackers have too.")
     ] = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(min=0, help="SLIP: for the attacks that train, together; 0: none of them. Default: 3.")
+        float | None, typer.Option(min=0, max=MOST_MINUTES, help="SLIP: for the attacks that train, together; 0: none of them. Default: 3.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="SLIP: of the attackers' choices; no secret depends on it. Default: 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED, help="SLIP: of the attackers' choices; no secret depends on it. Default: 0.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the HTML report goes; default: OUT/audit.html.")] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

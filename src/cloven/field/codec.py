@@ -93,6 +93,8 @@ def encode_in_numpy(x: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
 
 
 def decode(y_int: Tensor, alpha: Tensor) -> Tensor:
-    """Undo `encode` after the product: int32 [M, N] and alpha [M, 1] -> float64 [M, N]."""
+    """Undo `encode` after the product: int [M, N] and alpha [M, 1] -> float64 [M, N]."""
     kernels = kernels_in_use()
-    return kernels.decode(y_int, alpha) if kernels is not None else torch.from_numpy(y_int.numpy() / alpha.numpy())
+    if kernels is not None and y_int.dtype == torch.int32:
+        return kernels.decode(y_int, alpha)
+    return torch.from_numpy(y_int.numpy() / alpha.numpy())

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from cloven.field.native.library import KINDS, kernels_in_use
+from cloven.field.native.library import Places as Places
+from cloven.field.native.library import Rows as Rows
+from cloven.field.native.library import Units as Units
 
 _ENTRIES = 2**15  # of float64, at a time
 MOST = 256  # entries of a block: what stays in a core's nearest cache, and its square exceeds nearly all widths
-Rows = npt.NDArray[np.float64]
-Places = npt.NDArray[np.int32]
-Units = npt.NDArray[np.float32]
 
 
 def block_of(n: int) -> int:
@@ -63,16 +63,18 @@ def turn(x: Rows, gather: Places, units: Units, *, leading: bool) -> Rows:
 
 
 def turn_onto(x: Rows, stages: tuple[Places, Units], total: Tensor, out: Tensor) -> None:
-    """out = turn(x) + total, rounded once from float64 to float32 and then to the dtype of out: float32 total, any out, dense [M, n]."""
+    """out = turn(x) + total, the sum in float64, rounded to float32 and then to the dtype of out: float32 total, any out, dense [M, n].
+
+    Raises:
+        ValueError: another dtype, shape or layout, or places that are not there.
+    """
     kernels = kernels_in_use()
     if kernels is None or out.dtype not in KINDS:
         out.copy_(torch.from_numpy(turn(x, *stages, leading=False)).add_(total))
         return
     _require_stages(x, *stages)
-    if total.dtype != torch.float32 or not (total.shape == out.shape == x.shape and total.is_contiguous() and out.is_contiguous()):
-        raise ValueError("a sum is taken of dense rows of one shape, and float32")
     block = block_of(x.shape[1])
-    kernels.turn(x, *stages, block, block**-0.5, False, total, out)
+    kernels.turn_onto(x, *stages, block, block**-0.5, total, out)
 
 
 def turn_in_numpy(x: Rows, gather: Places, units: Units, leading: bool) -> Rows:

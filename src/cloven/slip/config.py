@@ -22,7 +22,7 @@ class SlipConfig:
         rank: keep this many singular values of every matrix instead.
         precision: "int8", or "int8x2" with a second int8 term for the remainder (near-lossless, twice the worker's work).
         scramble: what is done to the rows and columns of every group's exposed matrix, with secret keys:
-            "mixing"       permuted, flipped and mixed by Hadamard transforms, in two rounds;
+            "mixing"       mixed by Hadamard transforms between secret permutations with signs and sizes, in two rounds;
             "permutation"  permuted and flipped only: a little faster, and broken by a few known columns (see the audit);
             "none"         nothing.
         origin: where the model comes from, and so what is secret in it:

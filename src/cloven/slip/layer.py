@@ -156,7 +156,7 @@ class SplitGroup:
 
         y = self._product(self._scrambled(rows), meanwhile)  # [M, T·N]
         outputs = torch.empty(total.shape, dtype=x.dtype)
-        if self._one_term is not None and y.shape[1] == total.shape[1]:  # a thief of two terms takes the first rows for one
+        if self._one_term is not None:
             turn_onto(y.numpy(), self._one_term, total, outputs)
         else:
             for y_rows, total_rows, out in row_blocks(_ROWS_AT_A_TIME, y, total, outputs):

@@ -104,6 +104,23 @@ def test_views_are_taken_as_they_are() -> None:
     assert ours is not None and dense is not None and torch.equal(ours[0], dense[0])
 
 
+def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
+    a, x, alpha = random_residues(2, 6), floats(2, 6, 0), torch.ones(2, 1, dtype=torch.float64)
+    test = Freivalds.stored(random_residues(CHECKS, 4), random_residues(CHECKS, 6))._test
+    for b in (random_residues(2, 5), random_residues(3, 6), a.long()):
+        with pytest.raises(ValueError, match="the kernel adds"):
+            library().add(a, b, 1)
+    for wrong in (x.float(), x[0]):
+        with pytest.raises(ValueError, match="the kernel encodes"):
+            library().encode(wrong, 1.0)
+    for y, by in ((a.long(), alpha), (a, alpha[:1]), (a, alpha.float()), (a[0], alpha)):
+        with pytest.raises(ValueError, match="the kernel decodes"):
+            library().decode(y, by)
+    for z, c in ((random_residues(2, 5), a), (random_residues(3, 4), a), (random_residues(2, 4), a.long()), (a, a)):
+        with pytest.raises(ValueError, match="the kernel checks"):
+            library().wrong_rows(test, z, c)
+
+
 def test_pytorch_does_the_work_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_in_use() is library()
     monkeypatch.setenv(module.KERNELS, "torch")

@@ -69,7 +69,7 @@ def test_many_chunks_and_views() -> None:
     assert torch.equal(library().product(strided, w[:9, :130]), python_product(strided, w[:9, :130]))
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(5, 64, 16), (16, 1025, 64), (129, 2100, 70), (300, 65, 129), (40, 12_000, 3)])
+@pytest.mark.parametrize(("m", "k", "n"), [(5, 64, 16), (16, 1025, 64), (129, 2100, 70), (300, 65, 129), (40, 12_000, 3), (1030, 70, 5)])
 def test_many_rows(m: int, k: int, n: int) -> None:
     """More than one block of rows, part of k and strip of W, and parts of each."""
     c, w = random_residues(m, k), random_codes(n, k + 3)[:, 2 : 2 + k]

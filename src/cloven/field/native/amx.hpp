@@ -9,6 +9,7 @@
 // the cache.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -38,6 +39,7 @@ inline bool amx_allowed() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d >> 24 & 3) != 3) return false;  // AMX-TILE and AMX-INT8
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return false;
+    if (!__builtin_cpu_supports("avx512vnni")) return false;  // the fewest rows are left to it
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, request, tile_data) == 0;
   }();
@@ -63,6 +65,7 @@ struct AmxJob {
   const std::int8_t* w;
   std::int64_t n, stride;
   std::int32_t* z;
+  std::atomic<bool>* failed;  // a thread had no memory
 };
 
 // One block of 16 rows of c as tiles of its four digit planes.
@@ -181,7 +184,13 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-int8"))) 
   alignas(64) Sums y[kStrips / 2][kBlocks];
   const std::int64_t first = index * kStrips * kTile;
   const std::size_t size = static_cast<std::size_t>(job.quads) * kTileBytes;
-  std::uint8_t* strips = lines.at_least(static_cast<std::size_t>(kStrips) * size);
+  std::uint8_t* strips = nullptr;
+  try {
+    strips = lines.at_least(static_cast<std::size_t>(kStrips) * size);
+  } catch (...) {
+    *job.failed = true;
+    return;
+  }
   for (std::int64_t s = 0; s < kStrips; ++s) pack_strip(job, first + s * kTile, strips + static_cast<std::size_t>(s) * size);
   const TileShape shape;
   _tile_loadconfig(&shape);

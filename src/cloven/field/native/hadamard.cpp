@@ -2,9 +2,10 @@
 //
 //     every block of 2^k entries x of a row becomes s H x,   H_{2h} = [[H_h, H_h], [H_h, −H_h]]
 //
-// Blocks lie side by side; where they do not fill a row, one more takes what is left, and entries from all over the row that were transformed
-// already. Additions and subtractions happen in the order of `cloven.field.hadamard`, whose results are therefore the same bits.
+// Blocks lie side by side; where they do not fill a row, one more takes what is left, and entries from all over the row that were
+// transformed already. Additions and subtractions happen in the order of `cloven.field.hadamard`, whose results are the same bits.
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -82,6 +83,7 @@ struct Turn {
   const float* total;  // added to the last stage's entries; null: nothing is
   void* out;
   int kind;  // of out: 0 float64, 1 float32, 2 bfloat16
+  std::atomic<bool>* failed;  // a thread had no memory
 };
 
 std::uint16_t bfloat16(float value) {
@@ -124,7 +126,12 @@ void turn_row(const Turn& job, std::int64_t row, double* a, double* b) {
 void turn_chunk(const void* what, std::int64_t index) {
   const Turn& job = *static_cast<const Turn*>(what);
   thread_local std::vector<double> memory;
-  memory.resize(static_cast<std::size_t>(2 * job.n));
+  try {
+    memory.resize(static_cast<std::size_t>(2 * job.n));
+  } catch (...) {
+    *job.failed = true;
+    return;
+  }
   const std::int64_t first = index * job.rows_per_chunk;
   for (std::int64_t row = first; row < first + job.rows_per_chunk && row < job.m; ++row)
     turn_row(job, row, memory.data(), memory.data() + job.n);
@@ -138,8 +145,8 @@ bool sound(std::int64_t m, std::int64_t n, std::int64_t block) {
 
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
-// rows [m, n], dense; block a power of two ≤ n and 256. `transposed` undoes it where blocks overlap, too. Returns 0, or 1 if the arguments are out
-// of range.
+// rows [m, n], dense; block a power of two ≤ n and 256. `transposed` undoes it where blocks overlap, too. Returns 0, or 1 if the arguments
+// are out of range.
 CLOVEN_API int cloven_hadamard(double* rows, std::int64_t m, std::int64_t n, std::int64_t block, double scale, int transposed) {
   if (!sound(m, n, block)) return 1;
   for (std::int64_t row = 0; row < m; ++row) blocks(rows + row * n, n, block, scale, transposed != 0);
@@ -147,7 +154,8 @@ CLOVEN_API int cloven_hadamard(double* rows, std::int64_t m, std::int64_t n, std
 }
 
 // out = x turned, both [m, n], dense: stages of out[j] = in[gather[j]]·units[j], with a transform between any two of them, and before the
-// first if `leading`. gather, units [stages, n]. kind 0: out is float64; 1, 2: out is float32 or bfloat16, of the sum with total [m, n]. Returns 0, or 1 if the arguments are out of range or memory is short.
+// first if `leading`. gather, units [stages, n]. kind 0: out is float64; 1, 2: out is float32 or bfloat16, of the sum with total [m, n].
+// Returns 0, or 1 if the arguments are out of range or memory is short.
 CLOVEN_API int cloven_turn(const double* x, std::int64_t m, std::int64_t n, std::int64_t block, double scale, std::int64_t stages,
                            const std::int32_t* gather, const float* units, int leading, const float* total, void* out, int kind,
                            int threads) {
@@ -156,9 +164,10 @@ CLOVEN_API int cloven_turn(const double* x, std::int64_t m, std::int64_t n, std:
   std::uint32_t outside = 0;
   for (std::int64_t i = 0; i < stages * n; ++i) outside |= static_cast<std::uint32_t>(gather[i]) >= static_cast<std::uint64_t>(n);
   if (outside != 0) return 1;
-  Turn job{x, m, n, block, stages, 1, scale, gather, units, leading != 0, total, out, kind};
+  std::atomic<bool> failed{false};
+  Turn job{x, m, n, block, stages, 1, scale, gather, units, leading != 0, total, out, kind, &failed};
   const std::int64_t entries = 1 << 14;
   job.rows_per_chunk = entries / n > 1 ? entries / n : 1;
   cloven::shared_pool().run(turn_chunk, &job, (m + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
-  return 0;
+  return failed ? 1 : 0;
 }

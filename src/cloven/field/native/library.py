@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 KERNELS = "CLOVEN_KERNELS"  # native, or torch
-INTERFACE = 4  # of the library: what its functions take
+INTERFACE = 5  # of the library: what its functions take
 KINDS = {torch.float32: 1, torch.bfloat16: 2}  # of a sum
+Rows = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int32]
+Units = npt.NDArray[np.float32]
 KERNEL_NAMES = ("portable", "avx2", "avx512-vnni", "amx")
 
 
@@ -65,7 +68,7 @@ class Kernels:
             raise ValueError(f"the kernel refuses {m} x {n} x {k}")
         return z
 
-    def hadamard(self, rows: npt.NDArray[np.float64], block: int, scale: float, transposed: bool) -> None:
+    def hadamard(self, rows: Rows, block: int, scale: float, transposed: bool) -> None:
         """Transform blocks of dense rows [M, n] in place, see `cloven.field.hadamard`.
 
         Raises:
@@ -75,44 +78,56 @@ class Kernels:
         if self._library.cloven_hadamard(rows.ctypes.data, m, n, block, scale, int(transposed)):
             raise ValueError(f"the kernel refuses blocks of {block} of {n}")
 
-    def turn(
-        self,
-        x: npt.NDArray[np.float64],
-        gather: npt.NDArray[np.int32],
-        units: npt.NDArray[np.float32],
-        block: int,
-        scale: float,
-        leading: bool,
-        total: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> npt.NDArray[np.float64]:
+    def turn(self, x: Rows, gather: Places, units: Units, block: int, scale: float, leading: bool) -> Rows:
         """Dense rows [m, n] turned by stages [s, n], see `cloven.field.hadamard`.
-
-        Args:
-            total: float32 [m, n], dense, to be added. Then
-            out: float32 or bfloat16 [m, n], dense, gets the sum, and nothing is returned that is of use.
 
         Raises:
             ValueError: no such block, or places that are not there.
         """
-        result = np.empty((0, 0)) if out is not None else np.empty_like(x)
-        (m, n), kind = x.shape, KINDS[out.dtype] if out is not None else 0
-        addresses = (gather.ctypes.data, units.ctypes.data, int(leading), total.data_ptr() if total is not None else None)
-        target = out.data_ptr() if out is not None else result.ctypes.data
-        arguments = (x.ctypes.data, m, n, block, scale, len(gather), *addresses, target, kind, torch.get_num_threads())
-        if self._library.cloven_turn(*arguments):
+        out = np.empty_like(x)
+        self._turn(x, gather, units, block, scale, leading, None, out.ctypes.data, 0)
+        return out
+
+    def turn_onto(self, x: Rows, gather: Places, units: Units, block: int, scale: float, total: Tensor, out: Tensor) -> None:
+        """The same, with total [m, n] added, into out: dense, float32, and float32 or bfloat16.
+
+        Raises:
+            ValueError: as of `turn`, or they are something else.
+        """
+        if total.dtype != torch.float32 or out.dtype not in KINDS or not (total.is_contiguous() and out.is_contiguous()):
+            raise ValueError("the kernel adds dense float32, and gives dense float32 or bfloat16")
+        if not total.shape == out.shape == x.shape:
+            raise ValueError(f"rows of shape {x.shape} do not fit {tuple(total.shape)} and {tuple(out.shape)}")
+        self._turn(x, gather, units, block, scale, False, total.data_ptr(), out.data_ptr(), KINDS[out.dtype])
+
+    def _turn(
+        self, x: Rows, gather: Places, units: Units, block: int, scale: float, leading: bool, total: int | None, out: int, kind: int
+    ) -> None:
+        (m, n), stages = x.shape, (len(gather), gather.ctypes.data, units.ctypes.data)
+        if self._library.cloven_turn(x.ctypes.data, m, n, block, scale, *stages, leading, total, out, kind, torch.get_num_threads()):
             raise ValueError(f"the kernel refuses stages of {n} places with blocks of {block}")
-        return result
 
     def add(self, a: Tensor, b: Tensor, sign: int) -> Tensor:
-        """a + sign·b mod p for residues of one shape [..., n], int32."""
+        """a + sign·b mod p for residues of one shape [..., n], int32.
+
+        Raises:
+            ValueError: something else.
+        """
+        if a.shape != b.shape or not a.dtype == b.dtype == torch.int32:
+            raise ValueError(f"the kernel adds int32 of one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
         a, b = a.contiguous(), b.contiguous()
         out, n = torch.empty_like(a), a.shape[-1]
         self._library.cloven_add(a.data_ptr(), b.data_ptr(), a.numel() // max(1, n), n, sign, out.data_ptr(), torch.get_num_threads())
         return out
 
     def encode(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-        """round(α x) int32 [M, K] and α float64 [M, 1] of float64 [M, K], α = scale / ‖x‖; None where a row is not finite."""
+        """round(α x) int32 [M, K] and α float64 [M, 1] of float64 [M, K], α = scale / ‖x‖; None where a row is not finite.
+
+        Raises:
+            ValueError: something else.
+        """
+        if x.dtype != torch.float64 or x.dim() != 2:
+            raise ValueError("the kernel encodes float64 [M, K]")
         x, (m, k) = x.contiguous(), x.shape
         out, alpha = torch.empty(m, k, dtype=torch.int32), torch.empty(m, 1, dtype=torch.float64)
         found = torch.empty(m, dtype=torch.int32)
@@ -121,14 +136,27 @@ class Kernels:
         return None if found.any() else (out, alpha)
 
     def decode(self, y: Tensor, alpha: Tensor) -> Tensor:
-        """y / α: int32 [M, N] and float64 [M, 1] -> float64 [M, N]."""
+        """y / α: int32 [M, N] and float64 [M, 1] -> float64 [M, N].
+
+        Raises:
+            ValueError: something else.
+        """
+        if y.dtype != torch.int32 or y.dim() != 2 or alpha.dtype != torch.float64 or alpha.shape != (len(y), 1):
+            raise ValueError("the kernel decodes int32 [M, N] by float64 [M, 1]")
         y, alpha, (m, n) = y.contiguous(), alpha.contiguous(), y.shape
         out = torch.empty(m, n, dtype=torch.float64)
         self._library.cloven_decode(y.data_ptr(), m, n, alpha.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
 
     def wrong_rows(self, test: Tensor, z: Tensor, c: Tensor) -> int:
-        """How many rows of z ‖ c [M, N + K] do not satisfy test · (z ‖ c) = 0 mod p, for residues; test int32 [2, N + K]."""
+        """How many rows of z ‖ c [M, N + K] do not satisfy test · (z ‖ c) = 0 mod p, for residues; test int32 [2, N + K].
+
+        Raises:
+            ValueError: something else.
+        """
+        fits = z.dim() == c.dim() == 2 and len(z) == len(c) and test.shape == (2, z.shape[1] + c.shape[1]) and test.is_contiguous()
+        if not fits or not test.dtype == z.dtype == c.dtype == torch.int32:
+            raise ValueError(f"the kernel checks int32 by a dense test, not {tuple(z.shape)} and {tuple(c.shape)} by {tuple(test.shape)}")
         z, c = z.contiguous(), c.contiguous()
         found = torch.empty(len(z), dtype=torch.int32)
         sizes = (len(z), z.shape[1], c.shape[1])

@@ -10,6 +10,7 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -31,6 +32,7 @@ constexpr std::int64_t kStep = 64;       // planes are padded with zeros to a mu
 constexpr int kRows = 4;                 // rows of W that share a pass over the planes
 constexpr std::int64_t kChunkBytes = 1 << 18;
 constexpr std::int64_t kFewest = 5;      // rows from which on the matrix unit is faster
+constexpr std::int64_t kPiece = 512;     // rows whose planes are in memory at once
 
 using Plane = std::int16_t;  // wide enough for the 16-bit multiply-add; the byte kernel has planes of its own
 
@@ -136,16 +138,21 @@ namespace {
 int amx_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n, std::int64_t stride,
                 std::int32_t* z, int threads) {
   thread_local cloven::Lines planes;
-  cloven::AmxJob job{c, m, k, (k + cloven::kQuad - 1) / cloven::kQuad, (m + cloven::kTile - 1) / cloven::kTile, nullptr, w, n, stride, z};
-  try {
-    job.planes = planes.at_least(static_cast<std::size_t>(job.blocks * job.quads) * 4 * cloven::kTileBytes);
-  } catch (...) {
-    return 1;
-  }
-  pool->run(cloven::pack_planes, &job, job.blocks, threads);
+  std::atomic<bool> failed{false};
+  cloven::AmxJob job{c, m, k, (k + cloven::kQuad - 1) / cloven::kQuad, 0, nullptr, w, n, stride, z, &failed};
   const std::int64_t wide = cloven::kStrips * cloven::kTile;
-  pool->run(cloven::amx_chunk, &job, (n + wide - 1) / wide, threads);
-  return 0;
+  for (std::int64_t first = 0; first < m && !failed; first += kPiece, job.c += kPiece * k, job.z += kPiece * n) {
+    job.m = m - first < kPiece ? m - first : kPiece;
+    job.blocks = (job.m + cloven::kTile - 1) / cloven::kTile;
+    try {
+      job.planes = planes.at_least(static_cast<std::size_t>(job.blocks * job.quads) * 4 * cloven::kTileBytes);
+    } catch (...) {
+      return 1;
+    }
+    pool->run(cloven::pack_planes, &job, job.blocks, threads);
+    pool->run(cloven::amx_chunk, &job, (n + wide - 1) / wide, threads);
+  }
+  return failed ? 1 : 0;
 }
 
 }  // namespace
@@ -157,7 +164,7 @@ int amx_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std
 CLOVEN_API int cloven_kernel() { return best_kernel(); }
 
 // The version of this interface.
-CLOVEN_API int cloven_interface() { return 4; }
+CLOVEN_API int cloven_interface() { return 5; }
 
 // z = c Wᵀ mod p. Strides in bytes of W only; c and z are dense. Returns 0, or 1 if the arguments are out of range or memory is short.
 CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n,
