@@ -81,6 +81,9 @@ def test_what_is_wrong_is_named(out: Path, tmp_path: Path, cloven_here: Command)
     one_line(cloven_here("audit", str(out), "--text", str(tmp_path / "none")), 2, "cannot be read as text")
     one_line(cloven_here("audit", str(tmp_path / "nowhere"), "--text", str(tmp_path / "none")), 2, "no bundle here with both halves")
     one_line(cloven_here("audit", str(out), "--report", str(tmp_path)), 2, "cannot be written there")
+    for option, value in (("--seed", "99999999999999999999999"), ("--budget-minutes", "inf")):
+        outcome = cloven_here("audit", str(out), option, value)
+        assert outcome.code == 2 and "Traceback" not in outcome.err
     with next((out / "exposed").glob("*.safetensors")).open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)

@@ -20,6 +20,8 @@ def test_what_is_left_of_the_demo_model() -> None:
     assert found["exposed_half"].value < 0.05 and found["exposed_half_unscrambled"].value < 0.2
     # the control: a relative that is the model itself gives the secret away
     assert found["exposed_half_relatives_secret"].value > 0.9
+    relative = found["exposed_half_relatives_secret"]
+    assert relative.chance > 0.9 and relative.verdict != "broken" and relative.adversary.endswith("who has a public relative")
     assert found["exposed_half_relatives_secret_without_gifts"].value > 0.5  # scales matter little, and the relative has the rest
     reached = found["exposed_half_unscrambled"].details
     assert reached["perplexity"] > 5 * reached["perplexity_of_the_model"]
@@ -69,3 +71,14 @@ def test_a_text_that_the_model_cannot_predict() -> None:
     subject = demo_subject()
     same = replace(subject, text=torch.full((1, 200), 7))
     assert knowledge(perplexity(subject.plain, same.text), same) == 0.0  # one token, over and over: its frequency says all
+
+
+def test_without_a_scramble_nobody_is_given_its_keys() -> None:
+    """Else its attacks would stand under the headline of somebody who was."""
+    from cloven.audit.report import code_of
+    from cloven.audit.slip.null_space import null_space
+
+    subject = demo_subject(scramble="none")
+    found = [*exposed_half(subject), *null_space(subject)]
+    assert found and {code_of(attack) for attack in found} == {"A1"}
+    assert {code_of(attack) for attack in exposed_half(demo_subject())} == {"A1", "A1 keys"}

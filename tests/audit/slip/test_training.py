@@ -29,6 +29,15 @@ def test_the_best_model_on_the_way_counts() -> None:
     assert run.before == pytest.approx(perplexity(subject.plain, subject.text)) and run.perplexity == run.before < run.curve[-1][1]
 
 
+def test_few_tokens_are_no_claim() -> None:
+    assert [module.enough(verdict, module.ENOUGH_TOKENS - 1) for verdict in ("holds", "measured", "broken")] == [
+        "measured",
+        "measured",
+        "broken",
+    ]
+    assert module.enough("holds", module.ENOUGH_TOKENS) == "holds"
+
+
 def test_the_best_rate_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, data = demo_subject(), demo_subject().text[:, :32]
     monkeypatch.setattr(module, "RATES", (0.5, 1e-4))

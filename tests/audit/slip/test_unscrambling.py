@@ -86,7 +86,7 @@ def test_a_near_duplicate_and_its_truth(mixed: bool) -> None:
     for seen in planted(matrix, 1, mixed=mixed):
         back = torch.linalg.solve(seen.columns, torch.linalg.solve(seen.rows, seen.codes).t()).t()
         assert float(torch.nn.functional.cosine_similarity(back, matrix, dim=1).min()) > 0.9
-    assert module.between(*planted(matrix, 1, mixed=False), module.by_graph) == 1.0
+    assert module.between(module.by_graph, *(module.columns_side(seen) for seen in planted(matrix, 1, mixed=False))) == 1.0
 
 
 def test_shares() -> None:

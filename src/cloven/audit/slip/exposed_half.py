@@ -6,7 +6,8 @@ Method: run the model with zero in the place of the secret part; then with a ran
     worst case, in which only the secret part is missing). Without gifts the embeddings are random or the relative's, norms one or the
     relative's, biases zero, and every row and column of a matrix has the same scale.
 Success: the share of what the model knows of the text that is left: 1 − (L − L_model) / (L_nothing − L_model), L in nats per token,
-    where "nothing" is the best guess without the matrices: the frequencies of the tokens in the text itself.
+    where "nothing" is the best guess without the matrices: the frequencies of the tokens in the text itself. Chance: 0, or what the
+    relative knows by itself, where its own components are taken.
 Weakened: nothing secret: the whole model, which knows all.
 Source: the measure is ours.
 """
@@ -98,14 +99,17 @@ def exposed_half(subject: Subject) -> list[Attack]:
     found = []
     for name, gifts, model in _systems(subject):
         reached, tokens = perplexity(model, subject.text), subject.text[:, 1:].numel()
-        value = knowledge(reached, subject)
-        given = (["embeddings, norms and scales"] if gifts else []) + ([] if name == "exposed_half" else ["the scramble"])
+        value, chance = knowledge(reached, subject), 0.0
+        given = ["embeddings, norms and scales"] * gifts + ["the scramble"] * (subject.scrambled and name != "exposed_half")
         adversary = "A1" + (f", given {' and '.join(given)}" if given else "")
         metric = f"share of the model's knowledge of {tokens} tokens that the exposed half keeps without training"
-        name, verdict = name + ("" if gifts else "_without_gifts"), verdict_of(value, 0.0, tokens)
+        if name == "exposed_half_relatives_secret" and subject.relative is not None:
+            chance = knowledge(perplexity(subject.relative, subject.text), subject)
+            adversary, metric = f"{adversary}, who has a public relative", f"{metric}; chance: the relative's own"
+        name, verdict = name + ("" if gifts else "_without_gifts"), verdict_of(value, chance, tokens)
         details = {"perplexity": reached, "perplexity_of_the_model": math.exp(subject.nats)}
         weak = knowledge(math.exp(subject.nats), subject)
-        found.append(Attack(name, subject.scheme, adversary, metric, value, 0.0, weak, tokens, verdict, details=details))
+        found.append(Attack(name, subject.scheme, adversary, metric, value, chance, weak, tokens, verdict, details=details))
     return found
 
 

@@ -3,8 +3,9 @@
 Adversary: A1, who knows of two exposed matrices which columns of the residual stream some few of theirs are: from an earlier leak, say, or
     by trying all. Where columns are mixed it knows as many directions in both.
 Method: groups of one kind in neighbouring layers. Where columns are permuted: cosines with the known ones, signs included, then with all
-    that were found (Frank-Wolfe steps on the signed graphs). Where they are mixed: the rotation that agrees with what is known and aligns
-    the rest of the Gram matrices' roots best, by repeated polar steps. The bundle's own scramble, and permutations alone beside it.
+    that were found (Frank-Wolfe steps on the signed graphs). Where they are mixed: eigenvectors of the Gram matrices are told apart by
+    what they have of the known directions, near their place in the spectrum, for three widths, and the matrices' roots are then aligned
+    by polar steps; the best of these counts. The bundle's own scramble, and permutations alone beside it.
 Success: the share of the rest of the basis that is found, as for unscrambling.
 Weakened: a near-duplicate (1 % noise) under keys of its own; where they are mixed by rotations, with signs
     in the place of secret sizes, unrounded.
@@ -18,18 +19,17 @@ from torch import Tensor
 
 from cloven.audit.attack import Attack
 from cloven.audit.slip.matching import Known, by_known, by_known_directions
-from cloven.audit.slip.scrambled import Scrambled
 from cloven.audit.slip.subject import Subject, compared
-from cloven.audit.slip.unscrambling import MOST_PAIRS, Side, over_matrices, pairs_of, planted, residual_sides
+from cloven.audit.slip.unscrambling import MOST_PAIRS, Side, columns_side, over_matrices, pairs_of, planted, residual_sides
 
 KNOWN = (4, 16, 64)  # columns that an attacker is given
 _SMALL = 512  # columns up to which more than one pair is tried
 MOST_COLUMNS = 2048  # the rotations are computed by many singular value decompositions
 
 
-def share_from_known(a: Scrambled | Side, b: Scrambled | Side, known: Tensor) -> float:
+def share_from_known(a: Side, b: Side, known: Tensor) -> float:
     """The share of the rest of the basis that is found, when the model's columns `known` are known in both."""
-    (x, ours), (y, theirs) = ((one.matrix, one.basis) if isinstance(one, Side) else (one.codes, one.columns) for one in (a, b))
+    (x, ours), (y, theirs) = (a.matrix, a.basis), (b.matrix, b.basis)
     relation = ours @ theirs.t()  # [i, j]: the cosine of exposed column i of a and j of b
     if float(relation.abs().amax(1).min()) > 0.999:
         truth = relation.abs().argmax(1)
@@ -61,7 +61,7 @@ def _attacks(subject: Subject) -> list[Attack]:
     size = len(pairs[0][0].basis)
     order, group = torch.randperm(size, generator=subject.random("known columns")), pairs[0][0].group
     assert group is not None
-    first, near = planted(group.exposed, group.terms, mixed=subject.scramble == "mixing")
+    first, near = (columns_side(seen) for seen in planted(group.exposed, group.terms, mixed=subject.scramble == "mixing"))
     attacks = []
     for count in (count for count in KNOWN if 2 * count <= size):
         found = [(share_from_known(a, b, order[:count]), size - count) for a, b in pairs]

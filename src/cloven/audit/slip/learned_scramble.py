@@ -5,7 +5,8 @@ Method: trained by AdamW to predict the text, through the whole model, with the 
     two bases, as square matrices that begin at one; of permutations, the bundle's or the same matrices' under these alone, doubly
     stochastic matrices (Sinkhorn) and real numbers for the signs, which begin at the match with a public relative
     (`weight_directions`), or at random. At the end places are read off by assignment.
-Success: the share of the bases of rows and columns that is found, as for unscrambling. Chance: 1 / dimension.
+Success: the share of the bases of rows and columns that is found, as for unscrambling. Chance: 1 / dimension. No claim is made on less
+    than 20,000 tokens.
 Weakened: they begin near the answer: at the match with a planted near-duplicate (1 % noise) of every matrix; at the true bases with
     noise. Training must not lose what is found.
 Source: learning permutations through Sinkhorn's operator: Mena et al. 2018; the use is ours.
@@ -25,7 +26,7 @@ from cloven.audit.slip.exposed_half import knowledge
 from cloven.audit.slip.matching import Alignment, aligned_to, assigned, doubly_stochastic
 from cloven.audit.slip.scrambled import share_of
 from cloven.audit.slip.subject import AttackedGroup, Subject, compared
-from cloven.audit.slip.training import BATCH, WINDOW, Start, steps_that_fit, train
+from cloven.audit.slip.training import BATCH, WINDOW, Start, enough, steps_that_fit, train
 from cloven.audit.slip.unscrambling import with_noise
 from cloven.audit.slip.weight_directions import guesses
 from cloven.slip.exposed_matrix import expose
@@ -125,11 +126,6 @@ def _mixed_model(subject: Subject, *, planted: bool) -> PreTrainedModel:
     return _with(subject, [_Bases(group, true(group) if planted else None) for group in subject.groups])
 
 
-def _found(learnt: nn.Parameter, truth: Tensor) -> Tensor:
-    """Squared cosines of what was learnt with the truth, row by row."""
-    return torch.nn.functional.cosine_similarity(learnt.detach(), truth, dim=1).square()
-
-
 def _places(subject: Subject, model: PreTrainedModel) -> float:
     """The share of the bases, over all groups."""
     found = total = 0.0
@@ -138,9 +134,10 @@ def _places(subject: Subject, model: PreTrainedModel) -> float:
         assert isinstance(ordered, _Ordered)
         for learnt, truth in ((ordered.order.rows, group.seen.rows), (ordered.order.columns, group.seen.columns)):
             if isinstance(ordered.order, _Bases):
-                found += float(_found(learnt, torch.linalg.inv(truth).t()).sum())
+                share = share_of(torch.arange(len(truth)), learnt.detach(), torch.linalg.inv(truth).t())
             else:
-                found += share_of(assigned(learnt.detach()), truth, torch.eye(len(truth))) * len(truth)
+                share = share_of(assigned(learnt.detach()), truth, torch.eye(len(truth)))
+            found += share * len(truth)
             total += len(truth)
     return found / total
 
@@ -181,5 +178,5 @@ def _attack(subject: Subject, data: Tensor, seconds: float, progress: Progress) 
     metric = f"share of the bases of rows and columns that was learnt by gradient on {tokens:,} tokens"
     relative = ", who has a public relative" if subject.relative is not None and name == "learned_permutations" else ""
     adversary = f"A1, given embeddings, norms and scales, with text{relative}"
-    verdict, interval = verdict_of(value, chance, places), interval_of(value, places)
+    verdict, interval = enough(verdict_of(value, chance, places), tokens), interval_of(value, places)
     return Attack(name, subject.scheme, adversary, metric, value, chance, weak, places, verdict, interval, details)

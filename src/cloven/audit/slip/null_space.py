@@ -150,7 +150,7 @@ def null_space(subject: Subject) -> list[Attack]:
     if subject.origin != "private":
         return _against_the_base(subject, chosen) if subject.relative is not None else []
     terms, stream = chosen[0][0].terms, subject.stream("null space")
-    best_case = "A1, who knows the scramble and all scales"
+    best_case = "A1, who knows the scramble and all scales" if subject.scrambled else "A1, given all scales"
     real = [View.of(group.exposed[group.parts[part][1]], *secret_directions(group, part)) for group, part in chosen]
     found = _attacks(subject, "", best_case, real, _controls(chosen, terms, stream))
     other, precision = (2, "int8x2") if terms == 1 else (1, "int8")

@@ -15,6 +15,7 @@ Source: fine-tuning attacks on partially exposed models are published; measuring
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,15 +25,15 @@ from transformers import PreTrainedModel
 
 from cloven.audit.attack import Attack, Verdict
 from cloven.audit.figure import Figure
-from cloven.audit.slip.exposed_half import as_they_lie, knowledge, unscrambled
+from cloven.audit.slip.exposed_half import as_they_lie, knowledge, nothing, unscrambled
 from cloven.audit.slip.guessed_subspace import inside_a_guess, inside_a_hole
 from cloven.audit.slip.subject import AttackedGroup, Subject
-from cloven.audit.slip.training import BATCH, WINDOW, Run, Start, steps_that_fit, train, trainable
+from cloven.audit.slip.training import BATCH, WINDOW, Run, Start, enough, steps_that_fit, train, trainable
 from cloven.audit.slip.weight_directions import aligned_matrix
 from cloven.slip.layer import SplitLinear
 
 _WITHOUT_KEYS = ("recovery_scrambled", "recovery_scrambled_distilled", "recovery_aligned")
-ENOUGH_TOKENS = 20_000  # to claim that training on them is of no use
+_NO_BETTER = 0.02  # of what the model knows
 _ADVERSARY = "A1, given embeddings, norms and scales, with text"
 
 
@@ -136,10 +137,10 @@ def _control(runs: dict[str, Run], name: str) -> Run:
 def _attack(subject: Subject, name: str, run: Run, baseline: Run, control: Run, tokens: int) -> Attack:
     value, best = (knowledge(one.perplexity, subject) for one in (run, baseline))
     weak = knowledge(control.last, subject)
-    verdict: Verdict = "broken" if value > (1 + best) / 2 else "holds" if value <= best + 0.02 else "measured"
-    if verdict == "holds" and tokens < ENOUGH_TOKENS:
-        verdict = "measured"
-    adversary = _ADVERSARY + ("" if name in _WITHOUT_KEYS else ", and the scramble")
+    ahead = math.log(baseline.perplexity) - math.log(run.perplexity)  # nats; shares are cut off at nothing
+    no_better = ahead <= _NO_BETTER * max(0.0, nothing(subject.text) - subject.nats)
+    verdict: Verdict = enough("broken" if value > (1 + best) / 2 else "holds" if no_better else "measured", tokens)
+    adversary = _ADVERSARY + (", and the scramble" if subject.scrambled and name not in _WITHOUT_KEYS else "")
     metric = f"share of the model's knowledge after training on {tokens:,} tokens; chance: the best baseline's of its kind"
     details = {
         "perplexity": run.perplexity,

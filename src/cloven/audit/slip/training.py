@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cloven.audit.attack import Verdict
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.zoo.text import perplexity, sample_text
 
@@ -19,6 +20,7 @@ RATES = (3e-4, 1e-3, 3e-3)  # of AdamW; a short trial tells which is best
 _TRIAL = 20  # of the steps, one is a trial, for every rate
 GROWTH = 2.2  # of the tokens from one point of a curve to the next
 LEAST_STEPS = 3
+ENOUGH_TOKENS = 20_000
 MOST_SEQUENCES = 512
 _LOOKS = 8  # at the perplexity, in one training: about
 
@@ -65,6 +67,11 @@ def trainable(subject: Subject, matrix: Callable[[AttackedGroup, int], Tensor]) 
         for member, _ in group.parts:
             model.get_submodule(member.name).get_parameter("weight").requires_grad_(True)
     return model
+
+
+def enough(verdict: Verdict, tokens: int) -> Verdict:
+    """The verdict; but training on few tokens does not show that it is of no use."""
+    return "measured" if verdict == "holds" and tokens < ENOUGH_TOKENS else verdict
 
 
 class _Trainer:

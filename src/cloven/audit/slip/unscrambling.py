@@ -17,9 +17,11 @@ Source: matching obfuscated weights is published for permutation-based schemes; 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -41,12 +43,22 @@ Matcher = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Side:
-    """A matrix with the residual stream's basis on its columns: float32 [n, h]; and what these are, [h, h]."""
+    """A matrix with the basis that is looked for on its columns: float32 [n, h]; and what these are, [h, h]."""
 
     name: str
     matrix: Tensor
     basis: Tensor
-    group: AttackedGroup | None
+    group: AttackedGroup | None = None
+
+    @functools.cached_property
+    def eigenvectors(self) -> Tensor:
+        """Of the columns' Gram matrix, in the order of eigenvalues and in the model's coordinates: [h, h]."""
+        return in_the_model(self.basis, by_eigenvectors(self.matrix))
+
+
+def columns_side(seen: Scrambled) -> Side:
+    """The columns of a scrambled matrix."""
+    return Side("", seen.codes, seen.columns)
 
 
 def residual_sides(subject: Subject) -> list[Side]:
@@ -58,7 +70,8 @@ def residual_sides(subject: Subject) -> list[Side]:
         if max(n, k) > MOST_PLACES or (n if writes else k) != hidden:
             continue
         seen = group.seen
-        sides.append(Side(group.name, seen.codes.t(), seen.rows, group) if writes else Side(group.name, seen.codes, seen.columns, group))
+        matrix, basis = (seen.codes.t(), seen.rows) if writes else (seen.codes, seen.columns)
+        sides.append(Side(group.name, matrix, basis, group))
     return sides
 
 
@@ -98,65 +111,64 @@ def planted(matrix: Tensor, terms: int, *, mixed: bool) -> tuple[Scrambled, Scra
     return made[0], made[1]
 
 
-def between(a: Side | Scrambled, b: Side | Scrambled, matcher: Matcher) -> float:
+def between(matcher: Matcher, a: Side, b: Side) -> float:
     """The share of the basis that a matcher of columns finds."""
-    (x, ours), (y, theirs) = ((one.matrix, one.basis) if isinstance(one, Side) else (one.codes, one.columns) for one in (a, b))
-    return share_of(matcher(x.t(), y.t()), ours, theirs)
+    return share_of(matcher(a.matrix.t(), b.matrix.t()), a.basis, b.basis)
 
 
-def by_spectra(a: Side | Scrambled, b: Side | Scrambled) -> float:
+def by_spectra(a: Side, b: Side) -> float:
     """The same for eigenvectors, in the order of eigenvalues."""
-    first, second = _eigenvectors(a), _eigenvectors(b)
-    return float((first * second).sum(0).square().mean())
+    return float((a.eigenvectors * b.eigenvectors).sum(0).square().mean())
 
 
-def shared_top(a: Side | Scrambled, b: Side | Scrambled) -> float:
+def shared_top(a: Side, b: Side) -> float:
     """How much of the span of one's 16 top eigenvectors is in the other's: more than single ones show, and less than a basis."""
-    first, second = (torch.linalg.qr(_eigenvectors(one)[:, -_TOP:])[0] for one in (a, b))
+    first, second = (torch.linalg.qr(one.eigenvectors[:, -_TOP:])[0] for one in (a, b))
     return float((first.t() @ second).square().sum() / first.shape[1])
 
 
-def _eigenvectors(one: Side | Scrambled) -> Tensor:
-    matrix, basis = (one.matrix, one.basis) if isinstance(one, Side) else (one.codes, one.columns)
-    return in_the_model(basis, by_eigenvectors(matrix))
-
-
-def over_matrices(subject: Subject, name: str, adversary: str, metric: str, found: list[tuple[float, int]], weak: float) -> list[Attack]:
-    """One attack from (share, dimension) of several pairs; "broken" if one of them is."""
+def over_matrices(
+    subject: Subject,
+    name: str,
+    adversary: str,
+    metric: str,
+    found: list[tuple[float, int]],
+    weak: float,
+    more: Mapping[str, float] = MappingProxyType({}),
+) -> list[Attack]:
+    """One attack from (share, dimension) of several pairs; "broken" if one of them is. `more` goes to the details."""
     if not found:
         return []
     tries = sum(places for _, places in found)
     value, highest = sum(share * places for share, places in found) / tries, max(found)
     broken = any(verdict_of(share, 1 / places, places) == "broken" for share, places in found)
     verdict, interval = "broken" if broken else verdict_of(value, len(found) / tries, tries), interval_of(value, tries)
-    details = {"highest_of_one_pair": highest[0]}
+    details = {"highest_of_one_pair": highest[0], **more}
     return [Attack(name, subject.scheme, adversary, metric, value, len(found) / tries, weak, tries, verdict, interval, details)]
 
 
 def _columns(subject: Subject) -> list[Attack]:
     sides = residual_sides(subject)
     group = next((side.group for side in sides if side.group is not None), None)
-    if group is None:
+    if group is None or len(sides) < 2:
         return []
-    table = embeddings(subject)
-    given = Side("embeddings", table, torch.eye(table.shape[1]), None)
-    apart, mixed = (planted(group.exposed, group.terms, mixed=one) for one in (False, True))
+    table, pairs, chosen = embeddings(subject), pairs_of(sides), sides[: 2 * MOST_PAIRS]
+    given = Side("embeddings", table, torch.eye(table.shape[1]))
+    apart, rotated = ([columns_side(seen) for seen in planted(group.exposed, group.terms, mixed=one)] for one in (False, True))
+    comparisons: dict[str, tuple[Callable[[Side, Side], float], list[Side]]] = {"eigenvectors": (by_spectra, rotated)}
+    if subject.scramble == "permutation":  # else there are no places to be matched
+        comparisons |= {
+            "magnitudes": (functools.partial(between, by_profiles), apart),
+            "graph": (functools.partial(between, by_graph), apart),
+        }
     attacks = []
-    for how in ("magnitudes", "graph", "eigenvectors"):
-        if how != "eigenvectors" and subject.scramble == "mixing":  # there are no places to be matched
-            continue
-        matcher = {"magnitudes": by_profiles, "graph": by_graph}.get(how)
-        compare = (lambda a, b, m=matcher: between(a, b, m)) if matcher is not None else by_spectra
-        weak = compare(*(apart if matcher is not None else mixed))
-        pairs = pairs_of(sides)
+    for how, (compare, control) in comparisons.items():
+        weak, top = compare(*control), dict[str, float]()
+        if how == "eigenvectors":
+            top = {"highest_share_of_the_16_top_directions": max(shared_top(a, b) for a, b in pairs)}
         found = [(compare(a, b), len(a.basis)) for a, b in pairs]
         metric = f"share of the residual stream's basis found between matrices that read or write it, {len(pairs)} pairs"
-        one = over_matrices(subject, f"unscramble_columns_by_{how}", "A1", metric, found, weak)
-        if matcher is None:
-            top = {"highest_share_of_the_16_top_directions": max(shared_top(a, b) for a, b in pairs)}
-            one = [replace(attack, details={**attack.details, **top}) for attack in one]
-        attacks += one
-        chosen = sides[: 2 * MOST_PAIRS]
+        attacks += over_matrices(subject, f"unscramble_columns_by_{how}", "A1", metric, found, weak, top)
         found = [(compare(side, given), len(side.basis)) for side in chosen]
         metric = f"share of the residual stream's basis found by comparing {len(chosen)} matrices with the embeddings"
         attacks += over_matrices(subject, f"unscramble_columns_by_embeddings_{how}", "A1, given the embeddings", metric, found, weak)
