@@ -12,6 +12,7 @@ from cloven.audit import registry
 from cloven.audit.findings import Findings
 from cloven.audit.kv_shield.subject import MODES
 from cloven.audit.registry import audit
+from cloven.audit.slip.training import Budget
 from cloven.errors import BadBundle, BadInput, ForeignBundle
 from tests.kv_bundles import kv_bundle
 from tests.lora_bundles import own_bundle
@@ -80,8 +81,8 @@ def test_a_slip_bundle_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
         return Findings("slip", [])
 
     monkeypatch.setattr(registry, "audit_slip", record)
-    assert audit(tiny_bundle("llama").path, seed=3, minutes=0.5).scheme == "slip"
-    assert seen["text"] is None and (seen["seed"], seen["minutes"], seen["relative"]) == (3, 0.5, None)
+    assert audit(tiny_bundle("llama").path, seed=3, budget=Budget(seconds=30)).scheme == "slip"
+    assert seen["text"] is None and (seen["seed"], seen["budget"], seen["relative"]) == (3, Budget(seconds=30), None)
     audit(tiny_bundle("llama").path, tokens(600))
     assert seen["text"].shape == (2, 256)
     audit(tiny_bundle("llama").path, tokens(100))

@@ -100,7 +100,7 @@ def test_adversaries(adversary: str, code: str) -> None:
 def test_adversaries_of_private_lora_have_a_headline() -> None:
     from cloven.audit.private_lora import division, subject
 
-    for words, code in ((subject.CLIENT, "A6"), (subject.SERVER, "A5"), (division.CLIENT, "A6")):
+    for words, code in ((subject.CLIENT, "A6"), (subject.SERVER, "A5"), (division.CLIENT, "A6 fhe")):
         assert code_of(attack(adversary=words, scheme="private-lora/lwe")) == code
 
 
@@ -118,7 +118,7 @@ def test_the_headline_is_about_the_bundles_own_mode(seal_idle: bool, headline: s
     ]
     page = report(Findings("kv-shield", found, parameters={"mode": "session", "seal_idle": seal_idle}))
     assert re.search(rf"<li class={headline}><strong>Cache thief", page) and ("sealed while idle" in page) is seal_idle
-    assert page.count("<td class='n cell broken'>") == 1  # none is in the table all the same
+    assert page.count("<td class='n cell broken'") == 1  # none is in the table all the same
 
 
 def test_what_permutations_would_give_is_no_headline() -> None:
@@ -126,9 +126,23 @@ def test_what_permutations_would_give_is_no_headline() -> None:
     found = [attack("full_logits", "holds", "A8, who sees", own), attack("full_logits", "broken", "A8, who sees", other)]
     page = report(Findings("slip", found, parameters={"scramble": "mixing", "scheme": own}))
     assert re.search(r"<li class=holds><strong>API user", page) and "This bundle's scramble: <strong>mixing" in page
-    assert page.count(other) == 1 and "Offer text, not logits" in page
+    assert page.count(other) == 1 and "<h3>To compare: slip/int8, permutation</h3>" in page and "Offer text, not logits" in page
     permuted = report(Findings("slip", found[1:], parameters={"scramble": "permutation", "scheme": other}))
     assert re.search(r"<li class=broken><strong>API user", permuted) and "This bundle's scramble" not in permuted
+
+
+def test_attacks_stand_under_their_adversaries() -> None:
+    page = report(FINDINGS)
+    heads = re.findall("<h3>(.*?)</h3>", page)
+    assert heads == ["Curious worker: records everything", "Malicious worker: answers wrongly", "API user in league with the worker"]
+    assert page.index(heads[2] + "</h3>") < page.index("<strong>full logits")
+
+
+def test_a_figure_says_how_it_is_read_and_a_bundle_what_it_keeps() -> None:
+    figures = [replace(FINDINGS.figures[0], note="Higher is safer.")]
+    kept = {"kept_secret": "3 % of the parameters", "exposed_whole": "8 of 36 matrices"}
+    words = Page(report(replace(FINDINGS, figures=figures, parameters=kept))).words
+    assert "A figure. Higher is safer." in words and "Kept secret: 3 % of the parameters. Exposed whole: 8 of 36 matrices." in words
 
 
 def test_intervals_and_further_numbers_are_shown() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cloven.audit import registry
 from cloven.audit.findings import Findings
 from cloven.audit.slip import audit as module
 from cloven.audit.slip import training
+from cloven.errors import RunError
 from tests.end_to_end.commands import Command, one_line
 from tests.split_models import tiny_bundle
 
@@ -37,7 +39,7 @@ def test_what_is_printed_and_the_same_numbers_for_one_seed(
     monkeypatch.setattr(registry, "audit", lambda *given, **options: found.append(attack(*given, **options)) or found[-1])
     monkeypatch.setattr(training, "MOST_SEQUENCES", 16)  # sampling text would take longer than all trainings
     monkeypatch.setattr(training, "RATES", (1e-3,))
-    outcome = cloven_here("audit", str(out), "--budget-minutes", "0.01", "--seed", "3", "--json")
+    outcome = cloven_here("audit", str(out), "--steps", "3", "--seed", "3", "--json")
     assert outcome.code == 0, outcome.err
     answer = json.loads(outcome.out)
     assert set(answer) == {"version", "scheme", "attacks", "figures", "parameters", "not_tested", "report"}
@@ -56,12 +58,17 @@ def test_what_is_printed_and_the_same_numbers_for_one_seed(
     assert elsewhere.exists() and not page.exists() and outcome.code == 0, outcome.err
     again = values(json.loads(outcome.out))
     assert len(again) >= 8 and again.items() <= values(answer).items()
-    # a table of what was found
+    # a table of what was found; an attack that failed comes last, and the exit code says so
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(registry, "audit", lambda *_, **options: asked.append(options) or found[0])
     outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--no-report")
     assert outcome.code == 0 and "liar" in outcome.out and "report:" not in outcome.out
-    assert (asked[0]["seed"], asked[0]["minutes"]) == (0, 0) and not page.exists()
+    late = replace(found[0], failed=(RunError("Transcripts: the worker is gone"),))
+    monkeypatch.setattr(registry, "audit", lambda *_, **options: late)
+    outcome = cloven_here("audit", str(out), "--json")
+    assert outcome.code == 1 and len(json.loads(outcome.out)["attacks"]) >= 12 and "the worker is gone" in outcome.err
+    page.unlink()
+    assert (asked[0]["seed"], asked[0]["budget"]) == (0, training.Budget(0)) and not page.exists()
 
 
 @pytest.mark.long
@@ -81,6 +88,7 @@ def test_what_is_wrong_is_named(out: Path, tmp_path: Path, cloven_here: Command)
     one_line(cloven_here("audit", str(out), "--text", str(tmp_path / "none")), 2, "cannot be read as text")
     one_line(cloven_here("audit", str(tmp_path / "nowhere"), "--text", str(tmp_path / "none")), 2, "no bundle here with both halves")
     one_line(cloven_here("audit", str(out), "--report", str(tmp_path)), 2, "cannot be written there")
+    one_line(cloven_here("audit", str(out), "--steps", "5", "--budget-minutes", "1"), 2, "--steps beside --budget-minutes")
     for option, value in (("--seed", "99999999999999999999999"), ("--budget-minutes", "inf")):
         outcome = cloven_here("audit", str(out), option, value)
         assert outcome.code == 2 and "Traceback" not in outcome.err

@@ -17,6 +17,7 @@ class Figure:
         series: points (x, y) of each line.
         log_x, log_y: scales.
         mark: draw a vertical line there: from here on, say, a spectrum is exposed.
+        note: what a reader has to know: under which conditions, and how to read it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Figure:
     log_x: bool = False
     log_y: bool = False
     mark: float | None = None
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

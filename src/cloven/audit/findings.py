@@ -7,6 +7,7 @@ from typing import Any
 
 from cloven.audit.attack import Attack
 from cloven.audit.figure import Figure
+from cloven.errors import RunError
 
 VERSION = 1  # of the JSON
 
@@ -20,6 +21,7 @@ class Findings:
         attacks, figures: see there.
         parameters: of the bundle, and of the audit: what makes it reproducible.
         not_tested: in sentences.
+        failed: why attacks ended early; in `not_tested` too.
     """
 
     scheme: str
@@ -27,6 +29,7 @@ class Findings:
     figures: list[Figure] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     not_tested: tuple[str, ...] = ()
+    failed: tuple[RunError, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

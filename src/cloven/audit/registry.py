@@ -13,13 +13,14 @@ from cloven.audit.kv_shield.audit import audit_kv_shield
 from cloven.audit.private_lora.audit import audit_private_lora
 from cloven.audit.slip.audit import audit_slip
 from cloven.audit.slip.subject import TEXT_TOKENS as WINDOW
+from cloven.audit.slip.training import Budget
 from cloven.bundle.manifest import manifest_format
 from cloven.bundle.trusted_manifest import FORMAT as SLIP_TRUSTED
 from cloven.errors import BadBundle, BadInput
 from cloven.kv_shield.manifest import TRUSTED
 from cloven.private_lora.manifest import SERVER
 
-MINUTES = 3.0
+BUDGET = Budget(seconds=180)
 
 
 def audit(
@@ -27,7 +28,7 @@ def audit(
     tokens: Tensor | None = None,
     *,
     seed: int = 0,
-    minutes: float = MINUTES,
+    budget: Budget = BUDGET,
     relative: PreTrainedModel | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Findings:
@@ -37,7 +38,7 @@ def audit(
         out: OUT of `cloven prepare`, both halves.
         tokens: a text, int64 [T]: what a cache's thief wants, or what perplexities are measured on; sampled from the model if not given.
         seed: of the attackers' choices, for SLIP; no secret depends on it.
-        minutes: for the attacks that train, together.
+        budget: of the attacks on a SLIP bundle that train.
         relative: a public relative of a SLIP bundle's model.
         progress: called with (stage, done, total).
 
@@ -55,7 +56,7 @@ def audit(
         text = None
         if tokens is not None:
             text = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW) if len(tokens) >= WINDOW else tokens[None]
-        return audit_slip(out, text, seed=seed, minutes=minutes, relative=relative, progress=progress)
+        return audit_slip(out, text, seed=seed, budget=budget, relative=relative, progress=progress)
     if found != TRUSTED:
         raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
     return audit_kv_shield(out, tokens)

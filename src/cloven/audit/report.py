@@ -26,6 +26,7 @@ _ADVERSARIES = {
     "A4": "Thief of the accelerator's weights (who watches it while it runs sees the conversation: not protected)",
     "A5": "Adapter server: wants the client's input",
     "A6": "Extracting client: wants the adapter",
+    "A6 fhe": "Extracting client of a server that runs the fhe backend",
     "A8": "API user in league with the worker",
 }
 _ADVICE = {
@@ -38,6 +39,7 @@ _ADVICE = {
     "A4": "If the accelerator itself is watched, split with SLIP and --secret-fraction 0: the conversation then never reaches it.",
     "A5": "The content of queries is encrypted; where their number matters, use --fixed-length.",
     "A6": "What clients may learn is metered: set budgets when the bundle is prepared, and watch `cloven ledger`.",
+    "A6 fhe": "The fhe backend trusts its clients not to cheat: use it only among parties that have a contract.",
     "A8": "Offer text, not logits and not log probabilities, at an endpoint.",
 }
 _GIVEN_MORE = {"public relative": "A1 relative", "the scramble": "A1 keys", "who knows": "A1 columns"}
@@ -46,7 +48,7 @@ _IN_WORDS = {  # those that do not begin with their letter and number
     "has the public model and the device's weights": "A4",
     "a server that wants the input": "A5",
     "a client that wants the adapter": "A6",
-    "a client that sends honest queries": "A6",
+    "a client that sends honest queries": "A6 fhe",
 }
 _TITLES = {"slip": "SLIP: weights split between two machines", "kv-shield": "KV-Shield: the keyed KV cache", "private-lora": "Private LoRA"}
 _STYLE = importlib.resources.files("cloven.audit").joinpath("report.css")
@@ -61,7 +63,10 @@ def report(findings: Findings) -> str:
     title, style = _TITLES[findings.scheme], _STYLE.read_text(encoding="utf-8")
     not_tested = "".join(f"<li>{_text(line)}</li>" for line in findings.not_tested)
     parameters = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in findings.parameters.items())
-    figures = "".join(f"<figure>{svg_of(figure)}<figcaption>{_text(figure.title)}</figcaption></figure>" for figure in findings.figures)
+    figures = "".join(
+        f"<figure>{svg_of(figure)}<figcaption><strong>{_text(figure.title)}.</strong> {_text(figure.note)}</figcaption></figure>"
+        for figure in findings.figures
+    )
     cards = "".join(_card(code, attacks) for code, attacks in _by_adversary(_own(findings)))
     meanings = "; ".join(f"{_verdict(verdict)}: {_text(_MEANING[verdict])}" for verdict in _ORDER[::-1])
     parts = [
@@ -71,7 +76,7 @@ def report(findings: Findings) -> str:
         f"<h2>In short</h2>{_own_mode(findings)}<ul class=cards>{cards}</ul>",
         f"<p><small>{meanings}.</small></p>",
         f"<h2>Figures</h2>{figures}" if figures else "",
-        f"<h2>Attacks</h2><div class=scroll>{_matrix(findings) if findings.scheme == 'kv-shield' else _table(findings.attacks)}</div>",
+        f"<h2>Attacks</h2>{_matrix(findings) if findings.scheme == 'kv-shield' else _tables(findings)}",
         f"<h2>What was not tested</h2><ul>{not_tested}</ul>" if not_tested else "",
         f"<h2>Parameters</h2><dl>{parameters}</dl>" if parameters else "",
     ]
@@ -107,13 +112,15 @@ def _own(findings: Findings) -> list[Attack]:
 
 
 def _own_mode(findings: Findings) -> str:
-    parameters = findings.parameters
+    parameters, sentences = findings.parameters, list[str]()
     if "mode" in parameters:
         idle = ", sealed while idle" if parameters["seal_idle"] else ""
-        return f"<p>This bundle's mode: <strong>{_text(parameters['mode'])}{idle}</strong>. The others are below, to compare.</p>"
+        sentences.append(f"This bundle's mode: <strong>{_text(parameters['mode'])}{idle}</strong>. The others are below, to compare.")
     if parameters.get("scramble") == "mixing":
-        return "<p>This bundle's scramble: <strong>mixing</strong>. What permutations alone would give is below, to compare.</p>"
-    return ""
+        sentences.append("This bundle's scramble: <strong>mixing</strong>. What permutations alone would give is below, to compare.")
+    if "kept_secret" in parameters:
+        sentences.append(f"Kept secret: {_text(parameters['kept_secret'])}. Exposed whole: {_text(parameters['exposed_whole'])}.")
+    return f"<p>{' '.join(sentences)}</p>" if sentences else ""
 
 
 def _by_adversary(attacks: Sequence[Attack]) -> list[tuple[str, list[Attack]]]:
@@ -126,28 +133,35 @@ def _card(code: str, attacks: list[Attack]) -> str:
     counts = ", ".join(f"{sum(a.verdict == v for a in attacks)} {v}" for v in _ORDER[::-1] if any(a.verdict == v for a in attacks))
     named = [attack for attack in attacks if attack.verdict == verdict and verdict != "holds"]
     most = f"<small>{_text(', '.join(sorted({_name(attack) for attack in named})))}</small>" if named else ""
-    headline = _ADVERSARIES.get(code, code)
     advice = f"<small>{_text(_ADVICE[code])}</small>" if code in _ADVICE else ""
-    return f"<li class={verdict}><strong>{_text(headline)}</strong>{_verdict(verdict)} <small>({counts})</small> {most}{advice}</li>"
+    return f"<li class={verdict}><strong>{_text(_headline(code))}</strong>{_verdict(verdict)} ({counts}){most}{advice}</li>"
+
+
+def _headline(code: str) -> str:
+    return _ADVERSARIES.get(code, code)
+
+
+def _tables(findings: Findings) -> str:
+    """One table for every adversary; then, to compare, one for every other system."""
+    own = _own(findings)
+    tables = [(_headline(code), attacks) for code, attacks in _by_adversary(own)]
+    others = [attack for attack in findings.attacks if attack not in own]
+    for scheme in dict.fromkeys(attack.scheme for attack in others):
+        tables.append((f"To compare: {scheme}", [attack for attack in others if attack.scheme == scheme]))
+    return "".join(f"<h3>{_text(title)}</h3>{_table(attacks)}" for title, attacks in tables)
 
 
 def _table(attacks: Sequence[Attack]) -> str:
-    systems = len({attack.scheme for attack in attacks})
     rows = "".join(
-        f"<tr><td>{_text(_name(attack))}{_system(attack, systems)}<small>{_text(attack.metric)}</small>"
+        f"<tr><td><strong>{_text(_name(attack))}</strong><small>{_text(attack.metric)}</small>"
         f"<small>{_text(attack.adversary)}</small>{_details(attack)}</td>"
-        f"<td class=n>{attack.value:.1%}{_interval(attack)}</td><td class=n>{attack.chance:.1%}</td>"
-        f"<td class=n>{attack.weakened_value:.1%}</td>"
-        f"<td class=n>{attack.tries:,}</td><td>{_verdict(attack.verdict)}</td></tr>"
+        f"<td class=n data-is=reached>{attack.value:.1%}{_interval(attack)}</td><td class=n data-is=chance>{attack.chance:.1%}</td>"
+        f"<td class=n data-is='without protection'>{attack.weakened_value:.1%}</td>"
+        f"<td class=n data-is=tries>{attack.tries:,}</td><td data-is=verdict>{_verdict(attack.verdict)}</td></tr>"
         for attack in attacks
     )
     head = "<tr><th>attack<th class=n>reached<th class=n>chance<th class=n>without protection<th class=n>tries<th>verdict</tr>"
-    return f"<table>{head}{rows}</table>"
-
-
-def _system(attack: Attack, systems: int) -> str:
-    """What was attacked, where there is more than one."""
-    return f" <small>{_text(attack.scheme)}</small>" if systems > 1 else ""
+    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
 
 def _details(attack: Attack) -> str:
@@ -163,17 +177,25 @@ def _matrix(findings: Findings) -> str:
     """Attacks by modes."""
     schemes = list(dict.fromkeys(attack.scheme for attack in findings.attacks))
     modes = "".join(f"<th class=n>{_text(scheme.rpartition('/')[2])}" for scheme in schemes)
-    head = f"<tr><th>attack{modes}<th class=n>chance</tr>"
     rows = ""
     for name in dict.fromkeys(attack.name for attack in findings.attacks):
         found = {attack.scheme: attack for attack in findings.attacks if attack.name == name}
         one = next(iter(found.values()))
         cells = "".join(
-            f"<td class='n cell {found[s].verdict}'>{found[s].value:.1%} {_verdict(found[s].verdict)}</td>" if s in found else "<td>"
+            f"<td class='n cell {found[s].verdict}' data-is='{_text(s.rpartition('/')[2])}'>{found[s].value:.1%} "
+            f"{_verdict(found[s].verdict)}</td>"
+            if s in found
+            else "<td>"
             for s in schemes
         )
-        rows += f"<tr><td>{_text(_name(one))}<small>{_text(one.metric)}</small></td>{cells}<td class=n>{one.chance:.1%}</td></tr>"
-    return f"<table>{head}{rows}</table>"
+        rows += (
+            f"<tr><td><strong>{_text(_name(one))}</strong><small>{_text(one.metric)}</small><small>{_text(one.adversary)}</small></td>{cells}"
+            f"<td class=n data-is=chance>{one.chance:.1%}</td><td class=n data-is=tries>{one.tries:,}</td></tr>"
+        )
+    return (
+        "<p><small>Mode none is the system without the protection.</small></p>"
+        f"<table><thead><tr><th>attack{modes}<th class=n>chance<th class=n>tries</tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 def _name(attack: Attack) -> str:

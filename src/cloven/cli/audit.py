@@ -23,13 +23,21 @@ MOST_MINUTES, MOST_SEED = 10_000, 2**62
 def audit(
     out: Annotated[Path, typer.Argument(help="OUT of `cloven prepare`: both halves.")],
     text: Annotated[
-        Path | None, typer.Option(help="A text file: what a cache's thief wants, or what perplexities are measured on. Default: sampled.")
+        Path | None,
+        typer.Option(
+            help="A text file, at least 128 tokens: what perplexities are measured on (up to 4,096 tokens of it); of KV-Shield, what a "
+            "cache's thief wants (up to 512). Default: sampled from the model."
+        ),
     ] = None,
     relative: Annotated[
         str | None, typer.Option(metavar="MODEL", help="SLIP: a public relative of the model, which the attackers have too.")
     ] = None,
     budget_minutes: Annotated[
         float | None, typer.Option(min=0, max=MOST_MINUTES, help="SLIP: for the attacks that train, together; 0: none of them. Default: 3.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=0, max=10**6, help="SLIP: instead of minutes, steps of each training: the same figures on any day."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=MOST_SEED, help="SLIP: of the attackers' choices; no secret depends on it. Default: 0.")
@@ -40,9 +48,10 @@ def audit(
 ) -> None:
     """Attack a bundle with experiments on the user's own model; every attack also runs where it must succeed."""
     from cloven.audit.plots import matplotlib_parts
-    from cloven.audit.registry import MINUTES
+    from cloven.audit.registry import BUDGET
     from cloven.audit.registry import audit as run
     from cloven.audit.report import report as page
+    from cloven.audit.slip.training import Budget
     from cloven.bundle.durable import write_durably
     from cloven.bundle.manifest import manifest_format
     from cloven.bundle.trusted_manifest import FORMAT as SLIP_TRUSTED
@@ -61,8 +70,12 @@ def audit(
     if not manifest_format(out / "trusted") and not manifest_format(out / "server"):
         raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
     slip = manifest_format(out / "trusted") == SLIP_TRUSTED
-    if not slip and (seed is not None or budget_minutes is not None):
-        raise BadInput("--seed and --budget-minutes are for SLIP bundles: attacks on the other schemes do not train, and draw keys anew")
+    if not slip and (seed, budget_minutes, steps) != (None, None, None):
+        raise BadInput(
+            "--seed, --steps and --budget-minutes are for SLIP bundles: attacks on the other schemes do not train, and draw keys anew"
+        )
+    if steps is not None and budget_minutes is not None:
+        raise BadInput("--steps beside --budget-minutes: give one of them")
     place = None if no_report else report or out / "audit.html"
     if place is not None and slip:
         matplotlib_parts()  # for the figures; where it is missing, now and not in an hour
@@ -77,8 +90,9 @@ def audit(
         public = open_source(relative).load().float().eval()
     with progress_bars() as progress:
         tokens = tokens_of(text, out) if text is not None else None
-        minutes = MINUTES if budget_minutes is None else budget_minutes
-        findings = run(out, tokens, seed=seed or 0, minutes=minutes, relative=public, progress=progress)
+        budget = BUDGET if budget_minutes is None else Budget(60 * budget_minutes)
+        budget = budget if steps is None else Budget(steps=steps)
+        findings = run(out, tokens, seed=seed or 0, budget=budget, relative=public, progress=progress)
     if as_json:  # first: nothing is lost if the page cannot be written
         typer.echo(json.dumps({**findings.to_dict(), "report": str(place.absolute()) if place is not None else None}))
     if place is not None:
@@ -86,8 +100,13 @@ def audit(
             write_durably(place, page(_drawable(findings)).encode())
         except OSError as error:
             raise RunError(f"{place}: the report cannot be written: {error.strerror}") from error
-    if as_json:
-        return
+    if not as_json:
+        _print(findings, place)
+    if findings.failed:
+        raise findings.failed[0]
+
+
+def _print(findings: Findings, place: Path | None) -> None:
     if findings.scheme == "kv-shield":
         print_table(findings.attacks)
     else:
@@ -149,7 +168,7 @@ def print_list(attacks: list[Attack]) -> None:
     console = Console()
     console.print(table)
     for attack in attacks:
-        console.print(f"{attack.name.replace('_', ' ')}: {attack.metric}", highlight=False)
+        console.print(f"{attack.name.replace('_', ' ')}: {attack.metric} ({attack.adversary})", highlight=False)
 
 
 def print_table(attacks: list[Attack]) -> None:
@@ -170,5 +189,5 @@ def print_table(attacks: list[Attack]) -> None:
     console = Console()
     console.print(table)
     for name in dict.fromkeys(attack.name for attack in attacks):
-        metric = next(attack.metric for attack in attacks if attack.name == name)
-        console.print(f"{name.replace('_', ' ')}: {metric}", highlight=False)
+        one = next(attack for attack in attacks if attack.name == name)
+        console.print(f"{name.replace('_', ' ')}: {one.metric} ({one.adversary}; {one.tries:,} tries)", highlight=False)

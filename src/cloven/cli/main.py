@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 run-time failure, 2 bad input, 3 security failure. Commands 
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -68,7 +69,8 @@ def _options(version: bool = typer.Option(False, "--version", callback=_version,
 
 
 def run() -> None:
-    """Run the command line; errors of ours are one line on standard error and an exit code."""
+    """Run the command line; errors of ours are one line on standard error and an exit code. SIGTERM cleans up like an error does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except ClovenError as error:

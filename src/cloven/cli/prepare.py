@@ -207,11 +207,16 @@ def _print_summary(bundle: Bundle, calibrated: bool) -> None:
         exposed = 1 - summary["secret_energy"]
         console.print(f"{exposed:.1%} of the fine-tune (energy of its difference from the public base) is exposed; keep more to hide more.")
     else:
+        hidden = " and scrambled" if parameters["scramble"] != "none" else ""
         console.print(
-            "'exposed whole': matrices that got nothing of the budget; the worker holds them quantised and scrambled, but complete. "
+            f"'exposed whole': matrices that got nothing of the budget; the worker holds them quantised{hidden}, but complete. "
             "Keep this bundle: another one of the same model, in the same hands, would give away what is secret here "
             "(--key OUT/trusted/split.key makes the same one again)."
         )
+        if parameters["scramble"] == "none" and summary["secret_fraction"]:
+            console.print(
+                "WARNING: no scramble: the worker reads every matrix but its secret part as it is; `cloven audit` shows what that is worth."
+            )
     console.print(f"Bundle {bundle.id}", highlight=False)
     console.print(f"  keep   {bundle.trusted}   secret", highlight=False, soft_wrap=True, markup=False)
     console.print(

@@ -52,7 +52,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Subject]:
 
 def test_every_attack_in_every_mode() -> None:
     attacks = attack_cache(tiny("llama"), tokens(80))
-    assert tuple(dict.fromkeys(attack.name for attack in attacks)) == NAMES and len(attacks) == len(NAMES) * len(MODES)
+    assert (
+        tuple(dict.fromkeys(attack.name for attack in attacks)) == NAMES and len(attacks) == len(NAMES) * len(MODES) - 1
+    )  # sealing changes no weights
     for name in NAMES:
         by_mode(attacks, name)
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing, random_secret, without_gifts
+from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing, random_secret, verdict_beside, without_gifts
 from cloven.zoo.text import perplexity
-from tests.audit.slip.subjects import demo_subject, named
+from tests.audit.slip.subjects import based_subject, demo_subject, named
 from tests.split_models import demo_model
 
 
@@ -25,6 +25,31 @@ def test_what_is_left_of_the_demo_model() -> None:
     assert found["exposed_half_relatives_secret_without_gifts"].value > 0.5  # scales matter little, and the relative has the rest
     reached = found["exposed_half_unscrambled"].details
     assert reached["perplexity"] > 5 * reached["perplexity_of_the_model"]
+
+
+def test_what_a_public_base_gives_anybody_is_no_break() -> None:
+    """A fine-tune of a public model: the exposed half is worth what the base is."""
+    subject = based_subject()
+    beside = named(exposed_half(subject))
+    assert beside["exposed_half_unscrambled"].value > 0.9 and beside["exposed_half_unscrambled"].verdict == "holds"
+    assert beside["exposed_half_unscrambled"].chance > 0.9
+    unknown = named(exposed_half(replace(subject, relative=None)))  # the audit says that nobody can tell: see test_audit
+    assert unknown["exposed_half_unscrambled"].verdict == "broken"
+
+
+@pytest.mark.parametrize(
+    ("value", "chance", "verdict"),
+    [
+        (0.02, 0.0, "holds"),
+        (0.1, 0.0, "measured"),
+        (0.5, 0.0, "broken"),
+        (0.96, 0.95, "holds"),
+        (0.99, 0.95, "broken"),
+        (1.0, 1.0, "holds"),
+    ],
+)
+def test_verdicts_beside_what_anybody_has(value: float, chance: float, verdict: str) -> None:
+    assert verdict_beside(value, chance) == verdict
 
 
 def test_what_the_attacker_makes_up() -> None:

@@ -10,6 +10,7 @@ from cloven.audit.slip import learned_scramble as module
 from cloven.audit.slip import training
 from cloven.audit.slip.learned_scramble import learned_scramble
 from cloven.audit.slip.matching import Alignment
+from cloven.audit.slip.training import Budget
 from tests.audit.slip.subjects import demo_subject, named, tiny_subject
 from tests.split_models import tiny
 
@@ -26,7 +27,7 @@ def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_learnt_where_there_is_nothing_to_begin_with_and_nothing_is_lost_where_there_is() -> None:
     subject = replace(demo_subject(), groups=demo_subject().groups[:2])
-    found = learned_scramble(subject, subject.text[:, :32], 0.0)
+    found = learned_scramble(subject, subject.text[:, :32], Budget(steps=3))
     bases, permutations = named(found, "mixing")["learned_bases"], named(found, "permutation")["learned_permutations"]
     for attack in (bases, permutations):
         assert attack.value < 0.02 and attack.verdict == "holds"
@@ -37,7 +38,7 @@ def test_nothing_is_learnt_where_there_is_nothing_to_begin_with_and_nothing_is_l
 
 def test_with_a_relative_it_begins_there() -> None:
     subject = replace(tiny_subject(scramble="permutation"), relative=tiny("llama"))
-    attack = named(learned_scramble(subject, data(), 0.0))["learned_permutations"]
+    attack = named(learned_scramble(subject, data(), Budget(steps=3)))["learned_permutations"]
     assert attack.value > 0.9 and attack.verdict == "broken" and attack.adversary.endswith("who has a public relative")
 
 
@@ -77,6 +78,6 @@ def test_gradients_reach_places_and_signs() -> None:
 
 
 def test_not_without_a_scramble_and_not_on_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert learned_scramble(demo_subject(scramble="none"), data(), 0.0) == []
+    assert learned_scramble(demo_subject(scramble="none"), data(), Budget(steps=3)) == []
     monkeypatch.setattr(module, "MOST_PLACES", 16)
-    assert learned_scramble(tiny_subject(), data(), 0.0) == []
+    assert learned_scramble(tiny_subject(), data(), Budget(steps=3)) == []

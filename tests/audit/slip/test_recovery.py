@@ -13,7 +13,7 @@ from cloven.audit.slip import recovery as module
 from cloven.audit.slip import training
 from cloven.audit.slip.recovery import attacks_of, recovery
 from cloven.audit.slip.subject import Subject
-from cloven.audit.slip.training import BATCH, WINDOW
+from cloven.audit.slip.training import BATCH, WINDOW, Budget
 from cloven.zoo.text import sample_text
 from tests.audit.slip.subjects import demo_subject, named, tiny_subject
 from tests.split_models import demo_model
@@ -31,12 +31,12 @@ def data() -> Tensor:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step at a rate that needs no trial, for as long as a measurement would say: test_training has those."""
-    monkeypatch.setattr(module, "steps_that_fit", lambda *_: STEPS)
+    monkeypatch.setattr(module, "steps_of", lambda *_: STEPS)
     monkeypatch.setattr(training, "_best_rate", lambda *_: 1e-3)
 
 
 def recovered(subject: Subject, text: Tensor | None = None) -> tuple[list[Attack], list[Figure]]:
-    return recovery(subject, data() if text is None else text, 0.0)
+    return recovery(subject, data() if text is None else text, Budget(0.0))
 
 
 def test_what_is_trained_and_reported() -> None:
@@ -44,8 +44,9 @@ def test_what_is_trained_and_reported() -> None:
     found = named(attacks)
     assert set(found) == ATTACKS | SCRAMBLED
     assert set(attacks_of(demo_subject())) == ATTACKS | SCRAMBLED - {"recovery_aligned"}  # nothing to align by
-    baselines = {"random matrices", "random matrices, distilled", "public relative"}
-    assert set(figure.series) == {*baselines, *found, "nothing secret", "guessed subspace, no decoy"}
+    baselines = {f"baseline: {start}{how}" for start in ("random matrices", "public relative") for how in ("", ", distilled")}
+    lines = {name.removeprefix("recovery_") for name in found}
+    assert set(figure.series) == {*baselines, *lines, "control: nothing secret", "control: guessed subspace, no decoy"}
     for name, attack in found.items():
         assert attack.tries == STEPS * BATCH * WINDOW and 0 <= attack.value <= 1
         assert attack.weakened_value > 0.95 or name == "recovery_guessed_subspace"  # nothing secret
@@ -53,7 +54,7 @@ def test_what_is_trained_and_reported() -> None:
         assert attack.details["perplexity_minus_the_best_baseline"] == pytest.approx(
             attack.details["perplexity"] - attack.details["perplexity_of_the_best_baseline"]
         )
-    points = figure.series["recovery_full"]
+    points = figure.series["full"]
     assert points[-1][0] == STEPS * BATCH * WINDOW and all(y > 1 for _, y in points)
 
 
@@ -66,7 +67,7 @@ def only(monkeypatch: pytest.MonkeyPatch, name: str, wanted: set[str]) -> None:
 def test_the_exposed_half_is_a_better_start_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: with the scramble undone, training gets further than from random matrices; and inside the secret's rows
     further than elsewhere."""
-    monkeypatch.setattr(module, "steps_that_fit", lambda *_: 20)
+    monkeypatch.setattr(module, "steps_of", lambda *_: 20)
     for name, wanted in (
         ("baselines", {"random matrices"}),
         ("attacks_of", {"recovery_full", "recovery_guessed_subspace", "recovery_scrambled"}),
@@ -74,9 +75,9 @@ def test_the_exposed_half_is_a_better_start_than_nothing(monkeypatch: pytest.Mon
         only(monkeypatch, name, wanted)
     attacks, (figure,) = recovered(demo_subject())
     left = {name: min(y for _, y in points) for name, points in figure.series.items()}  # perplexities
-    assert left["nothing secret"] < left["recovery_full"] < left["random matrices"]
-    assert left["recovery_full"] < left["recovery_scrambled"]
-    assert left["guessed subspace, no decoy"] < left["recovery_guessed_subspace"]
+    assert left["control: nothing secret"] < left["full"] < left["baseline: random matrices"]
+    assert left["full"] < left["scrambled"]
+    assert left["control: guessed subspace, no decoy"] < left["guessed_subspace"]
     assert named(attacks)["recovery_scrambled"].verdict == "holds"
 
 

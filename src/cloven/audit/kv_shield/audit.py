@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def audit_kv_shield(out: Path, tokens: Tensor | None = None) -> Findings:
         "kv_heads": shape.kv_heads,
         "text_tokens": len(text),
         "text": f"sampled from the model, seed {TEXT_SEED}" if tokens is None else "given",
+        "cloven": version("cloven"),
+        "torch": torch.__version__,
         "keys": "drawn anew by every audit: only mode none gives the same figures again to the last digit",
     }
     return Findings("kv-shield", attack_cache(model, text, config), parameters=parameters, not_tested=NOT_TESTED)

@@ -35,6 +35,6 @@ def weights(subject: Subject) -> list[Attack]:
     order = (permutations(stream, heads, d) + d * torch.arange(heads)[:, None]).flatten()
     keyed = hits(match_rows(public[order], public, heads), order)
     in_place = hits(match_rows(public, public, heads), torch.arange(len(public)))  # the weights of none and session
-    found = {"none": in_place, "permute": keyed, "session": 1 - in_place, "sealed": keyed}
+    found = {"none": in_place, "permute": keyed, "session": 1 - in_place}  # sealing changes the cache alone
     metric = "fraction of the rows whose place is found in the device's weights (session: that are out of place, hence keyed)"
     return in_every_mode("weights", metric, found, 1 / d, len(public), DEVICE)

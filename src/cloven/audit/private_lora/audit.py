@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from cloven.audit.attack import Attack
 from cloven.audit.findings import Findings
@@ -60,6 +63,8 @@ def audit_private_lora(out: Path) -> Findings:
         "columns": target.group.columns,
         "rank": max(module.rank for module in target.group.modules),
         "seed": SEED,
+        "cloven": version("cloven"),
+        "torch": torch.__version__,
         "masks": "drawn anew by every audit, and with them the last digits of what depends on them",
     }
     skipped = () if any(attack.name == "division" for attack in attacks) else (_NO_SEAL,)

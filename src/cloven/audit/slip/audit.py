@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cloven.audit.attack import Attack, controlled
+from cloven.audit.figure import Figure
 from cloven.audit.findings import Findings
 from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing
 from cloven.audit.slip.fractions import curve_over_fractions, spectra_figure
@@ -26,10 +28,11 @@ from cloven.audit.slip.null_space import null_space
 from cloven.audit.slip.plaintext_adjacency import plaintext_adjacency
 from cloven.audit.slip.recovery import recovery
 from cloven.audit.slip.subject import Subject, open_subject
-from cloven.audit.slip.training import MOST_SEQUENCES, WINDOW, training_text
+from cloven.audit.slip.training import MOST_SEQUENCES, WINDOW, Budget, TooLittleTime, training_text
 from cloven.audit.slip.transcripts import transcripts
 from cloven.audit.slip.unscrambling import unscrambling
 from cloven.audit.slip.weight_directions import weight_directions
+from cloven.errors import RunError
 
 Progress = Callable[[str, int, int], None]
 ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
@@ -44,6 +47,7 @@ ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
     liars,
 )
 ORDERING = 0.25  # of the time, for scrambles learned by gradient
+_TOO_LARGE, _NO_SCRAMBLE = "its matrices are too large, or too few", "the bundle has no scramble"
 NOT_TESTED = (
     "Training with more text, time or another recipe than the budget allows: raise --budget-minutes.",
     "Scrambles learned by gradient on matrices with more than 2,048 rows or columns, and matching on those with more than 4,096.",
@@ -57,6 +61,7 @@ NOT_TESTED = (
     "Network attackers, stored pads, traffic analysis, and the host of the trusted machine.",
     "Side channels of the machines: timing, memory access, power.",
     "Public relatives of the model that nobody named with --relative.",
+    "Secret fractions of a fine-tune: the curve over fractions is of private models, up to 268 million parameters.",
 )
 
 
@@ -65,7 +70,7 @@ def audit_slip(
     text: Tensor | None,
     *,
     seed: int,
-    minutes: float,
+    budget: Budget,
     relative: PreTrainedModel | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Findings:
@@ -75,7 +80,7 @@ def audit_slip(
         out: OUT of `cloven prepare slip`: both halves.
         text: int64 [windows, tokens] that perplexities are measured on; sampled from the model if None.
         seed: of the attackers' choices.
-        minutes: for all training runs together.
+        budget: for all training runs together; of 0 seconds or steps: none.
         relative: a public relative of the model.
         progress: called with (stage, done, total).
     """
@@ -87,7 +92,7 @@ def audit_slip(
         "scheme": subject.scheme,
         "bundle": subject.bundle.id,
         "seed": seed,
-        "budget_minutes": minutes,
+        **({"budget_minutes": budget.seconds / 60} if budget.steps is None else {"steps": budget.steps}),
         "text_tokens": int(subject.text.numel()),
         "text": "given" if text is not None else "sampled from the model",
         "text_sha256": hashlib.sha256(subject.text.numpy().tobytes()).hexdigest(),
@@ -95,32 +100,82 @@ def audit_slip(
         "torch": torch.__version__,
         "relative": relative.config.name_or_path if relative is not None else "none",
         "perplexity_of_the_model": round(math.exp(subject.nats), 4),
-        "random": "pads of the recordings and questions to the worker are drawn anew; steps of training follow the machine's speed",
+        **_kept(subject),
+        "random": "pads of the recordings and questions to the worker are drawn anew"
+        + ("; steps of training follow the machine's speed, unless --steps gives them" if budget.steps is None else ""),
     }
-    attacks, skipped = list[Attack](), list[str]()
+    attacks, skipped, failed = list[Attack](), list[str](), list[RunError]()
     for number, attack in enumerate(ATTACKS):
         progress("attacks", number, len(ATTACKS))
-        found = attack(subject)
+        name = attack.__name__.replace("_", " ").capitalize()
+        try:
+            found = attack(subject)
+        except (RunError, OSError) as error:  # what the others found is not lost
+            failed.append(RunError(f"{name}: {error}"))
+            skipped.append(f"{name}: it failed: {error}")
+            continue
         attacks += found
         if not found:
-            name = attack.__name__.replace("_", " ").capitalize()
-            skipped.append(f"{name}: not for this bundle (no relative was named, say), or its matrices are too large.")
+            skipped.append(f"{name}: {_why_not(subject, attack)}.")
     progress("curves", 0, 1)
     figures = [*spectra_figure(subject), *curve_over_fractions(subject)]
-    if minutes > 0:
-        progress("sampling text to train on", 0, 1)
-        started = time.monotonic()
-        text_to_train_on = training_text(subject)
-        seconds = max(0.0, 60 * minutes - (time.monotonic() - started))
-        trained, curves = recovery(subject, text_to_train_on, (1 - ORDERING) * seconds, progress)
-        attacks += trained + learned_scramble(subject, text_to_train_on, ORDERING * seconds, progress)
-        figures += curves
+    if budget.seconds > 0 and budget.steps != 0:
+        trained, learnt, curves, why = _training(subject, budget, progress)
+        attacks, figures, skipped = [*attacks, *trained, *learnt], [*figures, *curves], [*skipped, *why]
     else:
-        skipped.append("Recovery by training: --budget-minutes 0.")
+        skipped.append("Recovery by training: it was switched off, by a budget of 0.")
     if knowledge(math.exp(subject.nats), subject) == 0.0:
         guess = math.exp(nothing(subject.text))
         skipped.append(
             f"What the exposed half knows of the text: the model's own perplexity on it, {math.exp(subject.nats):.4g}, is no better than "
             f"that of the tokens' frequencies, {guess:.4g}. Give a text that the model knows, or none."
         )
-    return Findings("slip", [controlled(attack) for attack in attacks], figures, parameters, (*skipped, *NOT_TESTED))
+    shown = [_beside_the_base(subject, controlled(attack)) for attack in attacks]
+    return Findings("slip", shown, figures, parameters, (*skipped, *NOT_TESTED), tuple(failed))
+
+
+def _training(subject: Subject, budget: Budget, progress: Progress) -> tuple[list[Attack], list[Attack], list[Figure], list[str]]:
+    """The attacks that train: recovery, learned scrambles, figures, and what was left out."""
+    trained, learnt, curves, started = list[Attack](), list[Attack](), list[Figure](), time.monotonic()
+    progress("sampling text to train on", 0, 1)
+    try:
+        text = training_text(subject, budget)
+        left = replace(budget, seconds=max(0.0, budget.seconds - (time.monotonic() - started)))
+        trained, curves = recovery(subject, text, left.part(1 - ORDERING), progress)
+        learnt = learned_scramble(subject, text, left.part(ORDERING), progress)
+    except TooLittleTime as why:
+        what = "Learned scramble" if trained else "Recovery by training, and learned scramble"
+        return trained, learnt, curves, [f"{what}: {why}; raise --budget-minutes."]
+    without = [] if learnt else [f"Learned scramble: {_TOO_LARGE if subject.scrambled else _NO_SCRAMBLE}."]
+    return trained, learnt, curves, without
+
+
+def _kept(subject: Subject) -> dict[str, str]:
+    """What of the weights the trusted half keeps."""
+    ranks = [member.secret_a.shape[0] for group in subject.groups for member, _ in group.parts]
+    summary = subject.bundle.manifest.summary
+    return {
+        "kept_secret": f"{summary['secret_fraction']:.2%} of the parameters, {summary['secret_energy']:.1%} of the energy",
+        "exposed_whole": f"{ranks.count(0)} of {len(ranks)} matrices",
+    }
+
+
+def _why_not(subject: Subject, attack: Callable[[Subject], list[Attack]]) -> str:
+    """Why an attack was not run."""
+    if attack is weight_directions and subject.relative is None:
+        return "no public relative was named (--relative MODEL)"
+    if attack in (unscrambling, known_columns, weight_directions, full_logits) and not subject.scrambled:
+        return _NO_SCRAMBLE
+    if not any(len(member.secret_a) for group in subject.groups for member, _ in group.parts):
+        return "nothing of the weights is secret"
+    if attack is null_space and subject.origin != "private":
+        return "the public base was not named (--relative MODEL)"
+    return _TOO_LARGE
+
+
+def _beside_the_base(subject: Subject, attack: Attack) -> Attack:
+    """What a public base gives anybody is no break; who does not know the base cannot tell."""
+    known = subject.origin == "private" or subject.relative is not None
+    if known or attack.verdict != "broken" or not attack.name.startswith(("exposed_half", "recovery")):
+        return attack
+    return replace(attack, verdict="measured", metric=f"{attack.metric}; the public base may give as much: name it with --relative")

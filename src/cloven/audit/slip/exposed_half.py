@@ -6,8 +6,9 @@ Method: run the model with zero in the place of the secret part; then with a ran
     worst case, in which only the secret part is missing). Without gifts the embeddings are random or the relative's, norms one or the
     relative's, biases zero, and every row and column of a matrix has the same scale.
 Success: the share of what the model knows of the text that is left: 1 − (L − L_model) / (L_nothing − L_model), L in nats per token,
-    where "nothing" is the best guess without the matrices: the frequencies of the tokens in the text itself. Chance: 0, or what the
-    relative knows by itself, where its own components are taken.
+    where "nothing" is the best guess without the matrices: the frequencies of the tokens in the text itself. Chance: 0; where the
+    relative's components are taken, or the secret is a difference from a public base, what the relative knows by itself. Holds up to 2 %
+    more; broken from half of the way to the model on.
 Weakened: nothing secret: the whole model, which knows all.
 Source: the measure is ours.
 """
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cloven.audit.attack import Attack, verdict_of
+from cloven.audit.attack import Attack, Verdict
 from cloven.audit.exposed_only import exposed_only
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.zoo.text import perplexity
 
+NO_BETTER = 0.02  # of what the model knows
 Matrix = Callable[[AttackedGroup, int], Tensor]
 
 
@@ -93,6 +95,12 @@ def unscrambled(group: AttackedGroup, part: int) -> Tensor:
     return group.exposed[group.parts[part][1]]
 
 
+def verdict_beside(value: float, chance: float) -> Verdict:
+    """Of shares of knowledge, where chance is what anybody has: broken from half of the way to the model on, holds up to NO_BETTER."""
+    gained = value - chance
+    return "holds" if gained <= NO_BETTER else "broken" if gained >= (1 - chance) / 2 else "measured"
+
+
 @torch.no_grad()
 def exposed_half(subject: Subject) -> list[Attack]:
     """See the module."""
@@ -103,10 +111,10 @@ def exposed_half(subject: Subject) -> list[Attack]:
         given = ["embeddings, norms and scales"] * gifts + ["the scramble"] * (subject.scrambled and name != "exposed_half")
         adversary = "A1" + (f", given {' and '.join(given)}" if given else "")
         metric = f"share of the model's knowledge of {tokens} tokens that the exposed half keeps without training"
-        if name == "exposed_half_relatives_secret" and subject.relative is not None:
+        if subject.relative is not None and (name == "exposed_half_relatives_secret" or subject.origin != "private"):
             chance = knowledge(perplexity(subject.relative, subject.text), subject)
             adversary, metric = f"{adversary}, who has a public relative", f"{metric}; chance: the relative's own"
-        name, verdict = name + ("" if gifts else "_without_gifts"), verdict_of(value, chance, tokens)
+        name, verdict = name + ("" if gifts else "_without_gifts"), verdict_beside(value, chance)
         details = {"perplexity": reached, "perplexity_of_the_model": math.exp(subject.nats)}
         weak = knowledge(math.exp(subject.nats), subject)
         found.append(Attack(name, subject.scheme, adversary, metric, value, chance, weak, tokens, verdict, details=details))

@@ -2,7 +2,7 @@
 part marked.
 
 Nothing is trained, the scramble is undone and nothing is quantised: what the secret part alone withholds. In its place: zero, a random
-part of the same size, or a public relative's own; with embeddings and norms given, and for zero also without.
+part of the same size, or a public relative's own; each with embeddings and norms given, and without.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def curve_over_fractions(subject: Subject) -> list[Figure]:
             own = [relatives_secret(e, k, w) for e, k, w in zip(exposed, ranks, public, strict=True)]
             fillings["the relative's own part"] = own
         for name, matrices in fillings.items():
-            series.setdefault(name, []).append((100 * fraction, perplexity(_with(subject, matrices), subject.text)))
-        alone = without_gifts(_with(subject, exposed), subject)
-        series.setdefault("zero, embeddings and norms unknown", []).append((100 * fraction, perplexity(alone, subject.text)))
+            model = _with(subject, matrices)
+            for which, one in ((name, model), (f"{name}; no gifts", without_gifts(model, subject))):
+                series.setdefault(which, []).append((100 * fraction, perplexity(one, subject.text)))
     whole = math.exp(subject.nats)
     series["the whole model"] = [(100 * fraction, whole) for fraction in FRACTIONS]
     return [
@@ -68,6 +68,8 @@ def curve_over_fractions(subject: Subject) -> list[Figure]:
             series,
             log_x=True,
             log_y=True,
+            note="The exposed half alone, for other secret fractions: not trained, not quantised, scramble undone. Higher is safer; what "
+            "training makes of it is another figure.",
         )
     ]
 
@@ -92,4 +94,5 @@ def spectra_figure(subject: Subject) -> list[Figure]:
     for name, matrix in (("the model's", group.weight(part)), ("the exposed half's", group.exposed[rows])):
         values = spectrum(matrix)
         series[name] = [(float(i + 1), float(f"{float(values[i]):.3g}")) for i in range(0, len(values), max(1, len(values) // _POINTS))]
-    return [Figure("spectra", f"Singular values of {member.name}", "number", "singular value", series, log_y=True, mark=k + 0.5)]
+    note = "Shaded: the secret part, of the matrix that keeps most of it. In the exposed half a decoy of random values takes its place."
+    return [Figure("spectra", f"Singular values of {member.name}", "number", "singular value", series, log_y=True, mark=k + 0.5, note=note)]

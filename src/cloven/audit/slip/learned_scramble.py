@@ -26,14 +26,14 @@ from cloven.audit.slip.exposed_half import knowledge
 from cloven.audit.slip.matching import Alignment, aligned_to, assigned, doubly_stochastic
 from cloven.audit.slip.scrambled import share_of
 from cloven.audit.slip.subject import AttackedGroup, Subject, compared
-from cloven.audit.slip.training import BATCH, WINDOW, Start, enough, steps_that_fit, train
+from cloven.audit.slip.training import BATCH, WINDOW, Budget, Start, enough, steps_of, train
 from cloven.audit.slip.unscrambling import with_noise
 from cloven.audit.slip.weight_directions import guesses
 from cloven.slip.exposed_matrix import expose
 
 MOST_PLACES = 2048  # a permutation is a matrix of its square
 _RATE = 0.05
-_NEAR = 0.3  # noise of the bases that the control begins at, as a share of them
+_NEAR = 0.2  # noise of the bases that the control begins at, as a share of them
 _BELIEF = 6.0  # of a match that is begun with, in nats
 Progress = Callable[[str, int, int], None]
 
@@ -147,15 +147,15 @@ def _planted(group: AttackedGroup) -> Alignment:
     return aligned_to(group.coarse(), expose(with_noise(group.exposed), 1, None).codes.float())
 
 
-def learned_scramble(subject: Subject, data: Tensor, seconds: float, progress: Progress = lambda stage, done, total: None) -> list[Attack]:
+def learned_scramble(subject: Subject, data: Tensor, budget: Budget, progress: Progress = lambda stage, done, total: None) -> list[Attack]:
     """See the module. Arguments as of `recovery`; none where there is no scramble, or a matrix is too large."""
     if any(max(group.exposed.shape) > MOST_PLACES for group in subject.groups):
         return []
     systems = compared(subject)
-    return [_attack(one, data, seconds / len(systems), progress) for one in systems]
+    return [_attack(one, data, budget.part(1 / len(systems)), progress) for one in systems]
 
 
-def _attack(subject: Subject, data: Tensor, seconds: float, progress: Progress) -> Attack:
+def _attack(subject: Subject, data: Tensor, budget: Budget, progress: Progress) -> Attack:
     if subject.scramble == "mixing":
         name, what = "learned_bases", "learning bases"
         starts = [Start(lambda planted=planted: _mixed_model(subject, planted=planted)) for planted in (False, True)]  # type: ignore[misc]
@@ -165,7 +165,7 @@ def _attack(subject: Subject, data: Tensor, seconds: float, progress: Progress) 
             match = tuple(found and found.alignment for found in guesses(subject)), tuple(_planted(group) for group in subject.groups)
         starts = [Start(lambda begin=begin: _model(subject, begin), rate=_RATE) for begin in match]  # type: ignore[misc]
     with torch.enable_grad():
-        steps = steps_that_fit(subject, starts, data, seconds)
+        steps = steps_of(subject, starts, data, budget)
         runs = []
         for number, start in enumerate(starts):
             progress(what, number, len(starts))

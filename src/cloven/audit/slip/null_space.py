@@ -5,7 +5,7 @@ Adversary: A1, the curious worker, in its best case: it knows the rank k of ever
 Method: removing the top k singular triples leaves U_k and V_k as the directions in which nothing is left. Take the SVD of the exposed
     matrix, choose vectors that stand out (at the bottom of the spectrum, where a hole would be; at the top, where the secret was; by
     singular values that nearly coincide, as copied ones would; by peaked entries), and see how much of U_k and V_k they span. With the
-    bundle's precision, and on a new split of the same matrices with the other one.
+    bundle's precision, and on a new split of the same matrices with the other one, which is in no headline.
     Of a model whose secret is its difference from a public base, E less the base is attacked, where the base is named as a relative.
 Success: ‖Xᵀ U_k‖² / k above the share of all vectors that were chosen, which is chance; on the side that shows more, left or right.
     Averaged over matrices, weighted by k.
@@ -155,7 +155,7 @@ def null_space(subject: Subject) -> list[Attack]:
     found = _attacks(subject, "", best_case, real, _controls(chosen, terms, stream))
     other, precision = (2, "int8x2") if terms == 1 else (1, "int8")
     again = _views(chosen, lambda weight, k: split(weight, k, spectrum(weight), stream).exposed, other)
-    found += _attacks(subject, f"_{precision}", best_case, again, _controls(chosen, other, stream))
+    elsewhere = _attacks(subject, f"_{precision}", best_case, again, _controls(chosen, other, stream))
     groups = [
         group
         for group in dict.fromkeys(group for group, _ in chosen)
@@ -163,12 +163,15 @@ def null_space(subject: Subject) -> list[Attack]:
     ]
     if subject.scrambled and groups:
         lying = [View.as_it_lies(group.matrix, group) for group in groups]
-        found += _attacks(subject, "_scrambled", "A1", lying, _controls_as_they_lie(groups, stream, subject.scramble == "mixing"))
-    return found
+        mixed = subject.scramble == "mixing"
+        found += _attacks(subject, "_scrambled", "A1", lying, _controls_as_they_lie(groups, terms, stream, mixed))
+        again = _as_they_lie(groups, lambda weight, k: split(weight, k, spectrum(weight), stream).exposed, other, stream, mixed)
+        elsewhere += _attacks(subject, f"_{precision}_scrambled", "A1", again, _controls_as_they_lie(groups, other, stream, mixed))
+    return [*found, *(replace(attack, scheme=f"slip/{precision}, another split") for attack in elsewhere)]
 
 
 def _attacks(subject: Subject, which: str, adversary: str, real: list[View], weakened: dict[str, list[View]]) -> list[Attack]:
-    total, lying, found = sum(view.k for view in real), which == "_scrambled", []
+    total, lying, found = sum(view.k for view in real), which.endswith("_scrambled"), []
     metric = f"share of the {total} secret directions of {len(real)} matrices that the chosen singular vectors of the exposed half span"
     for choose in (choose for choose in CHOOSERS if choose.__name__ in weakened):
         (left, _), (right, _) = side(real, choose, 0), side(real, choose, 1)
@@ -219,12 +222,17 @@ def _controls(chosen: list[tuple[AttackedGroup, int]], terms: int, stream: Secre
     return {"bottom": _views(chosen, without_top, terms), "top": nothing_taken, "closest_pairs": copied, "peaked": nothing_taken}
 
 
-def _controls_as_they_lie(groups: list[AttackedGroup], stream: SecretStream, mixed: bool) -> dict[str, list[View]]:
+def _as_they_lie(
+    groups: list[AttackedGroup], made: Callable[[Tensor, int], Tensor], terms: int, stream: SecretStream, mixed: bool
+) -> list[View]:
+    """Views of whole groups of `made(W, k)`, scrambled anew."""
+    stacks = [torch.cat([made(group.weight(part), _rank(group, part)) for part in range(len(group.parts))]) for group in groups]
+    return [View.as_it_lies(expose(stack, terms, stream, mixed=mixed), group) for stack, group in zip(stacks, groups, strict=True)]
+
+
+def _controls_as_they_lie(groups: list[AttackedGroup], terms: int, stream: SecretStream, mixed: bool) -> dict[str, list[View]]:
     def views(made: Callable[[Tensor, int], Tensor]) -> list[View]:
-        stacks = [torch.cat([made(group.weight(part), _rank(group, part)) for part in range(len(group.parts))]) for group in groups]
-        return [
-            View.as_it_lies(expose(stack, group.terms, stream, mixed=mixed), group) for stack, group in zip(stacks, groups, strict=True)
-        ]
+        return _as_they_lie(groups, made, terms, stream, mixed)
 
     nothing_taken = views(lambda weight, k: weight)
     # scales part the pairs, and where everything is mixed no vector is peaked: nothing to see

@@ -5,7 +5,7 @@ Adversary: A1 with data: given embeddings, norms, biases and scales, and as much
 Method: fine-tune the exposed half by AdamW, with the best of three rates in a short trial: all of its matrices, by the text and by the
     model's distributions (distillation); or only low-rank factors in the place of the secret part. With the scramble undone; as it
     lies, by text and distilled; and put in order by a public relative, where there is one (`weight_directions`). The baselines, with the
-    same steps and the same gifts: random matrices, by text and distilled; and the relative, where there is one.
+    same steps and the same gifts: random matrices and the relative, where there is one, by text and distilled.
 Success: the share of the model's knowledge that is recovered (see `exposed_half`), beyond the best baseline's that saw the same outputs
     (text alone, or distributions too), which is what anybody can have without the exposed half. Broken: more than half of the way from
     the baseline to the model. No claim is made on less than 20,000 tokens.
@@ -25,15 +25,14 @@ from transformers import PreTrainedModel
 
 from cloven.audit.attack import Attack, Verdict
 from cloven.audit.figure import Figure
-from cloven.audit.slip.exposed_half import as_they_lie, knowledge, nothing, unscrambled
+from cloven.audit.slip.exposed_half import NO_BETTER, as_they_lie, knowledge, nothing, unscrambled
 from cloven.audit.slip.guessed_subspace import inside_a_guess, inside_a_hole
 from cloven.audit.slip.subject import AttackedGroup, Subject
-from cloven.audit.slip.training import BATCH, WINDOW, Run, Start, enough, steps_that_fit, train, trainable
+from cloven.audit.slip.training import BATCH, WINDOW, Budget, Run, Start, enough, steps_of, train, trainable
 from cloven.audit.slip.weight_directions import aligned_matrix
 from cloven.slip.layer import SplitLinear
 
 _WITHOUT_KEYS = ("recovery_scrambled", "recovery_scrambled_distilled", "recovery_aligned")
-_NO_BETTER = 0.02  # of what the model knows
 _ADVERSARY = "A1, given embeddings, norms and scales, with text"
 
 
@@ -79,7 +78,7 @@ def baselines(subject: Subject) -> dict[str, Start]:
     }
     if subject.relative is not None:
         public = lambda: trainable(subject, lambda group, part: subject.relative_weight(group.parts[part][0]))  # noqa: E731
-        starts["public relative"] = Start(public)
+        starts["public relative"], starts["public relative, distilled"] = Start(public), Start(public, distilled=True)
     return starts
 
 
@@ -101,13 +100,16 @@ def attacks_of(subject: Subject) -> dict[str, Start]:
 
 
 def recovery(
-    subject: Subject, data: Tensor, seconds: float, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    subject: Subject, data: Tensor, budget: Budget, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 ) -> tuple[list[Attack], list[Figure]]:
     """See the module.
 
     Args:
         data: text to train on, int64 [sequences, WINDOW].
-        seconds: for all trainings together.
+        budget: for all trainings together.
+
+    Raises:
+        TooLittleTime: for these.
     """
     base, attacks = baselines(subject), attacks_of(subject)
     whole = "nothing secret"
@@ -117,7 +119,7 @@ def recovery(
     }
     starts, runs = {**base, **attacks, **controls}, dict[str, Run]()
     with torch.enable_grad():
-        steps = steps_that_fit(subject, starts.values(), data, seconds)
+        steps = steps_of(subject, starts.values(), data, budget)
         for number, (name, start) in enumerate(starts.items()):
             progress("training", number, len(starts))
             runs[name] = train(subject, start, data, steps)
@@ -126,8 +128,13 @@ def recovery(
         alike = [runs[other] for other, baseline in base.items() if start.distilled or not baseline.distilled]
         best = min(alike, key=lambda run: run.perplexity)
         found.append(_attack(subject, name, runs[name], best, _control(runs, name), steps * BATCH * WINDOW))
-    series = {name: run.curve for name, run in runs.items()}
-    return found, [Figure("recovery", "Recovery by training", "tokens trained on", "perplexity", series, log_x=True, log_y=True)]
+    kinds = {**dict.fromkeys(base, "baseline: "), **dict.fromkeys(controls, "control: ")}
+    series = {f"{kinds.get(name, '')}{name.removeprefix('recovery_')}": run.curve for name, run in runs.items()}
+    note = (
+        "An attack gains what its line lies below the baselines', which need no exposed half. Lines called scrambled or aligned are "
+        "of who has no keys; all others, of who was given them. Controls show that training itself works."
+    )
+    return found, [Figure("recovery", "Recovery by training", "tokens trained on", "perplexity", series, log_x=True, log_y=True, note=note)]
 
 
 def _control(runs: dict[str, Run], name: str) -> Run:
@@ -138,7 +145,7 @@ def _attack(subject: Subject, name: str, run: Run, baseline: Run, control: Run, 
     value, best = (knowledge(one.perplexity, subject) for one in (run, baseline))
     weak = knowledge(control.last, subject)
     ahead = math.log(baseline.perplexity) - math.log(run.perplexity)  # nats; shares are cut off at nothing
-    no_better = ahead <= _NO_BETTER * max(0.0, nothing(subject.text) - subject.nats)
+    no_better = ahead <= NO_BETTER * max(0.0, nothing(subject.text) - subject.nats)
     verdict: Verdict = enough("broken" if value > (1 + best) / 2 else "holds" if no_better else "measured", tokens)
     adversary = _ADVERSARY + (", and the scramble" if subject.scrambled and name not in _WITHOUT_KEYS else "")
     metric = f"share of the model's knowledge after training on {tokens:,} tokens; chance: the best baseline's of its kind"

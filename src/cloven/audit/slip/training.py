@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,25 @@ GROWTH = 2.2  # of the tokens from one point of a curve to the next
 LEAST_STEPS = 3
 ENOUGH_TOKENS = 20_000
 MOST_SEQUENCES = 512
+SAMPLED_AT_A_TIME = 128  # sequences
+_SAMPLING = 0.2  # of the time that is given, at most, but for the first ones
 _LOOKS = 8  # at the perplexity, in one training: about
+
+
+class TooLittleTime(Exception):
+    """Not even a few steps fit in the time that was given."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long attackers train: `seconds` for all trainings together; or `steps` for each, whatever that takes."""
+
+    seconds: float = math.inf
+    steps: int | None = None
+
+    def part(self, share: float) -> Budget:
+        """A share of the seconds; the same steps."""
+        return replace(self, seconds=share * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -130,16 +148,33 @@ def _best_rate(subject: Subject, start: Start, data: Tensor, steps: int) -> floa
     return min(RATES, key=reached)
 
 
-def training_text(subject: Subject) -> Tensor:
-    """Text sampled from the model, another than what is measured on: int64 [sequences, WINDOW]."""
-    with torch.no_grad():
-        return sample_text(subject.plain, MOST_SEQUENCES, WINDOW, subject.seed + 1)
+def training_text(subject: Subject, budget: Budget) -> Tensor:
+    """Text sampled from the model, another than what is measured on, as much as its share of the time allows: int64 [sequences, WINDOW].
+
+    Raises:
+        TooLittleTime: for one batch.
+    """
+    began, parts, sampled = time.monotonic(), list[Tensor](), 0
+    while sampled < MOST_SEQUENCES and (not parts or time.monotonic() - began < _SAMPLING * budget.seconds):
+        count = min(SAMPLED_AT_A_TIME if parts else BATCH, MOST_SEQUENCES - sampled)
+        with torch.no_grad():
+            parts.append(sample_text(subject.plain, count, WINDOW, int(subject.random(f"text {len(parts)}").initial_seed())))
+        sampled += count
+    if (took := time.monotonic() - began) > budget.seconds:
+        raise TooLittleTime(f"to sample one batch of text took {took:.0f} s")
+    return torch.cat(parts)
 
 
-def steps_that_fit(subject: Subject, starts: Iterable[Start], data: Tensor, seconds: float) -> int:
-    """How many steps each training may have, so that all of them together take the time that was given, this measurement included."""
+def steps_of(subject: Subject, starts: Collection[Start], data: Tensor, budget: Budget) -> int:
+    """How many steps each training has: those given; or so many that all together take the time given, this measurement included.
+
+    Raises:
+        TooLittleTime: for LEAST_STEPS each.
+    """
+    if budget.steps is not None:
+        return budget.steps
     began, steps, looks = time.monotonic(), 0.0, 0.0
-    for start in starts:
+    for number, start in enumerate(starts, 1):
         trainer = _Trainer(subject, start, data, RATES[0])
         trainer.step()  # warms up
         started = time.monotonic()
@@ -149,4 +184,7 @@ def steps_that_fit(subject: Subject, starts: Iterable[Start], data: Tensor, seco
         trials = len(RATES) if start.rate is None else 0
         steps += (done - started) * (1 + trials / _TRIAL)
         looks += (time.monotonic() - done) * (_LOOKS + trials)
-    return max(LEAST_STEPS, int((seconds - (time.monotonic() - began) - looks) / steps))
+        needed = (time.monotonic() - began + looks + LEAST_STEPS * steps) * len(starts) / number
+        if needed > budget.seconds and (number == len(starts) or time.monotonic() - began > budget.seconds):
+            raise TooLittleTime(f"{len(starts)} trainings of {LEAST_STEPS} steps would take about {math.ceil(needed):,} s")
+    return int((budget.seconds - (time.monotonic() - began) - looks) / steps)

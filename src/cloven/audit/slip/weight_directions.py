@@ -5,9 +5,10 @@ Method: every exposed matrix is compared with the relative's, less its own top s
     signs are aligned: first by what permutations and signs leave alone, then by turns by their directions, given the other side; where
     that leads nowhere, from the graph of one side's cosines, or from soft permutations (Sinkhorn). Where they are mixed, singular vectors
     are paired in the order of singular values: of all rotations the one that brings both matrices closest. Then the model is put
-    together in the relative's basis, with the scales given for free, and run. The bundle's own scramble, and permutations beside it.
+    together in the relative's basis, with the relative's own top part in the secret's place and the scales given for free, and run.
+    The bundle's own scramble, and permutations beside it.
 Success: the share of rows' and of columns' basis found, as for unscrambling; of places, with an interval of 95 %, where the scramble
-    permutes. And the share of the model's knowledge that the aligned matrices keep, without the secret part, beyond the relative's own.
+    permutes. And the share of the model's knowledge that this model has, beyond the relative's own.
 Weakened: a near-duplicate (1 % noise) of the bundle's own matrices, under keys of its own; for the knowledge, the model itself.
 Source: matching of weight directions with a public model is published for obfuscated weights; the alternation and the soft start are ours.
 """
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cloven.audit.attack import Attack, verdict_of
-from cloven.audit.slip.exposed_half import as_they_lie, knowledge
+from cloven.audit.attack import Attack
+from cloven.audit.slip.exposed_half import as_they_lie, knowledge, relatives_secret, verdict_beside
 from cloven.audit.slip.matching import Alignment, aligned_to
 from cloven.audit.slip.null_space import without_top
 from cloven.audit.slip.scrambled import Scrambled, in_the_model, share_of
@@ -84,13 +85,17 @@ def reference(subject: Subject, group: AttackedGroup) -> Tensor:
 
 
 def aligned_matrix(subject: Subject, group: AttackedGroup, part: int) -> Tensor:
-    """One member's matrix as an attacker puts it in order; as it lies where there is no guess. Scales are given. Float32 [N, K]."""
+    """One member's matrix as an attacker puts it in order, with the relative's own part for the secret's: float32 [N, K].
+
+    As it lies where there is no guess. Scales are given.
+    """
     found = guesses(subject)[subject.groups.index(group)]
     if found is None:
         return as_they_lie(group, part)
     rows, columns = group.sizes()
     matrix: Tensor = found.matrix * rows[:, None] * columns
-    return matrix[group.parts[part][1]]
+    member, own = group.parts[part]
+    return relatives_secret(matrix[own], member.secret_a.shape[0], subject.relative_weight(member))
 
 
 @torch.no_grad()
@@ -123,8 +128,9 @@ def _attacks(subject: Subject) -> list[Attack]:
     own = max(0.0, knowledge(perplexity(subject.relative, subject.text), subject))
     value, whole = knowledge(reached, subject), knowledge(math.exp(subject.nats), subject)
     metric = (
-        f"share of the model's knowledge of {tokens} tokens that the exposed half keeps in the relative's basis; chance: the relative's own"
+        f"share of the model's knowledge of {tokens} tokens that the exposed half has in the relative's basis, with the relative's part "
+        "for the secret's; chance: the relative's own"
     )
-    given, verdict = "A1, given embeddings, norms and scales, who has a public relative", verdict_of(value, own, tokens)
+    given, verdict = "A1, given embeddings, norms and scales, who has a public relative", verdict_beside(value, own)
     details = {"perplexity": reached}
     return [*attacks, Attack("unscrambled_model", subject.scheme, given, metric, value, own, whole, tokens, verdict, details=details)]
