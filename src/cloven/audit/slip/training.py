@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Callable, Collection
@@ -24,7 +25,7 @@ ENOUGH_TOKENS = 20_000
 MOST_SEQUENCES = 512
 SAMPLED_AT_A_TIME = 128  # sequences
 _SAMPLING = 0.2  # of the time that is given, at most, but for the first ones
-_LOOKS = 8  # at the perplexity, in one training: about
+_MOST_STEPS = 10**6
 
 
 class TooLittleTime(Exception):
@@ -173,18 +174,30 @@ def steps_of(subject: Subject, starts: Collection[Start], data: Tensor, budget: 
     """
     if budget.steps is not None:
         return budget.steps
-    began, steps, looks = time.monotonic(), 0.0, 0.0
+    began, step, look, trials = time.monotonic(), 0.0, 0.0, 0.0
+
+    def cost(steps: int) -> float:
+        return steps * step + _looks(steps) * look + trials
+
     for number, start in enumerate(starts, 1):
         trainer = _Trainer(subject, start, data, RATES[0])
         trainer.step()  # warms up
         started = time.monotonic()
         trainer.step()
-        done = time.monotonic()
+        stepped = time.monotonic()
         perplexity(trainer.model.eval(), subject.text)
-        trials = len(RATES) if start.rate is None else 0
-        steps += (done - started) * (1 + trials / _TRIAL)
-        looks += (time.monotonic() - done) * (_LOOKS + trials)
-        needed = (time.monotonic() - began + looks + LEAST_STEPS * steps) * len(starts) / number
-        if needed > budget.seconds and (number == len(starts) or time.monotonic() - began > budget.seconds):
+        looked = time.monotonic()
+        rates = len(RATES) if start.rate is None else 0
+        step += (stepped - started) * (1 + rates / _TRIAL)
+        look += looked - stepped
+        trials += rates * (looked - started)
+        needed = (looked - began + cost(LEAST_STEPS)) * len(starts) / number
+        if needed > budget.seconds and (number == len(starts) or looked - began > budget.seconds):
             raise TooLittleTime(f"{len(starts)} trainings of {LEAST_STEPS} steps would take about {math.ceil(needed):,} s")
-    return int((budget.seconds - (time.monotonic() - began) - looks) / steps)
+    left = budget.seconds - (time.monotonic() - began)
+    return max(LEAST_STEPS, bisect.bisect_right(range(1, _MOST_STEPS), left, key=cost))
+
+
+def _looks(steps: int) -> int:
+    """How often a training of so many steps looks at the perplexity: before it, at the points of its curve, and at its end."""
+    return 2 + math.ceil(math.log(steps, GROWTH))
