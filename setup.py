@@ -26,6 +26,13 @@ setup(
             optional=True,  # without it, PyTorch does the work
         ),
         Extension(
+            "cloven.worker.native._serve",
+            ["src/cloven/worker/native/serve.cpp"],
+            depends=["src/cloven/wire/native/lane.hpp"],
+            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],
+            optional=True,  # without it, Python answers every request
+        ),
+        Extension(
             "cloven.wire.native._bell",
             ["src/cloven/wire/native/bell.cpp"],
             depends=["src/cloven/wire/native/lane.hpp"],

@@ -5,6 +5,7 @@
     │   ├── UnsupportedModel      the model has layers that cannot be protected
     │   └── BadBundle             a bundle directory is missing, incomplete or of another version
     ├── RunError                  something failed while running                    exit 1
+    │   ├── Interrupted           by a signal, and the same command goes on                exit 130
     │   ├── NotAttached           a split model was called without a worker
     │   ├── WorkerUnreachable     nobody answers at the address
     │   ├── WorkerTimeout         an answer did not come in time
@@ -49,6 +50,12 @@ class BadBundle(BadInput):
 
 class RunError(ClovenError):
     """Something failed while running."""
+
+
+class Interrupted(RunError):
+    """By the user; nothing is lost."""
+
+    exit_code = 130
 
 
 class NotAttached(RunError):

@@ -541,7 +541,7 @@ def test_a_worker_of_another_version(
 ) -> None:
     bundle, address = demo_bundle(), f"ipc://{socket_folder}/old"
     model = load(bundle.trusted)
-    says = r"speaks another wire version \(this side speaks wire version 3 only\): install the same cloven on both sides"
+    says = r"speaks another wire version \(this side speaks wire version 4 only\): install the same cloven on both sides"
     with FakeWorker(context, address, of_version(version)) as old, farm.workers(bundle.exposed, WHOLE) as (a,):
         for addresses in ([address], [address, a.address]):
             started = time.monotonic()

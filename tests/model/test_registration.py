@@ -219,7 +219,7 @@ def test_another_version(bundle: Bundle, version: Any) -> None:
     refused(bundle, BadBundle, "version")
 
 
-@pytest.mark.parametrize("model", [None, {}, {"precision": "int8", "scramble": "none", "groups": []}])
+@pytest.mark.parametrize("model", [None, {}, {"precision": "int8", "scramble": "none", "rounds": 0, "groups": []}])
 def test_a_malformed_description(bundle: Bundle, model: Any) -> None:
     edit_json(bundle.trusted / "config.json", lambda record: record["quantization_config"].update(model=model))
     promise_what_is_there(bundle)

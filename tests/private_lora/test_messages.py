@@ -67,7 +67,7 @@ def test_every_type_has_a_vector() -> None:
 
 @pytest.mark.parametrize("change", [{"rows": 0}, {"rows": -1}, {"group": -1}, {"rows": 2**63}, {"rows": 1.0}, {"group": True}, {"x": 1}])
 def test_malformed_queries(change: dict[str, Any]) -> None:
-    fields = {"v": 3, "type": "query", "id": 5, "bundle": BUNDLE, "group": 0, "rows": 1, **change}
+    fields = {"v": 4, "type": "query", "id": 5, "bundle": BUNDLE, "group": 0, "rows": 1, **change}
     with pytest.raises(MalformedMessage) as caught:
         ADAPTER.unpack([msgpack.packb(fields), b"x"])
     assert caught.value.request == 5

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cloven.field.prg import KEY_BYTES, SecretStream
-from cloven.slip.mixing import ROUNDS, Mixing
+from cloven.slip.mixing import COLUMNS, ROUNDS, ROWS, Mixing
 
 
-def fresh(n: int) -> Mixing:
-    return Mixing.fresh(n, SecretStream(secrets.token_bytes(KEY_BYTES), "test"))
+def fresh(n: int, sizes_in: int = COLUMNS) -> Mixing:
+    return Mixing.fresh(n, SecretStream(secrets.token_bytes(KEY_BYTES), "test"), sizes_in)
 
 
 def matrix_of(mixing: Mixing) -> Tensor:
@@ -22,9 +22,9 @@ def matrix_of(mixing: Mixing) -> Tensor:
     return torch.from_numpy(mixing.apply(np.eye(mixing.gather.shape[1]))).t()
 
 
-@given(n=st.integers(1, 300), seed=st.integers(0, 2**32))
-def test_it_can_be_undone_and_transposed(n: int, seed: int) -> None:
-    mixing, x = fresh(n), np.random.default_rng(seed).standard_normal((3, n))
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32), sizes_in=st.sampled_from([COLUMNS, ROWS]))
+def test_it_can_be_undone_and_transposed(n: int, seed: int, sizes_in: int) -> None:
+    mixing, x = fresh(n, sizes_in), np.random.default_rng(seed).standard_normal((3, n))
     y, r = mixing.apply(x), matrix_of(mixing).numpy()
     assert np.allclose(y, x @ r.T) and np.allclose(mixing.undone(y), x, atol=1e-12)
     assert np.allclose(mixing.transposed(x), x @ r) and np.allclose(mixing.undone_on_rows(x), x @ np.linalg.inv(r))
@@ -63,6 +63,6 @@ def test_none_and_units() -> None:
 
 
 def test_the_same_stream_gives_the_same_and_repr_is_silent() -> None:
-    first, second = (Mixing.fresh(40, SecretStream(bytes(KEY_BYTES), "x")) for _ in range(2))
+    first, second = (Mixing.fresh(40, SecretStream(bytes(KEY_BYTES), "x"), ROWS) for _ in range(2))
     assert torch.equal(first.gather, second.gather) and torch.equal(first.scale, second.scale)
-    assert repr(first) == "Mixing((2, 40), <secret>)"
+    assert repr(first) == "Mixing((3, 40), <secret>)"

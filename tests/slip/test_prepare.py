@@ -153,7 +153,7 @@ def test_the_scramble_can_be_chosen(tmp_path: Path, settings: dict[str, Any], sc
     bundle = prepare_slip(tiny("llama"), tmp_path / "out", SlipConfig(**settings))
     gather = tensors(bundle.trusted)["model.layers.0.mlp.down_proj.column_gather"]
     assert torch.equal(gather[0], torch.arange(gather.shape[1], dtype=torch.int32)) is (scramble == "none")
-    assert len(gather) == (3 if scramble == "mixing" else 1) and bundle.manifest.parameters["scramble"] == scramble
+    assert len(gather) == (4 if scramble == "mixing" else 1) and bundle.manifest.parameters["scramble"] == scramble
 
 
 def test_a_fixed_rank_is_capped_at_half(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_one_exchange_per_group_and_forward_pass() -> None:
         ]
         assert {(one.exchanges, one.rows) for one in statistics.values()} == {(1, 12)}
         down = statistics["model.layers.0.mlp.down_proj"]
-        assert 12 * 80 * 4 < down.bytes_up < 12 * 80 * 4 + 200 and 12 * 48 * 4 < down.bytes_down < 12 * 48 * 4 + 200
+        assert 12 * 80 * 4 < down.bytes_up < 12 * 80 * 4 + 200 and 12 * 48 * 4 <= down.bytes_down < 12 * 48 * 4 + 200
         assert session.telemetry.total().exchanges == 9
 
 

@@ -108,13 +108,13 @@ def test_the_same_parameters_and_model() -> None:
         key.bound_to("a").bound_to("b")
 
 
-VALID = {"format": "cloven-split-key", "version": 1, "key": "0" * 64, "parameters": {}, "model": ""}
+VALID = {"format": "cloven-split-key", "version": 2, "key": "0" * 64, "parameters": {}, "model": ""}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "x"}, {"version": 2}, {"version": "1"}, {"key": "0" * 63}, {"key": "0" * 66}, {"key": "G" * 64}, {"key": "A" * 64},
+        {"format": "x"}, {"version": 1}, {"version": "2"}, {"key": "0" * 63}, {"key": "0" * 66}, {"key": "G" * 64}, {"key": "A" * 64},
         {"key": 0}, {"key": None}, {"parameters": []}, {"parameters": None}, {"model": None}, {"more": 1},
     ],
 )  # fmt: skip

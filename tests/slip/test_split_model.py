@@ -63,6 +63,8 @@ def mutated(path: list[Any], value: Any) -> Any:
         mutated(["scramble"], "xor"),
         mutated(["precision"], ["int8"]),
         mutated(["precision"], {}),
+        mutated(["rounds"], 2),
+        mutated(["rounds"], None),
         mutated(["more"], 1),
         mutated(["groups"], []),
         mutated(["groups"], None),
@@ -88,8 +90,9 @@ def test_malformed_descriptions_are_refused(record: Any) -> None:
         SplitModelShape.from_dict(record)
 
 
-def test_a_bundle_of_an_earlier_version() -> None:
-    record = {name: value for name, value in SHAPE.to_dict().items() if name != "scramble"}
+@pytest.mark.parametrize("unknown", [{"rounds"}, {"rounds", "scramble"}], ids=["two rounds", "permutations"])
+def test_a_bundle_of_an_earlier_version(unknown: set[str]) -> None:
+    record = {name: value for name, value in SHAPE.to_dict().items() if name not in unknown}
     with pytest.raises(BadBundle, match="an earlier version of cloven made this bundle: prepare it again"):
         SplitModelShape.from_dict(record)
 
@@ -102,7 +105,7 @@ def test_modules_are_swapped_in_place_without_memory() -> None:
     assert all(member is model.get_submodule(member.name) for member in members)
     assert all(parameter.device.type == "meta" for member in members for parameter in member.parameters())
     assert [(m.out_features, m.in_features, m.bias is not None) for m in members] == [(6, 4, True), (3, 4, False), (9, 4, False)]
-    assert members[0].column_gather.shape == (3, 4) and members[0].mixing_scale.shape == (2, 9)
+    assert members[0].column_gather.shape == (4, 4) and members[0].mixing_scale.shape == (3, 9)
     assert members[0].row_gather.shape == (2, 6) and members[0].secret_a.shape == (1, 4) and members[0].secret_b.shape == (6, 1)
     assert hasattr(members[0], "column_gather") and not hasattr(members[1], "column_gather") and hasattr(members[2], "column_gather")
     assert all(member.weight.shape == (0,) for member in members)  # loading without cloven must end in a size mismatch

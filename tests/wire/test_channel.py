@@ -664,7 +664,7 @@ def test_what_the_worker_says_that_it_holds(context: Context) -> None:
 
 @pytest.mark.parametrize("holds", ["everything", "rows:0/2", "layers:1/2 ", 7, None, b"", "rows:1/2" * 100])
 def test_a_worker_that_holds_nonsense(context: Context, holds: Any) -> None:
-    fields = {"v": 3, "type": "welcome", "bundle": BUNDLE, "groups": 3, "holds": holds}
+    fields = {"v": 4, "type": "welcome", "bundle": BUNDLE, "groups": 3, "holds": holds}
 
     def answer(frames: list[bytes]) -> list[list[bytes]]:
         return [[msgpack.packb({**fields, "id": unpack(list(frames))[0].id})]]
@@ -684,6 +684,6 @@ def test_another_wire_version_is_named(context: Context, version: Any) -> None:
 
     with FakeWorker(context, ADDRESS, answer), opened(ADDRESS, timeout=5, context=context) as channel:
         started = time.monotonic()
-        with pytest.raises(WorkerRefused, match=r"another wire version \(this side speaks wire version 3 only\): install the same cloven"):
+        with pytest.raises(WorkerRefused, match=r"another wire version \(this side speaks wire version 4 only\): install the same cloven"):
             channel.hello()
         assert time.monotonic() - started < 2

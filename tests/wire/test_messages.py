@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cloven.field.residues import H
 from cloven.wire import messages
 from cloven.wire.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_TEXT
-from cloven.wire.messages import Message, Multiply, Product, pack, residue_frame, residues_of_frame, unpack
+from cloven.wire.messages import Message, Multiply, Product, Serve, Serving, pack, residue_frame, residues_of_frame, unpack
 from cloven.wire.schema import ERROR_CODES, AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Welcome
 
 BUNDLE = bytes(range(16))
@@ -27,6 +27,8 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Welcome, NUMBER, BUNDLES, NUMBER),
     st.builds(Multiply, NUMBER, BUNDLES, NUMBER, ROWS),
     st.builds(Product, NUMBER, ROWS),
+    st.builds(Serve, NUMBER, BUNDLES),
+    st.builds(Serving, NUMBER, st.integers(0, 1)),
     st.builds(ErrorAnswer, NUMBER, st.sampled_from(ERROR_CODES), TEXT),
 )
 EXAMPLES: dict[str, Any] = {
@@ -36,6 +38,8 @@ EXAMPLES: dict[str, Any] = {
     "product": Product(2**63 - 1, 128),
     "error": ErrorAnswer(0, "size", "a payload of 3 bytes"),
     "lane": AskLane(5, BUNDLE),
+    "serve": Serve(6, BUNDLE),
+    "serving": Serving(6, 1),
     "laned": Laned(5, "cloven-" + "0f" * 16),
 }
 VECTORS: dict[str, str] = json.loads((Path(__file__).parents[1] / "vectors" / "messages.json").read_text(encoding="utf-8"))
@@ -47,7 +51,7 @@ def frames_of(message: Message) -> list[bytes]:
 
 def header(**changes: object) -> bytes:
     """A hello with fields changed; a value of `...` removes one."""
-    fields: dict[str, object] = {"v": 3, "type": "hello", "id": 5, "bundle": BUNDLE, **changes}
+    fields: dict[str, object] = {"v": 4, "type": "hello", "id": 5, "bundle": BUNDLE, **changes}
     return bytes(msgpack.packb({key: value for key, value in fields.items() if value is not ...}))
 
 
@@ -75,7 +79,7 @@ def test_the_longest_text_fits_in_a_header() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_vectors(name: str) -> None:
-    # the bytes of wire version 3: a change here is a change of version
+    # the bytes of wire version 4: a change here is a change of version
     assert pack(EXAMPLES[name]).hex() == VECTORS[name]
     assert unpack([bytes.fromhex(VECTORS[name]), *frames_of(EXAMPLES[name])[1:]])[0] == EXAMPLES[name]
 
@@ -173,11 +177,11 @@ def test_schema(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {"v": 3, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 0},
-        {"v": 3, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": -1, "rows": 1},
-        {"v": 3, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 2**63},
-        {"v": 3, "type": "product", "id": 1, "rows": 0},
-        {"v": 3, "type": "product", "id": 1, "rows": True},
+        {"v": 4, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 0},
+        {"v": 4, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": -1, "rows": 1},
+        {"v": 4, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 2**63},
+        {"v": 4, "type": "product", "id": 1, "rows": 0},
+        {"v": 4, "type": "product", "id": 1, "rows": True},
     ],
 )
 def test_schema_of_messages_with_a_payload(content: dict[str, object]) -> None:
@@ -186,11 +190,11 @@ def test_schema_of_messages_with_a_payload(content: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("code", ["", "fatal", 3, None])
 def test_unknown_error_code(code: object) -> None:
-    refusal(msgpack.packb({"v": 3, "type": "error", "id": 1, "code": code, "text": ""}))
+    refusal(msgpack.packb({"v": 4, "type": "error", "id": 1, "code": code, "text": ""}))
 
 
 def test_long_error_text() -> None:
-    refusal(msgpack.packb({"v": 3, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
+    refusal(msgpack.packb({"v": 4, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
 
 
 def test_payload_where_there_is_none_and_the_reverse() -> None:

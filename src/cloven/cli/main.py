@@ -68,6 +68,9 @@ def _options(version: bool = typer.Option(False, "--version", callback=_version,
     configure_logging()
 
 
+_INTERRUPTED = 130
+
+
 def run() -> None:
     """Run the command line; errors of ours are one line on standard error and an exit code. SIGTERM cleans up like an error does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -76,6 +79,7 @@ def run() -> None:
     except ClovenError as error:
         sys.stderr.write(f"cloven: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("cloven: interrupted\n")
-        sys.exit(130)
+    except SystemExit as left:  # Typer's, for a KeyboardInterrupt, without a word
+        if left.code == _INTERRUPTED:
+            sys.stderr.write("cloven: interrupted\n")
+        raise

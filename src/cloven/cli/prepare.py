@@ -171,11 +171,12 @@ def private_lora(
 @contextlib.contextmanager
 def _going_on() -> Iterator[None]:
     """Say that an interruption loses nothing."""
+    from cloven.errors import Interrupted
+
     try:
         yield
-    except KeyboardInterrupt:
-        typer.echo("cloven: interrupted; the same command goes on where it stopped", err=True)
-        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; the same command goes on where it stopped") from error
 
 
 def _print_summary(bundle: Bundle, calibrated: bool) -> None:

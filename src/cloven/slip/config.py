@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cloven.errors import BadInput
+from cloven.slip.mixing import ROUNDS
 
 ORIGINS = ("private", "public-base", "adapter")
-SCRAMBLES = {"mixing": 2, "permutation": 0, "none": 0}  # rounds of mixing
+SCRAMBLES = {"mixing": ROUNDS, "permutation": 0, "none": 0}  # rounds of mixing
 PRECISIONS = {"int8": 1, "int8x2": 2}  # number of int8 terms of the exposed matrices
 
 
@@ -22,7 +23,7 @@ class SlipConfig:
         rank: keep this many singular values of every matrix instead.
         precision: "int8", or "int8x2" with a second int8 term for the remainder (near-lossless, twice the worker's work).
         scramble: what is done to the rows and columns of every group's exposed matrix, with secret keys:
-            "mixing"       mixed by Hadamard transforms between secret permutations with signs and sizes, in two rounds;
+            "mixing"       mixed by Hadamard transforms between secret permutations with signs and sizes, in three rounds;
             "permutation"  permuted and flipped only: a little faster, and broken by a few known columns (see the audit);
             "none"         nothing.
         origin: where the model comes from, and so what is secret in it:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cloven.field.hadamard import Rows
 from cloven.field.prg import SecretStream
-from cloven.slip.mixing import Mixing
+from cloven.slip.mixing import COLUMNS, ROWS, Mixing
 
 _SECOND_TERM = 254  # |remainder| ≤ ½, times 254 ≤ 127
 _ENTRIES_AT_A_TIME = 2**21
@@ -100,7 +100,7 @@ def expose(
         rho, row_sign = stream.permutation(terms * n), stream.signs(terms * n)
         gather, column_sign = stream.permutation(k), stream.signs(k)
         if mixed:
-            columns, rows_mixing = Mixing.fresh(k, stream), Mixing.fresh(n, stream)
+            columns, rows_mixing = Mixing.fresh(k, stream, COLUMNS), Mixing.fresh(n, stream, ROWS)
     like = matrix if reference is None else reference
     column = _column_scale(like)
     if activations is not None:

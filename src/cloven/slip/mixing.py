@@ -1,13 +1,22 @@
 """A secret mixing of coordinates in n·log n steps.
 
-    R = S_2 H S_1 H        H: Hadamard transforms of blocks (public, `cloven.field.hadamard`)
-                           S_2: a secret signed permutation;  S_1: one whose signs have secret sizes, e^u, u uniform in ±½
+    R = S_3 H S_2 H S_1 H        H: Hadamard transforms of blocks (public, `cloven.field.hadamard`)
+                                 S_i: secret signed permutations; one of them with secret sizes, e^u, u uniform in ±½, for its signs
 
-Every entry of R x depends on up to 256² entries of x. Guarantee: none is proved. Unlike a permutation alone, R leaves no entries,
-norms or sparse patterns of single coordinates in place by which they could be found one after the other. Why sizes and not signs alone:
-with signs 256·R is a matrix of whole numbers, whose residues modulo 8 in a dozen known columns give all others by linear algebra
-over F_2 (a reviewer's attack: tests/attacks/test_mixing_structure.py); and a rotation leaves singular vectors in place, by which two
-bundles of one model align. Sizes cost some precision: numbers that are small between the transforms carry the same rounding as large ones.
+What is exposed is mixed by R⁻¹: a matrix's rows by R⁻¹ from the left, its columns by R⁻¹ from the right. Guarantee: none is proved.
+Unlike a permutation alone, R leaves no entries, norms or sparse patterns of single coordinates in place by which they could be found one
+after the other. Why it looks as it does; each reason is an attack in tests/attacks:
+
+    sizes, not signs alone       with two rounds of signs n·R is a matrix of whole numbers, whose residues modulo 8 in a dozen known columns
+                                 give all others by linear algebra over F_2; and a rotation leaves singular vectors in place, by which two
+                                 bundles of one model align
+    three rounds, sizes inside   the second moment of the codes shows (R Rᵀ)⁻¹ or (Rᵀ R)⁻¹. With the sizes D one transform away from the
+                                 outside, it is H D² H in a secret order, which commutes with 255 signed permutations; they are found by
+                                 quadratic assignment on tall or wide matrices, from the codes alone, and spell the outermost
+                                 permutation. Two transforms away nothing is found. So columns, which R⁻¹ leaves through S_3, have
+                                 the sizes in S_1, and rows, which it leaves through S_1, in S_2
+
+Sizes cost some precision: numbers that are small between the transforms carry the same rounding as large ones.
 """
 
 from __future__ import annotations
@@ -21,7 +30,8 @@ from torch import Tensor
 from cloven.field.hadamard import Rows, transform_, turn
 from cloven.field.prg import SecretStream
 
-ROUNDS = 2
+ROUNDS = 3
+COLUMNS, ROWS = 0, 1  # the round with the sizes, for what multiplies a matrix's columns, and its rows
 SPREAD = 0.5  # of the sizes' logarithms, up and down
 _ENTRIES = 2**15  # of float64, at a time
 
@@ -42,12 +52,12 @@ class Mixing:
         return f"Mixing({tuple(self.gather.shape)}, <secret>)"
 
     @classmethod
-    def fresh(cls, n: int, stream: SecretStream) -> Mixing:
-        """Of a secret stream."""
+    def fresh(cls, n: int, stream: SecretStream, sizes_in: int) -> Mixing:
+        """Of a secret stream; sizes are in that round: COLUMNS or ROWS."""
         gather = torch.stack([stream.permutation(n).to(torch.int32) for _ in range(ROUNDS)])
         signs = torch.stack([stream.signs(n) for _ in range(ROUNDS)])
         sizes = torch.from_numpy(stream.uniform(n)).sub_(0.5).mul_(2 * SPREAD).exp_()
-        signs[0] *= sizes
+        signs[sizes_in] *= sizes
         return cls(gather, signs.to(torch.float32))
 
     @classmethod

@@ -20,7 +20,7 @@ from cloven.errors import BadInput
 from cloven.field.prg import KEY_BYTES, SecretStream
 
 SPLIT_KEY = "split.key"
-_FORMAT, _VERSION = "cloven-split-key", 1
+_FORMAT, _VERSION = "cloven-split-key", 2  # 1: keys of scrambles that are broken
 _MAX_BYTES = 65_536
 
 

@@ -13,6 +13,8 @@ from cloven.slip.config import PRECISIONS, SCRAMBLES
 from cloven.slip.layer import SplitGroup, SplitLinear
 
 _LARGEST = 2**31
+_FIELDS = {"precision", "scramble", "rounds", "groups"}
+_EARLIER = ({"precision", "groups"}, {"precision", "scramble", "groups"})  # of bundles whose scrambles were broken
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class SplitModelShape:
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for config.json."""
         groups = [[asdict(linear) for linear in group] for group in self.groups]
-        return {"precision": self.precision, "scramble": self.scramble, "groups": groups}
+        return {"precision": self.precision, "scramble": self.scramble, "rounds": SCRAMBLES[self.scramble], "groups": groups}
 
     @classmethod
     def from_dict(cls, record: object) -> SplitModelShape:
@@ -46,12 +48,14 @@ class SplitModelShape:
         Raises:
             BadBundle: malformed.
         """
-        if isinstance(record, dict) and set(record) == {"precision", "groups"}:
+        if isinstance(record, dict) and set(record) in _EARLIER:
             raise BadBundle("config.json: an earlier version of cloven made this bundle: prepare it again")
         try:
-            if not isinstance(record, dict) or set(record) != {"precision", "scramble", "groups"}:
+            if not isinstance(record, dict) or set(record) != _FIELDS:
                 raise TypeError
             if record["precision"] not in PRECISIONS or record["scramble"] not in SCRAMBLES:
+                raise TypeError
+            if record["rounds"] != SCRAMBLES[record["scramble"]]:
                 raise TypeError
             groups = tuple(tuple(LinearShape(**linear) for linear in group) for group in record["groups"])
             for linear in (linear for group in groups for linear in group):

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
+import torch
 import zmq
 from torch import Tensor
 from zmq.utils.monitor import recv_monitor_message
@@ -36,18 +37,20 @@ from cloven.errors import (
     WorkerTimeout,
     WorkerUnreachable,
 )
+from cloven.field.residues import is_residue
 from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
-from cloven.wire.lane import LaneGone
+from cloven.wire.lane import PREFIX_BYTES, LaneGone
 from cloven.wire.lane_client import LaneClient
 from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, MAX_FRAMES, QUEUED_MESSAGES
-from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, residues_of_frame
+from cloven.wire.messages import WORKER, Multiply, Product, Serve, Serving, residue_frame, residues_of_frame
 from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Welcome
 
 Frame = bytes | memoryview
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
+_NEVER = -2  # no lane's generation or number
 _LONGEST_RTT = 60.0
 _SLEEP_ENDS_EARLY = 5e-4  # seconds: a sleep ends late by about a tenth of a millisecond
 _ERRORS: dict[str, type[ClovenError]] = {"bundle": ForeignBundle, "budget": BudgetExhausted}
@@ -186,6 +189,7 @@ class Channel:
         self._unsent: list[Frame] | None = None
         path = self.address.path if keys is None else None  # a lane would go round CURVE
         self._lane = LaneClient(path.parent if path is not None else None)
+        self._serving_at = self._unserved = _NEVER
         self._handshake_failures = 0
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -213,6 +217,8 @@ class Channel:
         check_socket_folder(self.address, create=False)  # again: it may have been made since
         if self._lane.possible:
             self._join_lane()
+            if self._schema is WORKER:
+                self._asked_to_serve()
         return welcome.groups
 
     def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
@@ -222,7 +228,10 @@ class Channel:
             layer: name for statistics and errors.
             meanwhile: trusted work to do while the worker computes.
         """
-        rows = c.shape[0]
+        rows, own = c.shape[0], _OwnWork(meanwhile)
+        served = self._served(layer, group, c, columns_out, own)
+        if served is not None:
+            return served
         request = Multiply(self.next_id(), self.bundle, group, rows)
 
         def parse(message: Any, payload: memoryview | None) -> Tensor | None:
@@ -230,7 +239,7 @@ class Channel:
                 return None
             return residues_of_frame(payload, rows, columns_out)
 
-        return self.exchange(layer, request, [residue_frame(c)], parse, meanwhile, expected=4 * rows * columns_out)
+        return self.exchange(layer, request, [residue_frame(c)], parse, own.do, expected=4 * rows * columns_out)
 
     def next_id(self) -> int:
         """The number of the next request."""
@@ -397,6 +406,46 @@ class Channel:
             logger.info("the lane to %s is gone: %s", self.address, error)
             record.resent += 1
             return None
+
+    def _served(self, layer: str, group: int, c: Tensor, columns_out: int, own: _OwnWork) -> Tensor | None:
+        """The product by a call without a header; None where there is none for it, or nothing came: then it needs a header."""
+        rows, c = c.shape[0], c.contiguous()
+        if self._lane.wanted or not self._lane.fits_raw(c.nbytes, 4 * rows * columns_out) or not self._asked_to_serve():
+            return None
+        sent, z = time.monotonic(), torch.empty(rows, columns_out, dtype=torch.int32)
+        with self._lock:
+            if self._lane.generation != self._serving_at:
+                return None
+            try:
+                with self._lane.using() as lane:
+                    lane.ask(group | rows << 32, c.data_ptr(), c.nbytes)
+                    own.do()
+                    if not self._lane.raw(lane, None, z, sent + self.timeout):
+                        raise self._silence(layer)
+            except LaneGone as error:
+                logger.info("the lane to %s is gone: %s", self.address, error)
+                return None
+            if self.simulated_rtt:
+                _delay(self.simulated_rtt)
+        done = time.monotonic()
+        self.telemetry.record(layer, LayerStatistics(1, rows, c.nbytes + PREFIX_BYTES, z.nbytes, done - own.done, done - sent))
+        if not is_residue(z):
+            raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: an entry of the payload is no residue")
+        return z
+
+    def _asked_to_serve(self) -> bool:
+        """Whether the worker serves products without headers, over this lane and since the last message with one: it is asked to."""
+        if self._lane.generation < 0:
+            return False
+        if self._lane.generation != self._serving_at and self._lane.number != self._unserved:
+            request = Serve(self.next_id(), self.bundle)
+            ready = self.exchange(
+                "serve", request, [], lambda message, _: message.ready if isinstance(message, Serving) else None, expected=0
+            )
+            self._serving_at = self._lane.generation
+            if not ready:
+                self._unserved = self._lane.number
+        return self._lane.number != self._unserved
 
     @property
     def lane_generation(self) -> int:

@@ -5,7 +5,8 @@
 
     1. the client writes header and payload, their lengths, and rings number n
     2. the server takes private copies and overwrites what it took with zeros; only then it looks at them
-       (rows of a step, which are numbers and nothing else, are read once, a block at a time: kv_shield/native/step.cpp)
+       (rows of a step, which are numbers and nothing else, are read once, a block at a time: kv_shield/native/step.cpp; masked rows are
+   copied and left, worker/native/serve.cpp)
     3. the server writes the answer and rings n; the client takes it likewise
 
 A server without CURVE keys offers a lane to a peer that its ZeroMQ socket has admitted (see `wire.admission`); messages, schema and limits
@@ -38,8 +39,9 @@ from cloven.wire.limits import MAX_HEADER_BYTES
 
 CAPACITY = 4 * 2**20  # bytes of one payload, either way
 CLIENT, SERVER = 0, 1  # who writes: the request, the answer
-INTERFACE = 1  # of the library
+INTERFACE = 2  # of the library
 PREFIX = "cloven-"
+PREFIX_BYTES = 8  # of a call without a header
 _PEER = "3i"  # struct ucred
 _BOX = MAX_HEADER_BYTES + CAPACITY
 _FIRST = 256
@@ -67,6 +69,7 @@ def _bell() -> Any:
         library.cloven_bell_ring.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
         library.cloven_bell_call.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64]
         library.cloven_bell_raw.argtypes = [*(ctypes.c_void_p, ctypes.c_uint32) * 3, ctypes.c_int64]
+        library.cloven_bell_ask.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint32]
         library.cloven_bell_wait.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64]
         library.cloven_bell_wait.restype = ctypes.c_int
     except (OSError, AttributeError):  # built for another machine, or another version
@@ -188,6 +191,17 @@ class Lane:
         if self._due:
             self._due = False
             self._library.cloven_bell_ring(self._bells[self._side], self._seen)
+
+    def ask(self, prefix: int, x: int, size: int) -> None:
+        """Send the first half of a call without a header: eight bytes, then `size` bytes at x; `raw` with `again` waits for the answer.
+
+        Raises:
+            LaneGone: it does not fit.
+        """
+        self._require_process()
+        self._seen = (self._seen + 1) & 0xFFFFFFFF
+        if self._library.cloven_bell_ask(self._start, self._seen, prefix, x, size):
+            raise LaneGone("a request that does not fit")
 
     def raw(self, x: int, size: int, out: int, out_size: int, seconds: float, *, again: bool) -> bool:
         """A client's call without a header: `size` bytes at x go, `out_size` bytes come to `out`.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from cloven.wire.lane import Frame, Lane, LaneGone, fits, lanes_available, short_path
+from cloven.wire.lane import CAPACITY, PREFIX_BYTES, Frame, Lane, LaneGone, fits, lanes_available, short_path
 
 _JOIN_SECONDS = 5.0  # that a server may take to pass a lane
 _LOOK_SECONDS = 0.1  # how often, while a lane is silent, its other end is looked at
@@ -30,6 +30,7 @@ class LaneClient:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._lane: Lane | None = None
+        self.number = 0  # of lanes that were taken
         self.wanted = False
 
     @property
@@ -47,6 +48,10 @@ class LaneClient:
         """Whether these frames, and an answer of at most `expected` payload bytes, go through a lane."""
         return self._lane is not None and fits(frames, expected)
 
+    def fits_raw(self, size: int, expected: int) -> bool:
+        """Whether there is a lane for a call without a header, of `size` bytes and eight more, and an answer of `expected` bytes."""
+        return self._lane is not None and size + PREFIX_BYTES <= CAPACITY and expected <= CAPACITY
+
     def take(self, segment: str) -> None:
         """Take the lane that the server has named; "": it has none.
 
@@ -62,6 +67,7 @@ class LaneClient:
             with short_path(self._folder, segment) as path:
                 connection.connect(path)
             self._lane = Lane.taken(connection)
+            self.number += 1
         except BaseException:
             connection.close()
             raise
@@ -91,17 +97,18 @@ class LaneClient:
         """
         return self._patient(lane, deadline, lane.receive)
 
-    def raw(self, lane: Lane, x: Tensor, out: Tensor, deadline: float) -> bool:
-        """A call without a header: dense x goes, dense out gets the answer; whether it came in time.
+    def raw(self, lane: Lane, x: Tensor | None, out: Tensor, deadline: float) -> bool:
+        """A call without a header: dense x goes (None: it was sent by `Lane.ask`), dense out gets the answer; whether it came in time.
 
         Raises:
             LaneGone: as above.
         """
-        again = False
+        again = x is None
+        start, size = (x.data_ptr(), x.nbytes) if x is not None else (0, 0)
 
         def look(seconds: float) -> bool | None:
             nonlocal again
-            came = lane.raw(x.data_ptr(), x.nbytes, out.data_ptr(), out.nbytes, seconds, again=again)
+            came = lane.raw(start, size, out.data_ptr(), out.nbytes, seconds, again=again)
             again = True
             return came or None
 

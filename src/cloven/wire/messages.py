@@ -1,9 +1,11 @@
 """The worker's messages: see `cloven.wire.schema` for what all wires share.
 
     multiply  {v, type, id, bundle, group, rows} + c      -> product {v, type, id, rows} + z
+    serve     {v, type, id, bundle}                       -> serving {v, type, id, ready}
 
 c is [rows, K] and z is [rows, N]: int32, little-endian, row-major, centred residues. Every request names its bundle and is complete in
-itself: the worker keeps no state between requests, and a worker that was restarted goes on where it stopped.
+itself: the worker keeps no state between requests, and a worker that was restarted goes on where it stopped. After `serving` with
+`ready` = 1, sent over a lane, products are asked for there without headers (`cloven.worker.lane_products`), until another message comes.
 """
 
 from __future__ import annotations
@@ -38,14 +40,30 @@ class Product:
     rows: int
 
 
-Message = Hello | Welcome | Multiply | Product | ErrorAnswer
+@dataclass(frozen=True)
+class Serve:
+    """Asks for products over this lane without headers."""
+
+    id: int
+    bundle: bytes
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Whether they are served: 1 or 0."""
+
+    id: int
+    ready: int
+
+
+Message = Hello | Welcome | Multiply | Product | Serve | Serving | ErrorAnswer
 
 
 def _valid(name: str, value: object) -> bool:
-    return valid_count(value, lowest=1 if name == "rows" else 0)  # group, rows
+    return valid_count(value, lowest=1 if name == "rows" else 0) and (name != "ready" or value in (0, 1))  # group, rows, ready
 
 
-WORKER = Schema({"multiply": Multiply, "product": Product}, (Multiply, Product), _valid)
+WORKER = Schema({"multiply": Multiply, "product": Product, "serve": Serve, "serving": Serving}, (Multiply, Product), _valid)
 pack, unpack = WORKER.pack, WORKER.unpack
 
 

@@ -20,7 +20,7 @@ import msgpack
 from cloven.errors import ClovenError
 from cloven.wire.limits import MAX_FRAMES, MAX_HEADER_BYTES, MAX_TEXT
 
-VERSION = 3
+VERSION = 4
 BUNDLE_ID_BYTES = 16
 ERROR_CODES = ("malformed", "version", "bundle", "group", "size", "session", "budget", "ledger", "internal")
 _SEGMENT = re.compile(r"(cloven-[0-9a-f]{32})?")

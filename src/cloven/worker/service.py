@@ -13,10 +13,12 @@ import zmq
 
 from cloven.bundle.placement import parse_part
 from cloven.wire.keys import WorkerKeys
+from cloven.wire.lane_service import Handover
 from cloven.wire.limits import rows_per_exchange
-from cloven.wire.messages import WORKER, Message, Multiply, Product, pack, residue_frame, residues_of_frame, unpack
+from cloven.wire.messages import WORKER, Message, Multiply, Product, Serve, Serving, pack, residue_frame, residues_of_frame, unpack
 from cloven.wire.schema import Hello, MalformedMessage, Welcome
 from cloven.wire.server import Frame, Server
+from cloven.worker.lane_products import LaneProducts
 from cloven.worker.matrices import Matrices
 from cloven.worker.transcript import Transcript
 
@@ -54,6 +56,7 @@ class Worker(Server):
         self.part = parse_part(part)
         self.matrices = Matrices.load(Path(folder), device, self.part)
         self._transcript = Transcript(record) if record is not None else None
+        self._products = LaneProducts.of(self.matrices.backend, self.matrices.groups) if record is None else None
         self.bind()
 
     def close(self) -> None:
@@ -69,6 +72,8 @@ class Worker(Server):
         self._require_bundle(message)
         if isinstance(message, Hello):
             return [pack(Welcome(message.id, self.matrices.bundle, len(self.matrices.groups), str(self.part)))]
+        if isinstance(message, Serve):
+            return self._serving(message.id)
         if not isinstance(message, Multiply) or payload is None:
             raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
         if message.group >= len(self.matrices.groups):
@@ -85,6 +90,19 @@ class Worker(Server):
         self._rows += message.rows
         return [pack(Product(message.id, message.rows)), residue_frame(z)]
 
+    def _serving(self, request: int) -> list[Frame]:
+        def no() -> list[Frame]:
+            return [pack(Serving(request, 0))]
+
+        products = self._products
+        if products is None:
+            return no()
+        return Handover([pack(Serving(request, 1))], lambda lane, going_on: products.serve(lane, going_on, self._count), no)
+
+    def _count(self, answers: int, rows: int) -> None:
+        self.answered += answers
+        self._rows += rows
+
     def _require_bundle(self, message: Message) -> None:
-        if isinstance(message, Hello | Multiply) and message.bundle != self.matrices.bundle:
+        if isinstance(message, Hello | Multiply | Serve) and message.bundle != self.matrices.bundle:
             raise MalformedMessage("bundle", f"this worker holds bundle {self.matrices.bundle.hex()}", message.id)

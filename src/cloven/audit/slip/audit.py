@@ -28,6 +28,7 @@ from cloven.audit.slip.null_space import null_space
 from cloven.audit.slip.plaintext_adjacency import plaintext_adjacency
 from cloven.audit.slip.recovery import recovery
 from cloven.audit.slip.subject import Subject, open_subject
+from cloven.audit.slip.symmetry import mixing_symmetry
 from cloven.audit.slip.training import MOST_SEQUENCES, WINDOW, Budget, TooLittleTime, training_text
 from cloven.audit.slip.transcripts import transcripts
 from cloven.audit.slip.unscrambling import unscrambling
@@ -40,6 +41,7 @@ ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
     null_space,
     unscrambling,
     known_columns,
+    mixing_symmetry,
     weight_directions,
     full_logits,
     plaintext_adjacency,
@@ -53,7 +55,7 @@ NOT_TESTED = (
     "Scrambles learned by gradient on matrices with more than 2,048 rows or columns, and matching on those with more than 4,096.",
     "Training on text that no black box gave, such as the model's own training data.",
     f"Training on more than {MOST_SEQUENCES * WINDOW:,} different tokens: with more time they are seen again.",
-    "Attacks on the structure of the mixing itself, beyond the one that its secret sizes answer (see the threat model).",
+    "Attacks on the structure of the mixing itself, beyond those that it is built against (see the threat model).",
     "Places of mixed rows and columns, by magnitudes, graphs or full logits: there are none.",
     "A search for permutations from nothing: from two to four known columns a beam search finds the others (see the threat model).",
     "Two bundles of one model: they give the secret subspaces away (see the threat model).",
@@ -162,6 +164,8 @@ def _kept(subject: Subject) -> dict[str, str]:
 
 def _why_not(subject: Subject, attack: Callable[[Subject], list[Attack]]) -> str:
     """Why an attack was not run."""
+    if attack is mixing_symmetry and subject.scramble != "mixing":
+        return "the bundle's scramble mixes nothing"
     if attack is weight_directions and subject.relative is None:
         return "no public relative was named (--relative MODEL)"
     if attack in (unscrambling, known_columns, weight_directions, full_logits) and not subject.scrambled:

@@ -51,6 +51,7 @@ class Kernels:
         library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
         self._library = library
         self.best: int = library.cloven_kernel()
+        self.product_address = ctypes.cast(library.cloven_product, pointer).value
 
     def product(self, c: Tensor, w: Tensor, kernel: int | None = None) -> Tensor:
         """c Wᵀ mod p: residues int32 [M, K], int8 [N, K] with dense rows, K ≤ MAX_INNER -> residues int32 [M, N].

@@ -27,7 +27,7 @@ class Native:
     """
 
     def __init__(self, kernels: Kernels, many: Backend) -> None:
-        self._kernels, self._many = kernels, many
+        self.kernels, self._many = kernels, many
         self.name = f"native-{KERNEL_NAMES[kernels.best]}+{many.name}"
         self.device = many.device
         self._most = None if kernels.best >= _MATRIX_UNIT else FEW_ROWS
@@ -39,7 +39,7 @@ class Native:
     def product(self, c: Tensor, w: PlacedMatrix) -> Tensor | None:
         """See `Backend.product`: from a kernel, or none."""
         fits = 0 < c.shape[0] <= (self._most or c.shape[0]) and w.columns <= MAX_INNER and w.codes.stride(1) == 1
-        return self._kernels.product(c, w.codes) if fits else None
+        return self.kernels.product(c, w.codes) if fits else None
 
     def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
         """As the other back end does."""
