@@ -56,7 +56,7 @@ NOT_TESTED = (
     "Training on text that no black box gave, such as the model's own training data.",
     f"Training on more than {MOST_SEQUENCES * WINDOW:,} different tokens: with more time they are seen again.",
     "Attacks on the structure of the mixing itself, beyond those that it is built against (see the threat model).",
-    "Places of mixed rows and columns, by magnitudes, graphs or full logits: there are none.",
+    "Places of mixed rows and columns, by magnitudes or graphs: there are none.",
     "A search for permutations from nothing: from two to four known columns a beam search finds the others (see the threat model).",
     "Two bundles of one model: they give the secret subspaces away (see the threat model).",
     "Rows of one group that belong together, such as a gate row and its partner among the up rows.",
@@ -168,7 +168,7 @@ def _why_not(subject: Subject, attack: Callable[[Subject], list[Attack]]) -> str
         return "the bundle's scramble mixes nothing"
     if attack is weight_directions and subject.relative is None:
         return "no public relative was named (--relative MODEL)"
-    if attack in (unscrambling, known_columns, weight_directions, full_logits) and not subject.scrambled:
+    if attack in (unscrambling, known_columns, weight_directions) and not subject.scrambled:
         return _NO_SCRAMBLE
     if not any(len(member.secret_a) for group in subject.groups for member, _ in group.parts):
         return "nothing of the weights is secret"
