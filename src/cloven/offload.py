@@ -21,21 +21,25 @@ worker. Not hidden: the number of rows, and when they are sent. Source: design o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from cloven.errors import ClovenError, SessionClosed, VerificationFailed, WorkerTimeout, WorkerUnreachable
-from cloven.field.codec import RowBounds, decode, encode
+from cloven.errors import ClovenError, RunError, SessionClosed, VerificationFailed, WorkerTimeout, WorkerUnreachable
+from cloven.field.codec import NOT_FINITE, RowBounds, decode, encode, scale_of
 from cloven.field.freivalds import Freivalds
+from cloven.field.native.exchange import FusedExchange
 from cloven.masks.one_time import MaskSource
+from cloven.masks.waiting import Pads
 from cloven.wire.channel import Exchanger
 from cloven.wire.limits import rows_per_exchange
 
 MOST_MOVES = 8  # to other workers, for one product
+_T = TypeVar("_T")
 
 
 class Holder(Protocol):
@@ -121,6 +125,45 @@ class OffloadedMatrix:
 
     def integer_product(self, x_int: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
         """Steps 2 to 5: W x_int mod p, exactly, for residues int32 [M, K] -> int32 [M, N]."""
+
+        def attempt(pads: Pads, once: Callable[[], None]) -> Tensor:
+            return pads.unmask(self._answers(pads.mask(x_int), self.shares, once))  # 2, 3 and 4, 5
+
+        return self._until_answered(x_int.shape[0], attempt, meanwhile)
+
+    def fused(self, x: Tensor, exchange: FusedExchange, total: Tensor, out: Tensor, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """The same with one native call before the exchange and one after it, and x and W x in the holder's own basis.
+
+        Args:
+            x: [M, K], float32 or bfloat16, dense; of float64 and numbers the protocol sees the same.
+            total: float32 [M, N], to which W x is added; `meanwhile` may fill it.
+            out: [M, N], float32 or bfloat16, for the sum.
+
+        Returns:
+            False where that cannot be: several workers, or too many rows; then nothing was done.
+
+        Raises:
+            RunError, VerificationFailed: as of `product`; pads are burnt if x is not finite.
+        """
+        if len(self.shares) != 1 or not 0 < len(x) <= rows_per_exchange(self.columns, self.rows):
+            return False
+        (share,), what = self.shares, f"{self.name}: the worker's answer"
+
+        def attempt(pads: Pads, once: Callable[[], None]) -> bool:
+            asked = exchange.ask(x, scale_of(self.bounds), pads.masks(x.shape))  # 1, 2
+            if asked is None:
+                raise RunError(NOT_FINITE)
+            c, alpha = asked
+            z, channel, freivalds = self._answer(c, share, once)  # 3
+            image = pads.images(z.shape)
+            with _named(channel):
+                freivalds.check_by(lambda test: exchange.told(test, z, c, image, alpha, total, out), len(x), what)  # 4, 5, 6
+            return True
+
+        return self._until_answered(len(x), attempt, meanwhile)
+
+    def _until_answered(self, rows: int, attempt: Callable[[Pads, Callable[[], None]], _T], meanwhile: Callable[[], None]) -> _T:
+        """An attempt with fresh pads; again, with others, while workers are gone and there are others."""
         work = [meanwhile]
 
         def once() -> None:
@@ -129,17 +172,14 @@ class OffloadedMatrix:
 
         moved = 0
         while True:
-            pads = self.masks.take(x_int.shape[0])
-            c = pads.mask(x_int)  # 2
+            pads = self.masks.take(rows)
             try:
-                z = self._answers(c, self.shares, once)  # 3, 4
+                return attempt(pads, once)
             except _Gone as gone:
                 if moved == MOST_MOVES:  # workers that greet and never answer must not use up pads for ever
                     raise gone.error from gone
                 gone.holder.move(gone.channel, gone.error)
                 moved += 1
-                continue
-            return pads.unmask(z)  # 5
 
     def _answers(self, c: Tensor, shares: Sequence[Share], meanwhile: Callable[[], None]) -> Tensor:
         """z [M, N], verified: c goes to all holders before the first answer is waited for."""
@@ -152,14 +192,25 @@ class OffloadedMatrix:
             else:
                 meanwhile()
 
+        z, channel, freivalds = self._answer(c, share, then)
+        with _named(channel):
+            freivalds.check(c, z, f"{self.name}: the worker's answer")
+        return torch.cat([z, *others], dim=1) if others else z
+
+    def _answer(self, c: Tensor, share: Share, meanwhile: Callable[[], None]) -> tuple[Tensor, Exchanger, Freivalds]:
+        """z [M, rows of the share], unverified; from whom, and its check."""
         channel, freivalds = share.holder.current(self.group)
         try:
-            z = channel.multiply(self.name, self.group, c, share.rows, then)
+            return channel.multiply(self.name, self.group, c, share.rows, meanwhile), channel, freivalds
         except (WorkerUnreachable, WorkerTimeout, SessionClosed) as error:
             raise _Gone(share.holder, channel, error) from error
-        try:
-            freivalds.check(c, z, f"{self.name}: the worker's answer")
-        except VerificationFailed as error:
-            error.worker = str(getattr(channel, "address", ""))  # whose secret S must be dropped
-            raise
-        return torch.cat([z, *others], dim=1) if others else z
+
+
+@contextlib.contextmanager
+def _named(channel: Exchanger) -> Iterator[None]:
+    """A verification that fails says whose secret S must be dropped."""
+    try:
+        yield
+    except VerificationFailed as error:
+        error.worker = str(getattr(channel, "address", ""))
+        raise

@@ -25,6 +25,7 @@ from cloven.field.residues import H
 
 ZERO_NORM = 2.0**-100  # shorter rows have α = 1 and so round to zeros (and are masked like any other)
 _SLACK = 1 - 2.0**-20
+NOT_FINITE = "the activations hold NaN or infinity: nothing was sent"
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,23 @@ def encode(x: Tensor, bounds: RowBounds, noise: float = 0.0) -> tuple[Tensor, Te
     Raises:
         RunError: x holds NaN or infinity, or is longer than 10^150. Raised before a pad is taken.
     """
+    kernels, scale = kernels_in_use(), scale_of(bounds, noise)
+    encoded = kernels.encode(x, scale) if kernels is not None else encode_in_numpy(x, scale)
+    if encoded is None:
+        raise RunError(NOT_FINITE)
+    return encoded
+
+
+def scale_of(bounds: RowBounds, noise: float = 0.0) -> float:
+    """α‖x‖: see the module.
+
+    Raises:
+        BadInput: no room is left in the field.
+    """
     room = _SLACK * (H - 0.5 * bounds.l1 - noise)
     if room <= 0:
         raise BadInput(f"row bounds leave no room in the field: l1={bounds.l1}, noise={noise}")
-    kernels, scale = kernels_in_use(), room / max(1.0, bounds.l2)
-    encoded = kernels.encode(x, scale) if kernels is not None else encode_in_numpy(x, scale)
-    if encoded is None:
-        raise RunError("the activations hold NaN or infinity: nothing was sent")
-    return encoded
+    return room / max(1.0, bounds.l2)
 
 
 def encode_in_numpy(x: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:

@@ -8,6 +8,7 @@ After the first reject S must be dropped: the caller ends the session.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,15 @@ class Freivalds:
             wrong = kernels.wrong_rows(self._test, z, c)
         else:
             wrong = sum(self.wrong_rows_in_numpy(torch.cat(pair, dim=1)) for pair in row_blocks(_ROWS_AT_A_TIME, z, c))
-        if wrong:
-            raise VerificationFailed(f"{what} is wrong in {wrong} of {c.shape[0]} rows; nothing of it was used")
+        _require_none(wrong, c.shape[0], what)
+
+    def check_by(self, kernel: Callable[[Tensor], int], rows: int, what: str) -> None:
+        """Accept what a kernel computes from the test S ‖ −S W, int32 [2, N + K], on the way: the number of wrong rows, of so many.
+
+        Raises:
+            VerificationFailed: as of `check`.
+        """
+        _require_none(kernel(self._test), rows, what)
 
     def wrong_rows_in_numpy(self, both: Tensor) -> int:
         """How many rows of z ‖ c [M, N + K] do not satisfy S z − (S W) c = 0: without the kernel, and its oracle."""
@@ -89,6 +97,11 @@ class Freivalds:
             self._test_halves = _halves(self._test).transpose(0, 2, 1).reshape(2 * CHECKS, -1).copy()
         sums: Any = (self._test_halves @ _halves(both)).astype(np.int64)  # [4, N + K] @ [M, N + K, 2] -> [M, 4, 2], exact below 2^53
         return sum(any(_residual(rows) for rows in zip(row[::2], row[1::2], strict=True)) for row in sums.tolist())
+
+
+def _require_none(wrong: int, rows: int, what: str) -> None:
+    if wrong:
+        raise VerificationFailed(f"{what} is wrong in {wrong} of {rows} rows; nothing of it was used")
 
 
 def image_of(s: Tensor, backend: Backend, w: PlacedMatrix) -> Tensor:

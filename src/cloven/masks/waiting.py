@@ -48,21 +48,29 @@ class Pads:
 
     def mask(self, x_int: Tensor) -> Tensor:
         """c = x_int + m mod p: residues int32 [M, K] -> residues int32 [M, K]. Once."""
+        return add(x_int, self.masks(x_int.shape))
+
+    def masks(self, shape: torch.Size) -> Tensor:
+        """m, for a kernel that adds it to rows of this shape [M, K]. Once."""
         mask, self._mask = self._mask, None
         if mask is None or os.getpid() != self._pid:
             raise PadMisuse("a pad masks once, in the process that made it")
-        if x_int.shape != mask.shape:  # broadcasting would put several rows under one pad
-            raise PadMisuse(f"pads of shape {tuple(mask.shape)} cannot mask rows of shape {tuple(x_int.shape)}")
-        return add(x_int, mask)
+        if shape != mask.shape:  # broadcasting would put several rows under one pad
+            raise PadMisuse(f"pads of shape {tuple(mask.shape)} cannot mask rows of shape {tuple(shape)}")
+        return mask
 
     def unmask(self, z: Tensor) -> Tensor:
         """W x_int = z − u mod p: residues int32 [M, N] -> residues int32 [M, N]. Once, after masking."""
+        return subtract(z, self.images(z.shape))
+
+    def images(self, shape: torch.Size) -> Tensor:
+        """u, for a kernel that subtracts it from answers of this shape [M, N]. Once, after masking."""
         image, self._image = self._image, None
         if image is None or self._mask is not None or os.getpid() != self._pid:
             raise PadMisuse("a pad unmasks once, after it has masked, in the process that made it")
-        if z.shape != image.shape:
-            raise PadMisuse(f"pads of shape {tuple(image.shape)} cannot unmask rows of shape {tuple(z.shape)}")
-        return subtract(z, image)
+        if shape != image.shape:
+            raise PadMisuse(f"pads of shape {tuple(image.shape)} cannot unmask rows of shape {tuple(shape)}")
+        return image
 
 
 class MaskSource(Protocol):

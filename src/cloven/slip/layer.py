@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from cloven.errors import NotAttached
-from cloven.field.hadamard import Places, Units, turn, turn_onto
+from cloven.field.hadamard import Places, Units, block_of, turn, turn_onto
+from cloven.field.native.exchange import FusedExchange
+from cloven.field.native.library import KINDS, kernels_in_use
 from cloven.field.residues import row_blocks
 from cloven.model.shared_input import SharedInput
 from cloven.slip.mixing import Mixing
 
 _ROWS_AT_A_TIME = 32  # keeps float64 intermediates in the cache
 Product = Callable[[Tensor, Callable[[], None]], Tensor]
+Fused = Callable[[Tensor, FusedExchange, Tensor, Tensor, Callable[[], None]], bool]  # x, passes, total, out, meanwhile
 
 
 class SplitLinear(nn.Module):
@@ -99,6 +102,7 @@ class SplitGroup:
         self.index, self.members = index, members
         self.name = _join_names([member.name for member in members])
         self._product: Product | None = None
+        self._fused: Fused | None = None
         self._shared = SharedInput(self._compute)
         for position, member in enumerate(members):
             member.group, member.position = self, position
@@ -108,14 +112,15 @@ class SplitGroup:
         clone = SplitGroup.__new__(SplitGroup)
         memo[id(self)] = clone
         clone.members = copy.deepcopy(self.members, memo)
-        clone.index, clone.name, clone._product = self.index, self.name, None
+        clone.index, clone.name, clone._product, clone._fused = self.index, self.name, None, None
         clone._shared = SharedInput(clone._compute)
         return clone
 
-    def attach(self, product: Product) -> None:
+    def attach(self, product: Product, fused: Fused | None = None) -> None:
         """Use `product(x, meanwhile)`: float64 [M, K] in the worker's basis -> float64 [M, T·N], for all later calls.
 
-        Replaces an earlier product, and with it whatever secrets it held.
+        With `fused`, see `OffloadedMatrix.fused`, this is asked first, where the kernels are there and there is one term. Replaces an
+        earlier product, and with it whatever secrets it held.
         """
         leader = self.members[0]
         self._columns = leader.column_gather.numpy(), leader.column_scale.numpy()  # stages [1 + rounds, K]
@@ -126,6 +131,12 @@ class SplitGroup:
         if len(gather) == 1:
             stages = torch.cat([gather, leader.mixing_gather]), torch.cat([scale, leader.mixing_scale])
             self._one_term = stages[0].numpy(), stages[1].numpy()
+        kernels = kernels_in_use()
+        self._fused = fused if self._one_term is not None and kernels is not None else None
+        if self._fused is not None:
+            assert kernels is not None and self._one_term is not None
+            blocks = block_of(leader.in_features), block_of(self._one_term[0].shape[1])
+            self._passes = FusedExchange(kernels, self._columns, self._one_term, blocks)
         self._product = product
 
     def stages(self) -> tuple[tuple[Places, Units], tuple[Places, Units]]:
@@ -154,13 +165,19 @@ class SplitGroup:
             for member, part in zip(self.members, total.split(widths, dim=1), strict=True):
                 part.copy_(member.trusted_part(rows32))
 
-        y = self._product(self._scrambled(rows), meanwhile)  # [M, T·N]
         outputs = torch.empty(total.shape, dtype=x.dtype)
+        if self._fused is not None and x.dtype in KINDS and self._fused(rows.contiguous(), self._passes, total, outputs, meanwhile):
+            return self._split(outputs, widths, x)
+        y = self._product(self._scrambled(rows), meanwhile)  # [M, T·N]
         if self._one_term is not None:
             turn_onto(y.numpy(), self._one_term, total, outputs)
         else:
             for y_rows, total_rows, out in row_blocks(_ROWS_AT_A_TIME, y, total, outputs):
                 out.copy_(self._unscrambled(y_rows).add_(total_rows))
+        return self._split(outputs, widths, x)
+
+    @staticmethod
+    def _split(outputs: Tensor, widths: list[int], x: Tensor) -> list[Tensor]:
         return [output.contiguous().view(*x.shape[:-1], -1) for output in outputs.split(widths, dim=1)]
 
     def _scrambled(self, rows: Tensor) -> Tensor:

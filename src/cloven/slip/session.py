@@ -15,6 +15,7 @@ import contextlib
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from cloven.bundle.placement import WHOLE, Part
 from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.errors import BadBundle, ClovenError, VerificationFailed
 from cloven.field.freivalds import CHECKS, Freivalds
+from cloven.field.native.exchange import FusedExchange
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.field.products import PlacedMatrix
 from cloven.field.selection import select_backend
@@ -34,10 +36,12 @@ from cloven.masks.stored_pads import StoredPads
 from cloven.masks.waiting import WaitingPads
 from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session, open_channel
 from cloven.offload import OffloadedMatrix, Share
-from cloven.slip.layer import Product, SplitGroup
+from cloven.slip.layer import Fused, Product, SplitGroup
 from cloven.slip.split_model import groups_of
 from cloven.slip.workers import Workers
 from cloven.telemetry import Telemetry
+
+_T = TypeVar("_T")
 
 
 class SlipSession(Session):
@@ -176,7 +180,7 @@ def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Wor
         checks = [seat.freivalds(group.index) for _, seat in held]  # 2, 3
         pads = given.pads(group, checks, lambda: session.closed)  # 4
         offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, shares)
-        group.attach(_guarded_product(session, offloaded, given))
+        group.attach(*_guarded_product(session, offloaded, given))
         session.pads.append(pads)
         session.offloaded.append(offloaded)
         session.on_close(pads.forget)
@@ -187,10 +191,10 @@ def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Wor
     session.on_close(session.look_ahead.stop)
 
 
-def _guarded_product(session: Session, offloaded: OffloadedMatrix, given: _Secrets) -> Product:
-    def compute(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+def _guarded_product(session: Session, offloaded: OffloadedMatrix, given: _Secrets) -> tuple[Product, Fused]:
+    def rejecting(work: Callable[[], _T]) -> _T:
         try:
-            return offloaded.product(x, meanwhile)
+            return work()
         except VerificationFailed as error:
             try:
                 if error.worker:
@@ -200,9 +204,12 @@ def _guarded_product(session: Session, offloaded: OffloadedMatrix, given: _Secre
             raise
 
     def product(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
-        return session.guarded(lambda: compute(x, meanwhile))
+        return session.guarded(lambda: rejecting(lambda: offloaded.product(x, meanwhile)))
 
-    return product
+    def fused(x: Tensor, passes: FusedExchange, total: Tensor, out: Tensor, meanwhile: Callable[[], None]) -> bool:
+        return session.guarded(lambda: rejecting(lambda: offloaded.fused(x, passes, total, out, meanwhile)))
+
+    return product, fused
 
 
 def _ended_product(session: Session) -> Product:
