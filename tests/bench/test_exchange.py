@@ -2,21 +2,28 @@ from __future__ import annotations
 
 import pytest
 
-from cloven.bench.exchange import bench_exchange
+from cloven.bench.exchange import WITH_PRODUCT, bench_exchange
 from cloven.errors import BadInput
+from cloven.field.native.library import kernels_in_use
 
 
-def test_the_steps_of_an_exchange() -> None:
+FUSED = ["pads taken", "turned, encoded, masked", WITH_PRODUCT, "checked, unmasked, decoded, turned back, added, rounded"]
+ONE_BY_ONE = [
+    "pads taken", "turned", "encoded", "masked", WITH_PRODUCT, "checked", "unmasked", "decoded", "turned back, added, rounded",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_the_steps_of_an_exchange(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOVEN_KERNELS", kernels)
     stages: list[str] = []
     result = bench_exchange(128, 2, 5, lambda stage, done, total: stages.append(stage))
     assert (result.width, result.rows, result.rounds) == (128, 2, 5) and "exchanges" in stages
-    assert list(result.steps) == [
-        "turned", "encoded", "pads taken", "masked", "sent, multiplied, received", "checked", "unmasked", "decoded",
-        "turned back, added, rounded",
-    ]  # fmt: skip
+    assert list(result.steps) == (FUSED if kernels_in_use() is not None else ONE_BY_ONE)
     figures = [*result.steps.values(), result.product, result.secret_part, result.whole_call]
     assert all(figure > 0 for figure in figures)
-    assert result.overhead == pytest.approx(sum(result.steps.values()) - result.product)
+    others = sum(figure for name, figure in result.steps.items() if name != WITH_PRODUCT)
+    assert result.overhead == pytest.approx(others + max(0.0, result.steps[WITH_PRODUCT] - result.product))
     assert result.to_dict()["steps"] == result.steps
 
 

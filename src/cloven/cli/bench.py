@@ -92,7 +92,7 @@ def exchange(
         typer.echo(json.dumps(result.to_dict()))
         return
     lines = [(name, f"{microseconds:,.0f}") for name, microseconds in result.steps.items()]
-    lines += [("the product alone", f"{result.product:,.0f}"), ("all steps less the product", f"{result.overhead:,.0f}")]
+    lines += [("the product alone", f"{result.product:,.0f}"), ("all steps but the product", f"{result.overhead:,.0f}")]
     lines += [("B (A x), while the worker works", f"{result.secret_part:,.0f}"), ("a whole call of the layer", f"{result.whole_call:,.0f}")]
     _print_rows(
         f"one exchange, {result.rows} x {result.width}, {result.products}, medians of {result.rounds}", ("step", "microseconds"), lines

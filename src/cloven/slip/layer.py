@@ -144,6 +144,10 @@ class SplitGroup:
         assert self._one_term is not None
         return self._columns, self._one_term
 
+    def passes(self) -> FusedExchange | None:
+        """The passes before and after an exchange, where they are fused: for measurements."""
+        return self._passes if self._fused is not None else None
+
     def output(self, position: int, x: Tensor) -> Tensor:
         """The output of one member; the first sibling to be called computes for all."""
         return self._shared.output(position, x)
