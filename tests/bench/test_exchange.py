@@ -6,7 +6,6 @@ from cloven.bench.exchange import WITH_PRODUCT, bench_exchange
 from cloven.errors import BadInput
 from cloven.field.native.library import kernels_in_use
 
-
 FUSED = ["pads taken", "turned, encoded, masked", WITH_PRODUCT, "checked, unmasked, decoded, turned back, added, rounded"]
 ONE_BY_ONE = [
     "pads taken", "turned", "encoded", "masked", WITH_PRODUCT, "checked", "unmasked", "decoded", "turned back, added, rounded",

@@ -47,7 +47,8 @@ class ExchangeBench:
         width: K = N; rows: M; rounds; products: the back end.
         steps: by name, in order; "sent, multiplied, received" holds the worker's product.
         product: the same product alone, in one process; secret_part: B (A x), which runs while the worker works.
-        overhead: all steps, that with the product less the product (or 0: here and there it takes different times); whole_call: of the layer, the secret part in it.
+        overhead: all steps, that with the product less the product (but not less than nothing: it takes different times here and there).
+        whole_call: of the layer, the secret part in it.
     """
 
     width: int
