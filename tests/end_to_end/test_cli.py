@@ -349,9 +349,17 @@ def test_prepare_errors(tmp_path: Path, cloven_here: Command) -> None:
 
 def test_prepare_with_options(tmp_path: Path, cloven_here: Command) -> None:
     outcome = cloven_here(
-        "prepare", "slip", str(tiny_folder("llama")), str(tmp_path / "out"), "--rank", "2", "--scramble", "none", "--no-public-relative"
+        "prepare",
+        "slip",
+        str(tiny_folder("llama")),
+        str(tmp_path / "out"),
+        "--rank",
+        "2",
+        "--insecure-scramble",
+        "none",
+        "--no-public-relative",
     )
-    assert outcome.code == 0 and "scramble none" in outcome.out
+    assert outcome.code == 0 and "scramble none" in outcome.out and "INSECURE: scramble none" in outcome.err
     assert cloven.open_bundle(tmp_path / "out").manifest.parameters == {
         "secret_fraction": 0.03, "rank": 2, "precision": "int8", "scramble": "none", "origin": "private",
     }  # fmt: skip
@@ -374,8 +382,10 @@ def test_prepare_asks_where_the_model_comes_from(tmp_path: Path, cloven_here: Co
 def test_prepare_with_a_public_relative_takes_no_scramble(tmp_path: Path, cloven_here: Command) -> None:
     model, out = str(tiny_folder("llama")), str(tmp_path / "out")
     adapter, base = ("--adapter", str(adapter_folder())), ("--public-base", model)
-    one_line(cloven_here("prepare", "slip", model, out, *adapter, "--scramble", "mixing"), 2, "scramble: a public relative undoes it")
-    one_line(cloven_here("prepare", "slip", model, out, *base, "--scramble", "permutation"), 2, "scramble: a public relative undoes it")
+    one_line(cloven_here("prepare", "slip", model, out, *adapter, "--insecure-scramble", "mixing"), 2, "choose permutation or none")
+    one_line(
+        cloven_here("prepare", "slip", model, out, *base, "--insecure-scramble", "permutation"), 2, "scramble: a public relative undoes it"
+    )
     one_line(cloven_here("prepare", "slip", model, out, *adapter, "--rank", "4"), 2, "rank: the secret part is exactly the adapter")
     for fraction in ("0", "0.02"):
         said = "--secret-fraction: with --adapter the secret part is exactly the adapter"

@@ -497,3 +497,14 @@ def test_a_pruned_model(tmp_path: Path) -> None:
 
 def test_a_copy_is_as_good(tmp_path: Path) -> None:
     assert copied(tiny_bundle("llama"), tmp_path / "copy").id == tiny_bundle("llama").id
+
+
+@pytest.mark.parametrize(
+    ("settings", "insecure"),
+    [({}, False), ({"scramble": "none"}, True), ({"scramble": "permutation"}, True), ({"scramble": "none", "secret_fraction": 0}, False)],
+)
+def test_a_scramble_that_hides_less_prints_a_banner(
+    tmp_path: Path, settings: dict[str, Any], insecure: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare_slip(tiny("llama"), tmp_path / "out", SlipConfig(**settings))
+    assert ("INSECURE: scramble" in caplog.text) is insecure

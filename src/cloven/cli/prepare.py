@@ -37,9 +37,11 @@ def slip(
     secret_fraction: Annotated[float | None, typer.Option(help="Share of the parameters to keep secret; default: 0.03.")] = None,
     rank: Annotated[int | None, typer.Option(help="Keep this many singular values of every matrix instead.")] = None,
     precision: Annotated[str, typer.Option(help="int8, or int8x2: near-lossless, twice the worker's work.")] = "int8",
-    scramble: Annotated[
+    insecure_scramble: Annotated[
         str | None,
-        typer.Option(help="mixing, permutation or none: how rows and columns are hidden; default: mixing, or none with a public relative."),
+        typer.Option(
+            help="permutation or none, for comparison: what is exposed of a private model is then hidden badly, or not. INSECURE."
+        ),
     ] = None,
     key: Annotated[Path | None, typer.Option(help="OUT/trusted/split.key of an earlier bundle: make the same bundle again.")] = None,
     calibration: Annotated[
@@ -75,8 +77,9 @@ def slip(
     if rank is not None and secret_fraction is not None:
         raise BadInput("--rank and --secret-fraction both say how much to keep secret: give one")
     origin = "adapter" if adapter is not None else "public-base" if public_base is not None else "private"
-    if scramble is None:
-        scramble = "mixing" if origin == "private" else "none"
+    if insecure_scramble == "mixing":
+        raise BadInput("--insecure-scramble: choose permutation or none; mixing is the default")
+    scramble = insecure_scramble or ("mixing" if origin == "private" else "none")
     config = SlipConfig(0.03 if secret_fraction is None else secret_fraction, rank, precision, scramble, origin)
     with progress_bars() as progress, _going_on():
         bundle = prepare_slip(
@@ -214,10 +217,6 @@ def _print_summary(bundle: Bundle, calibrated: bool) -> None:
             "Keep this bundle: another one of the same model, in the same hands, would give away what is secret here "
             "(--key OUT/trusted/split.key makes the same one again)."
         )
-        if parameters["scramble"] == "none" and summary["secret_fraction"]:
-            console.print(
-                "WARNING: no scramble: the worker reads every matrix but its secret part as it is; `cloven audit` shows what that is worth."
-            )
     console.print(f"Bundle {bundle.id}", highlight=False)
     console.print(f"  keep   {bundle.trusted}   secret", highlight=False, soft_wrap=True, markup=False)
     console.print(

@@ -9,6 +9,10 @@ from cloven.errors import BadInput
 from cloven.slip.mixing import ROUNDS
 
 ORIGINS = ("private", "public-base", "adapter")
+INSECURE_SCRAMBLE = (
+    "INSECURE: scramble {}: whoever holds the exposed half reads it as it is, or with a little knowledge. "
+    "`cloven audit` shows what that is worth."
+)
 SCRAMBLES = {"mixing": ROUNDS, "permutation": 0, "none": 0}  # rounds of mixing
 PRECISIONS = {"int8": 1, "int8x2": 2}  # number of int8 terms of the exposed matrices
 
@@ -26,6 +30,7 @@ class SlipConfig:
             "mixing"       mixed by Hadamard transforms between secret permutations with signs and sizes, in three rounds;
             "permutation"  permuted and flipped only: a little faster, and broken by a few known columns (see the audit);
             "none"         nothing.
+            The last two are INSECURE for a private model of which anything is secret: `prepare_slip` then prints a banner.
         origin: where the model comes from, and so what is secret in it:
             "private"      no public relative is known: the top singular part of every matrix is secret, with a decoy in its place;
             "public-base"  a fine-tune of a public model: the top singular part of the difference is secret, the rest of it is exposed;
@@ -54,6 +59,11 @@ class SlipConfig:
             raise BadInput(f"rank {self.rank}: give 0 or more")
         if self.precision not in PRECISIONS:
             raise BadInput(f"precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+
+    @property
+    def insecure(self) -> bool:
+        """Whether a private model's exposed half would be hidden less well than it can be."""
+        return self.origin == "private" and self.scramble != "mixing" and (self.rank or self.secret_fraction) > 0
 
     @property
     def terms(self) -> int:

@@ -33,7 +33,7 @@ from cloven.field.codec import RowBounds
 from cloven.model.source import Source, open_source, write_configuration
 from cloven.slip.calibration import calibrate, text_sha256
 from cloven.slip.cards import exposed_card, trusted_card
-from cloven.slip.config import SlipConfig
+from cloven.slip.config import INSECURE_SCRAMBLE, SlipConfig
 from cloven.slip.decomposition import allocate_ranks
 from cloven.slip.jobs import GroupJob, find_spectra, read_record, read_spectra, record_path, spectra_path, split_group
 from cloven.slip.plan import CALIBRATION, PLAN, RANKS, WORK, Plan, write_json
@@ -41,6 +41,7 @@ from cloven.slip.planning import fingerprint, make_plan, stored_copy
 from cloven.slip.split_key import SPLIT_KEY, SplitKey, read_split_key
 from cloven.slip.split_model import LinearShape, SplitModelShape
 from cloven.slip.summary import Summary
+from cloven.telemetry import logger
 
 Progress = Callable[[str, int, int], None]  # stage, done, total: parameters
 VERSION = 1
@@ -99,6 +100,8 @@ def prepare_slip(
     with partial_folder(out, _resumes(plan) if plan is not None else None) as partial:
         for folder, mode in ((partial / WORK, 0o700), (partial / "trusted", 0o700), (partial / "exposed", 0o755)):
             folder.mkdir(mode=mode, exist_ok=True)
+        if config.insecure:
+            logger.warning(INSECURE_SCRAMBLE.format(config.scramble))
         if plan is None:
             plan = make_plan(stored_copy(source, partial / WORK / "source"), config, adapter, public_base, device, text)
             assert plan is not None
