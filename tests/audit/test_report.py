@@ -9,7 +9,7 @@ import pytest
 from cloven.audit.attack import Attack
 from cloven.audit.figure import Figure
 from cloven.audit.findings import Findings
-from cloven.audit.report import code_of, report, worst
+from cloven.audit.report import code_of, headlines, report, worst
 
 VOID = {"meta", "th", "td", "li", "dt", "dd"}  # never closed, or need not be
 
@@ -100,7 +100,7 @@ def test_adversaries(adversary: str, code: str) -> None:
 def test_adversaries_of_private_lora_have_a_headline() -> None:
     from cloven.audit.private_lora import division, subject
 
-    for words, code in ((subject.CLIENT, "A6"), (subject.SERVER, "A5"), (division.CLIENT, "A6 fhe")):
+    for words, code in ((subject.CLIENT, "A6"), (subject.SERVER, "A5"), (division.CLIENT, "A6")):
         assert code_of(attack(adversary=words, scheme="private-lora/lwe")) == code
 
 
@@ -109,7 +109,7 @@ def test_an_adversary_that_nobody_has_numbered() -> None:
     assert "<strong>somebody else</strong>" in page
 
 
-@pytest.mark.parametrize(("seal_idle", "headline"), [(False, "holds"), (True, "measured")])
+@pytest.mark.parametrize(("seal_idle", "headline"), [(False, "holds"), (True, "holds")])
 def test_the_headline_is_about_the_bundles_own_mode(seal_idle: bool, headline: str) -> None:
     thief = "A3, who has the public model"
     found = [
@@ -118,6 +118,7 @@ def test_the_headline_is_about_the_bundles_own_mode(seal_idle: bool, headline: s
     ]
     page = report(Findings("kv-shield", found, parameters={"mode": "session", "seal_idle": seal_idle}))
     assert re.search(rf"<li class={headline}><strong>Cache thief", page) and ("sealed while idle" in page) is seal_idle
+    assert ("<li class=measured><strong>Cache thief, while the session is idle and sealed" in page) is seal_idle
     assert page.count("<td class='n cell broken'") == 1  # none is in the table all the same
 
 
@@ -129,6 +130,30 @@ def test_what_permutations_would_give_is_no_headline() -> None:
     assert page.count(other) == 1 and "<h3>To compare: slip/int8, permutation</h3>" in page and "Offer text, not logits" in page
     permuted = report(Findings("slip", found[1:], parameters={"scramble": "permutation", "scheme": other}))
     assert re.search(r"<li class=broken><strong>API user", permuted) and "This bundle's scramble" not in permuted
+
+
+def test_nothing_holds_against_who_could_train_and_was_not_tried() -> None:
+    quiet = [attack("exposed_half", "holds", "A1, given much"), attack("liar", "holds")]
+    found = Findings("slip", quiet, parameters={"scheme": "slip/int8"})
+    assert headlines(found) == [
+        ("Curious worker: records everything", "measured", "training was not tried: give it time by --budget-minutes"),
+        ("Malicious worker: answers wrongly", "holds", ""),
+    ]
+    assert "training was not tried" in report(found)
+    tried = Findings("slip", [*quiet, attack("recovery_scrambled", "holds", "A1, with text")], parameters={"scheme": "slip/int8"})
+    assert headlines(tried)[0][1:] == ("holds", "") and "training was not tried" not in report(tried)
+
+
+def test_answers_beyond_a_budget_are_no_headline() -> None:
+    own = "private-lora/lwe"
+    found = [
+        attack("regression_budget", "measured", "a client that wants the adapter", own),
+        attack("regression_all", "broken", "a client that wants the adapter", f"{own}, more answers than the budget allows"),
+        attack("division", "holds", "a client that sends honest queries", "private-lora/fhe"),
+    ]
+    page = report(Findings("private-lora", found, parameters={"scheme": own}))
+    assert "<li class=measured><strong>Extracting client" in page and page.count("<li class=") == 1
+    assert "To compare: private-lora/lwe, more answers than the budget allows" in page and "To compare: private-lora/fhe" in page
 
 
 def test_attacks_stand_under_their_adversaries() -> None:

@@ -63,6 +63,7 @@ def test_what_is_printed_and_the_same_numbers_for_one_seed(
     monkeypatch.setattr(registry, "audit", lambda *_, **options: asked.append(options) or found[0])
     outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--no-report")
     assert outcome.code == 0 and "liar" in outcome.out and "report:" not in outcome.out
+    assert "not tested: Side channels" in outcome.out and "holds: Malicious worker" in outcome.out
     late = replace(found[0], failed=(RunError("Transcripts: the worker is gone"),))
     monkeypatch.setattr(registry, "audit", lambda *_, **options: late)
     outcome = cloven_here("audit", str(out), "--json")
@@ -92,6 +93,16 @@ def test_what_is_wrong_is_named(out: Path, tmp_path: Path, cloven_here: Command)
     for option, value in (("--seed", "99999999999999999999999"), ("--budget-minutes", "inf")):
         outcome = cloven_here("audit", str(out), option, value)
         assert outcome.code == 2 and "Traceback" not in outcome.err
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    one_line(cloven_here("audit", str(out), "--report", str(kept)), 2, "exists and is no report: it is not overwritten")
+    assert kept.read_text() == "mine"
+    (tmp_path / "link.html").symlink_to(kept)
+    one_line(cloven_here("audit", str(out), "--report", str(tmp_path / "link.html")), 2, "cannot be written there")
+    one_line(cloven_here("audit", str(out), "--report", "/dev/null"), 2, "cannot be written there")
+    manifest = out / "trusted" / "manifest.json"
+    for inside in (manifest, out / "exposed" / "new.html"):
+        one_line(cloven_here("audit", str(out), "--report", str(inside)), 2, "that is inside the bundle")
     with next((out / "exposed").glob("*.safetensors")).open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)

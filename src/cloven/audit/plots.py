@@ -9,7 +9,7 @@ from typing import Any
 from cloven.audit.figure import Figure
 from cloven.errors import BadInput
 
-_SIZE, _WITH_LEGEND_BESIDE = (6.4, 3.6), (8.8, 3.8)  # inches
+_SIZE, _LINE = (6.4, 3.6), 0.11  # inches; and for every line that is named below the plot
 _MOST_INSIDE = 2  # lines whose names fit in the plot
 _WIDTHS = (3.2, 2.4, 1.8, 1.2)  # lines that lie on each other are seen
 _STYLES = ("-", "--", ":")
@@ -23,8 +23,9 @@ def svg_of(figure: Figure) -> str:
         BadInput: Matplotlib is not installed.
     """
     canvas = matplotlib_parts()
-    beside = len(figure.series) > _MOST_INSIDE
-    drawing = canvas.Figure(figsize=_WITH_LEGEND_BESIDE if beside else _SIZE, layout="constrained")
+    below = len(figure.series) > _MOST_INSIDE  # beside, they would be cut off on a small screen
+    size = (_SIZE[0], _SIZE[1] + _LINE * len(figure.series)) if below else _SIZE
+    drawing = canvas.Figure(figsize=size, layout="constrained")
     axes = drawing.subplots()
     for number, (name, points) in enumerate(figure.series.items()):
         x, y = zip(*points, strict=True) if points else ((), ())
@@ -51,7 +52,10 @@ def svg_of(figure: Figure) -> str:
     axes.set_ylabel(figure.y)
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, handlelength=3, **({"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if beside else {}))
+    if below:
+        drawing.legend(frameon=False, fontsize=8, handlelength=3, loc="outside lower center", ncols=2)
+    else:
+        axes.legend(frameon=False, fontsize=9, handlelength=3)
     buffer = io.StringIO()
     with canvas.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.name}):
         drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -37,7 +37,7 @@ def audit(
     Args:
         out: OUT of `cloven prepare`, both halves.
         tokens: a text, int64 [T]: what a cache's thief wants, or what perplexities are measured on; sampled from the model if not given.
-        seed: of the attackers' choices, for SLIP; no secret depends on it.
+        seed: of the attackers' choices, and of keys that the audit draws; no secret of the bundle depends on it.
         budget: of the attacks on a SLIP bundle that train.
         relative: a public relative of a SLIP bundle's model.
         progress: called with (stage, done, total).
@@ -51,7 +51,7 @@ def audit(
     if manifest_format(out / "server") == SERVER:
         if tokens is not None:
             raise BadInput("a private-LoRA bundle is audited without a text: its attacks are on weights and queries")
-        return audit_private_lora(out)
+        return audit_private_lora(out, seed)
     if found == SLIP_TRUSTED:
         text = None
         if tokens is not None:
@@ -59,4 +59,4 @@ def audit(
         return audit_slip(out, text, seed=seed, budget=budget, relative=relative, progress=progress)
     if found != TRUSTED:
         raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
-    return audit_kv_shield(out, tokens)
+    return audit_kv_shield(out, tokens, seed)

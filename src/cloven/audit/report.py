@@ -12,7 +12,7 @@ from cloven.audit.plots import svg_of
 
 _ORDER: tuple[Verdict, ...] = ("broken", "measured", "holds")  # the worst first
 _MEANING = {
-    "holds": "no attack did better than chance, or than what anybody has without the bundle",
+    "holds": "no attack did better than chance, give or take three standard deviations, or than what anybody has without the bundle",
     "measured": "something is gained, or no claim is made: read the figure",
     "broken": "an attack succeeds: do not rely on this",
 }
@@ -23,10 +23,10 @@ _ADVERSARIES = {
     "A1 relative": "Curious worker that has a public relative of the model",
     "A2": "Malicious worker: answers wrongly",
     "A3": "Cache thief: has a snapshot of the accelerator's cache",
+    "A3 idle": "Cache thief, while the session is idle and sealed",
     "A4": "Thief of the accelerator's weights (who watches it while it runs sees the conversation: not protected)",
     "A5": "Adapter server: wants the client's input",
     "A6": "Extracting client: wants the adapter",
-    "A6 fhe": "Extracting client of a server that runs the fhe backend",
     "A8": "API user in league with the worker",
 }
 _ADVICE = {
@@ -39,16 +39,16 @@ _ADVICE = {
     "A4": "If the accelerator itself is watched, split with SLIP and --secret-fraction 0: the conversation then never reaches it.",
     "A5": "The content of queries is encrypted; where their number matters, use --fixed-length.",
     "A6": "What clients may learn is metered: set budgets when the bundle is prepared, and watch `cloven ledger`.",
-    "A6 fhe": "The fhe backend trusts its clients not to cheat: use it only among parties that have a contract.",
     "A8": "Offer text, not logits and not log probabilities, at an endpoint.",
 }
+_TRAINS = ("A1", "A1 keys")
 _GIVEN_MORE = {"public relative": "A1 relative", "the scramble": "A1 keys", "who knows": "A1 columns"}
 _IN_WORDS = {  # those that do not begin with their letter and number
     "has the public model and a snapshot of the cache": "A3",
     "has the public model and the device's weights": "A4",
     "a server that wants the input": "A5",
     "a client that wants the adapter": "A6",
-    "a client that sends honest queries": "A6 fhe",
+    "a client that sends honest queries": "A6",
 }
 _TITLES = {"slip": "SLIP: weights split between two machines", "kv-shield": "KV-Shield: the keyed KV cache", "private-lora": "Private LoRA"}
 _STYLE = importlib.resources.files("cloven.audit").joinpath("report.css")
@@ -67,7 +67,7 @@ def report(findings: Findings) -> str:
         f"<figure>{svg_of(figure)}<figcaption><strong>{_text(figure.title)}.</strong> {_text(figure.note)}</figcaption></figure>"
         for figure in findings.figures
     )
-    cards = "".join(_card(code, attacks) for code, attacks in _by_adversary(_own(findings)))
+    cards = "".join(_card(findings, code, attacks) for code, attacks in _by_adversary(_own(findings)))
     meanings = "; ".join(f"{_verdict(verdict)}: {_text(_MEANING[verdict])}" for verdict in _ORDER[::-1])
     parts = [
         f"<h1>Audit: {_text(title)}</h1>",
@@ -92,7 +92,8 @@ def code_of(attack: Attack) -> str:
     first = attack.adversary.split(",")[0].split()[0]
     if first == "A1":
         return next((code for words, code in _GIVEN_MORE.items() if words in attack.adversary), first)
-    return first if first in _ADVERSARIES else _IN_WORDS.get(attack.adversary, attack.adversary)
+    code = first if first in _ADVERSARIES else _IN_WORDS.get(attack.adversary, attack.adversary)
+    return "A3 idle" if code == "A3" and attack.scheme.endswith("/sealed") else code
 
 
 def worst(attacks: Iterable[Attack]) -> Verdict:
@@ -101,12 +102,12 @@ def worst(attacks: Iterable[Attack]) -> Verdict:
 
 
 def _own(findings: Findings) -> list[Attack]:
-    """The attacks on what the bundle is: KV-Shield's audit runs in every mode, and SLIP's with two scrambles, to compare."""
+    """The attacks on what the bundle is: others are there to compare, in other modes, on other splits, or beyond a budget."""
     parameters = findings.parameters
     if "mode" in parameters:
         modes = [parameters["mode"], *(["sealed"] if parameters["seal_idle"] else [])]
         return [attack for attack in findings.attacks if attack.scheme.rpartition("/")[2] in modes]
-    if "scramble" in parameters:
+    if "scheme" in parameters:
         return [attack for attack in findings.attacks if attack.scheme == parameters["scheme"]]
     return findings.attacks
 
@@ -120,6 +121,8 @@ def _own_mode(findings: Findings) -> str:
         sentences.append("This bundle's scramble: <strong>mixing</strong>. What permutations alone would give is below, to compare.")
     if "kept_secret" in parameters:
         sentences.append(f"Kept secret: {_text(parameters['kept_secret'])}. Exposed whole: {_text(parameters['exposed_whole'])}.")
+    if "of_the_fine_tune_exposed" in parameters:
+        sentences.append(f"Of the fine-tune, {_text(parameters['of_the_fine_tune_exposed'])} is exposed.")
     return f"<p>{' '.join(sentences)}</p>" if sentences else ""
 
 
@@ -128,13 +131,27 @@ def _by_adversary(attacks: Sequence[Attack]) -> list[tuple[str, list[Attack]]]:
     return [(code, [attack for attack in attacks if code_of(attack) == code]) for code in codes]
 
 
-def _card(code: str, attacks: list[Attack]) -> str:
+def headlines(findings: Findings) -> list[tuple[str, Verdict, str]]:
+    """For every adversary of the bundle: who, the worst verdict, and what qualifies it ("" if nothing does)."""
+    return [(_headline(code), *_judged(findings, code, attacks)) for code, attacks in _by_adversary(_own(findings))]
+
+
+def _judged(findings: Findings, code: str, attacks: list[Attack]) -> tuple[Verdict, str]:
+    """The worst verdict; but nothing holds against who could train and was not tried: training is the strongest attack."""
     verdict = worst(attacks)
+    if findings.scheme == "slip" and code in _TRAINS and not any(attack.name.startswith("recovery") for attack in attacks):
+        return ("measured" if verdict == "holds" else verdict), "training was not tried: give it time by --budget-minutes"
+    return verdict, ""
+
+
+def _card(findings: Findings, code: str, attacks: list[Attack]) -> str:
+    verdict, why = _judged(findings, code, attacks)
     counts = ", ".join(f"{sum(a.verdict == v for a in attacks)} {v}" for v in _ORDER[::-1] if any(a.verdict == v for a in attacks))
     named = [attack for attack in attacks if attack.verdict == verdict and verdict != "holds"]
+    qualified = f"<small><strong>{_text(why)}</strong></small>" if why else ""
     most = f"<small>{_text(', '.join(sorted({_name(attack) for attack in named})))}</small>" if named else ""
     advice = f"<small>{_text(_ADVICE[code])}</small>" if code in _ADVICE else ""
-    return f"<li class={verdict}><strong>{_text(_headline(code))}</strong>{_verdict(verdict)} ({counts}){most}{advice}</li>"
+    return f"<li class={verdict}><strong>{_text(_headline(code))}</strong>{_verdict(verdict)} ({counts}){qualified}{most}{advice}</li>"
 
 
 def _headline(code: str) -> str:

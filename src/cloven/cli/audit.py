@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cloven.audit.findings import Findings
 
 MOST_TOKENS = 4096
+_TITLE = b"<title>cloven audit</title>"
 MOST_MINUTES, MOST_SEED = 10_000, 2**62
 
 
@@ -40,7 +41,7 @@ def audit(
         typer.Option(min=0, max=10**6, help="SLIP: instead of minutes, steps of each training: the same figures on any day."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MOST_SEED, help="SLIP: of the attackers' choices; no secret depends on it. Default: 0.")
+        int | None, typer.Option(min=0, max=MOST_SEED, help="Of the attackers' choices; no secret depends on it. Default: 0.")
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the HTML report goes; default: OUT/audit.html.")] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
@@ -70,10 +71,8 @@ def audit(
     if not manifest_format(out / "trusted") and not manifest_format(out / "server"):
         raise BadBundle(f"{out}: there is no bundle here with both halves; give OUT of `cloven prepare`")
     slip = manifest_format(out / "trusted") == SLIP_TRUSTED
-    if not slip and (seed, budget_minutes, steps) != (None, None, None):
-        raise BadInput(
-            "--seed, --steps and --budget-minutes are for SLIP bundles: attacks on the other schemes do not train, and draw keys anew"
-        )
+    if not slip and (budget_minutes, steps) != (None, None):
+        raise BadInput("--steps and --budget-minutes are for SLIP bundles: attacks on the other schemes do not train")
     if steps is not None and budget_minutes is not None:
         raise BadInput("--steps beside --budget-minutes: give one of them")
     place = None if no_report else report or out / "audit.html"
@@ -81,8 +80,8 @@ def audit(
         matplotlib_parts()  # for the figures; where it is missing, now and not in an hour
     if report is not None and not report.parent.is_dir():
         raise BadInput(f"{report}: no such folder for the report")
-    if place is not None and (place.is_dir() or not os.access(place.parent, os.W_OK)):  # now, and not when all is done
-        raise BadInput(f"{place}: the report cannot be written there; give --report FILE or --no-report")
+    if place is not None:
+        _require_place(place, out)  # now, and not when all is done
     public = None
     if relative is not None:
         from cloven.model.source import open_source
@@ -111,8 +110,37 @@ def _print(findings: Findings, place: Path | None) -> None:
         print_table(findings.attacks)
     else:
         print_list(findings.attacks)
+    from cloven.audit.report import headlines
+
+    for line in findings.not_tested:
+        typer.echo(f"not tested: {line}")
+    for who, verdict, why in headlines(findings):
+        typer.echo(f"{verdict}: {who}" + (f" ({why})" if why else ""))
     if place is not None:
         typer.echo(f"report: {place}")
+
+
+def _require_place(place: Path, out: Path) -> None:
+    """Refuse what is not a report's place: a folder or a device, a file that is no earlier report, the bundle's halves.
+
+    Raises:
+        BadInput: it is.
+    """
+    from cloven.errors import BadInput
+
+    wrong = BadInput(f"{place}: the report cannot be written there; give --report FILE or --no-report")
+    halves = [(out / name).resolve() for name in ("trusted", "exposed", "server", "client")]
+    if any(half in place.resolve().parents for half in halves):
+        raise BadInput(f"{place}: that is inside the bundle; give another place for the report")
+    try:
+        if place.is_symlink() or (place.exists() and not place.is_file()):
+            raise wrong
+        if place.exists() and _TITLE not in place.read_bytes()[:1000]:
+            raise BadInput(f"{place} exists and is no report: it is not overwritten")
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise wrong from error
 
 
 def _drawable(findings: Findings) -> Findings:

@@ -24,4 +24,13 @@ def test_a_guess_that_is_always_right_and_one_that_is_the_commonest_token() -> N
     tokens = subject().tokens
     assert [one.value for one in every_token(subject(), "oracle", lambda rows, table: tokens)] == [1.0] * len(MODES)
     commonest = every_token(subject(), "commonest", lambda rows, table: tokens.mode().values.expand(len(tokens)))
-    assert {(one.value, one.chance, one.verdict) for one in commonest} == {(subject().chance, subject().chance, "holds")}
+    assert {(one.value, one.chance, one.verdict) for one in commonest} == {
+        (subject().chance, subject().chance, "measured")
+    }  # no conclusion: not without a key either
+
+
+def test_nothing_holds_where_the_attack_fails_without_the_protection() -> None:
+    """Mode none is the control."""
+    found = {one.scheme: one for one in in_every_mode("name", "metric", {"none": 0.12, "session": 0.06}, 0.06, 400)}
+    assert found["kv-shield/session"].verdict == "measured" and found["kv-shield/session"].metric.endswith("no conclusion")
+    assert found["kv-shield/none"].metric == "metric"

@@ -52,3 +52,11 @@ def test_every_mode_of_one_text() -> None:
     assert tuple(found.caches) == MODES and found.noise == NOISE and found.chance == 0.6
     assert torch.equal(found.caches["none"], found.layer.table[tokens])
     assert found.second.shape == found.caches["session"].shape and not torch.equal(found.second, found.caches["session"])
+
+
+def test_keys_follow_from_the_seed() -> None:
+    text = torch.randint(1, 40, (80,), generator=torch.Generator().manual_seed(0))
+    first, again, other = (open_subject(tiny("llama"), text, NOISE, seed) for seed in (1, 1, 2))
+    for mode in ("permute", "session"):
+        assert torch.equal(first.caches[mode], again.caches[mode]) and not torch.equal(first.caches[mode], other.caches[mode])
+    assert torch.equal(first.second, again.second) and not torch.equal(first.second, first.caches["session"])

@@ -51,6 +51,8 @@ def test_few_tokens_are_no_claim() -> None:
         "broken",
     ]
     assert module.enough("holds", module.ENOUGH_TOKENS) == "holds"
+    assert module.few("holds", 5) == "; no claim on fewer than 20,000 tokens"
+    assert module.few("broken", 5) == module.few("holds", 10**6) == ""
 
 
 def test_the_best_rate_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:

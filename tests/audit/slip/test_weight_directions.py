@@ -44,7 +44,7 @@ def test_what_a_relative_gets_of_a_mixing() -> None:
         assert permuted[f"unscramble_{side}_by_relative"].value > 0.9
     assert mixed["unscramble_columns_by_relative"].weakened_value > 0.8
     ours, true = aligned_matrix(subject, subject.groups[1], 0), subject.groups[1].exposed
-    assert ours.shape == true.shape and torch.allclose(ours.norm(), true.norm(), rtol=0.2)
+    assert ours.shape == true.shape and torch.allclose(ours.norm(), true.norm(), rtol=0.3)
 
 
 def test_a_relative_that_is_none() -> None:
@@ -58,7 +58,7 @@ def test_without_a_relative_there_is_no_guess() -> None:
     subject = demo_subject()
     assert guesses(subject) == (None,) * len(subject.groups) and weight_directions(subject) == []
     lying = aligned_matrix(subject, subject.groups[1], 0)
-    assert torch.allclose(lying.norm(), subject.groups[1].exposed.norm(), rtol=0.2)
+    assert torch.allclose(lying.norm(), subject.groups[1].exposed.norm(), rtol=0.3)
 
 
 def test_without_a_scramble_there_is_nothing_to_match() -> None:

@@ -25,11 +25,14 @@ def hits(guesses: Tensor, truth: Tensor) -> float:
 
 
 def in_every_mode(name: str, metric: str, values: Mapping[str, float], chance: float, tries: int, adversary: str = THIEF) -> list[Attack]:
-    """One attack's outcome in every mode; `none` is the system without the protection."""
-    return [
-        Attack(name, f"kv-shield/{mode}", adversary, metric, value, chance, values["none"], tries, verdict_of(value, chance, tries))
-        for mode, value in values.items()
-    ]
+    """One attack's outcome in every mode; `none` is the system without the protection. Where the attack fails on that, nothing follows."""
+    works, found = verdict_of(values["none"], chance, tries) == "broken", []
+    for mode, value in values.items():
+        verdict, said = verdict_of(value, chance, tries), metric
+        if verdict == "holds" and not works:
+            verdict, said = "measured", f"{metric}; it hardly works without the protection: no conclusion"
+        found.append(Attack(name, f"kv-shield/{mode}", adversary, said, value, chance, values["none"], tries, verdict))
+    return found
 
 
 def every_token(subject: Subject, name: str, guess: Callable[[Tensor, Tensor], Tensor]) -> list[Attack]:

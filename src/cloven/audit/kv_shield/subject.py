@@ -9,6 +9,7 @@ The rows are keyed here as the enclave keys them, under keys that every audit dr
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Subject:
         noise: ρ.
         caches: the rows of v by mode, [T, G, D].
         second: the rows of another session with the same text.
+        seed: of the keys.
     """
 
     layer: Layer0
@@ -54,6 +56,7 @@ class Subject:
     noise: int
     caches: Mapping[str, Tensor]
     second: Tensor
+    seed: int = 0
 
     @property
     def chance(self) -> float:
@@ -62,18 +65,19 @@ class Subject:
 
 
 @torch.no_grad()
-def open_subject(model: Any, tokens: Tensor, noise: int) -> Subject:
+def open_subject(model: Any, tokens: Tensor, noise: int, seed: int = 0) -> Subject:
     """Key the text's rows in every mode.
 
     Args:
         model: the public model.
         tokens: a text, int64 [T], T ≥ 2·(d + ρ) + 16.
         noise: ρ.
+        seed: keys that an audit draws follow from it: no bundle uses them.
     """
     layer = layer0_of(model)
     plain = layer.table[tokens]
-    caches = {mode: snapshot(mode, plain, noise) for mode in MODES}
-    return Subject(layer, tokens, noise, caches, snapshot("session", plain, noise))
+    caches = {mode: snapshot(mode, plain, noise, keys_of(seed, mode)) for mode in MODES}
+    return Subject(layer, tokens, noise, caches, snapshot("session", plain, noise, keys_of(seed, "second session")), seed)
 
 
 @torch.no_grad()
@@ -97,11 +101,16 @@ def layer0_of(model: Any) -> Layer0:
     return Layer0(rows.view(len(rows), shape.kv_heads, shape.head_dim), shape, matrix_of(module)[-width:].float())
 
 
-def snapshot(mode: str, plain: Tensor, noise: int) -> Tensor:
+def keys_of(seed: int, what: str) -> SecretStream:
+    """Keys for caches that an audit makes, the same for the same seed."""
+    return SecretStream(hashlib.sha256(f"{seed} {what}".encode()).digest(), "audit")
+
+
+def snapshot(mode: str, plain: Tensor, noise: int, stream: SecretStream | None = None) -> Tensor:
     """The cache's rows [T, G, D] for plain rows [T, G, d], under fresh keys drawn as the enclave draws them."""
     if mode == "none":
         return plain
-    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "audit")
+    stream = stream or SecretStream(secrets.token_bytes(KEY_BYTES), "audit")
     t, heads, d = plain.shape
     if mode in ("permute", "sealed"):
         permuted = torch.gather(plain, 2, permutations(stream, heads, d).expand(t, heads, d))

@@ -10,15 +10,12 @@ Source: published for permutation-based schemes.
 
 from __future__ import annotations
 
-import secrets
-
 import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack
 from cloven.audit.kv_shield.guesses import DEVICE, hits, in_every_mode, nearest
-from cloven.audit.kv_shield.subject import Subject
-from cloven.field.prg import KEY_BYTES, SecretStream
+from cloven.audit.kv_shield.subject import Subject, keys_of
 from cloven.kv_shield.keys import permutations
 
 
@@ -31,7 +28,7 @@ def match_rows(exposed: Tensor, public: Tensor, heads: int) -> Tensor:
 def weights(subject: Subject) -> list[Attack]:
     """See the module."""
     public, heads, d = subject.layer.weight, subject.layer.shape.kv_heads, subject.layer.shape.head_dim
-    stream = SecretStream(secrets.token_bytes(KEY_BYTES), "audit")
+    stream = keys_of(subject.seed, "weights")
     order = (permutations(stream, heads, d) + d * torch.arange(heads)[:, None]).flatten()
     keyed = hits(match_rows(public[order], public, heads), order)
     in_place = hits(match_rows(public, public, heads), torch.arange(len(public)))  # the weights of none and session

@@ -17,7 +17,7 @@ from cloven.audit.private_lora.extraction import extraction
 from cloven.audit.private_lora.hint_inversion import hint_inversion
 from cloven.audit.private_lora.packing import packing
 from cloven.audit.private_lora.regression import regression
-from cloven.audit.private_lora.subject import SEED, Target, open_target
+from cloven.audit.private_lora.subject import SCHEME, SEED, Target, open_target
 from cloven.audit.private_lora.unit_queries import unit_queries
 from cloven.private_lora.manifest import ServerManifest
 
@@ -43,16 +43,17 @@ NOT_TESTED = (
 _NO_SEAL = "Division of the fhe backend's ciphertexts: SEAL is not installed (cloven[fhe])."
 
 
-def audit_private_lora(out: Path) -> Findings:
+def audit_private_lora(out: Path, seed: int = SEED) -> Findings:
     """Attack the narrowest group of a bundle.
 
     Args:
         out: OUT of `cloven prepare private-lora`, both halves: the owner audits.
+        seed: of the attackers' choices.
 
     Raises:
         BadBundle, ForeignBundle: a half is missing, or they do not belong together.  LedgerUnusable: the ledger is.
     """
-    target = open_target(out)
+    target = open_target(out, seed)
     attacks = [outcome for attack in ATTACKS for outcome in attack(target)]
     parameters = {
         "bundle": ServerManifest.read(out / "server").bundle,
@@ -62,7 +63,8 @@ def audit_private_lora(out: Path) -> Findings:
         "group": target.group.name,
         "columns": target.group.columns,
         "rank": max(module.rank for module in target.group.modules),
-        "seed": SEED,
+        "seed": seed,
+        "scheme": SCHEME,
         "cloven": version("cloven"),
         "torch": torch.__version__,
         "masks": "drawn anew by every audit, and with them the last digits of what depends on them",

@@ -23,7 +23,7 @@ def extraction(target: Target) -> Figure:
     columns = min(target.codes.shape[1], MOST_COLUMNS)
     w = target.codes[:, :columns].double()
     x = torch.zeros(columns, target.codes.shape[1], dtype=torch.float64)
-    x[:, :columns] = torch.randn(columns, columns, dtype=torch.float64, generator=attackers_choices())
+    x[:, :columns] = torch.randn(columns, columns, dtype=torch.float64, generator=attackers_choices(target.seed))
     answers = target.honest(x)
     each = weights_per_answer(target.bits)
     series: dict[str, list[tuple[float, float]]] = {

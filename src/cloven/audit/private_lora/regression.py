@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cloven.audit.attack import Attack
-from cloven.audit.private_lora.subject import CLIENT, SCHEME, Target
+from cloven.audit.private_lora.subject import BEYOND, CLIENT, SCHEME, Target
 
 
 def explained(x: Tensor, answers: Tensor, weights: Tensor) -> float:
@@ -51,7 +51,7 @@ def regression(target: Target) -> list[Attack]:
         result.append(
             Attack(
                 f"regression_{name}",
-                SCHEME,
+                SCHEME if queries <= target.budget else BEYOND,
                 CLIENT,
                 f"1 − relative squared error of the weights, least squares on {queries} honest answers (weakened: no budget)",
                 value,

@@ -22,15 +22,16 @@ from cloven.private_lora.server import server_matrices
 from cloven.private_lora.session import client_tensors, remote_bounds
 
 SCHEME = "private-lora/lwe"
+BEYOND = "private-lora/lwe, more answers than the budget allows"
 CLIENT = "a client that wants the adapter"
 SERVER = "a server that wants the input"
 SEED = 0
 SHOWN_COLUMNS = 1024  # of wider matrices the attacks show this many: the others are alike
 
 
-def attackers_choices() -> torch.Generator:
-    """The random numbers that attackers choose, the same in every audit: no secrets."""
-    return torch.Generator().manual_seed(SEED)
+def attackers_choices(seed: int = SEED) -> torch.Generator:
+    """The random numbers that attackers choose, the same for the same seed: no secrets."""
+    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Target:
     Args:
         budget: rows that the ledger allows all clients together.
         random: of the attackers' choices; the attacks draw from it one after another.
+        seed: of these.
     """
 
     matrix: Tensor = field(repr=False)
@@ -49,6 +51,7 @@ class Target:
     bits: int
     budget: int
     random: torch.Generator = field(default_factory=attackers_choices, repr=False)
+    seed: int = SEED
 
     @property
     def codes(self) -> Tensor:
@@ -79,7 +82,7 @@ class Target:
         return pads.unmask(self.answer(pads.mask(rows))).double() / alpha
 
 
-def open_target(out: Path) -> Target:
+def open_target(out: Path, seed: int = SEED) -> Target:
     """The narrowest group: it needs the fewest answers.
 
     Args:
@@ -97,4 +100,6 @@ def open_target(out: Path) -> Target:
     ledger.close()
     index = min(range(len(client.groups)), key=lambda i: client.groups[i].columns)
     matrix = server_matrices(out / "server", server)[index]
-    return Target(matrix, tensors[hint_name(index)], client.groups[index], client.parameters, client.bits, budget)
+    return Target(
+        matrix, tensors[hint_name(index)], client.groups[index], client.parameters, client.bits, budget, attackers_choices(seed), seed
+    )

@@ -156,7 +156,9 @@ def _kept(subject: Subject) -> dict[str, str]:
     """What of the weights the trusted half keeps."""
     ranks = [member.secret_a.shape[0] for group in subject.groups for member, _ in group.parts]
     summary = subject.bundle.manifest.summary
+    exposed = {"of_the_fine_tune_exposed": f"{1 - summary['secret_energy']:.1%} of its energy"} if subject.origin == "public-base" else {}
     return {
+        **exposed,
         "kept_secret": f"{summary['secret_fraction']:.2%} of the parameters, {summary['secret_energy']:.1%} of the energy",
         "exposed_whole": f"{ranks.count(0)} of {len(ranks)} matrices",
     }

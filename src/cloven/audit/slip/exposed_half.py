@@ -8,7 +8,7 @@ Method: run the model with zero in the place of the secret part; then with a ran
 Success: the share of what the model knows of the text that is left: 1 − (L − L_model) / (L_nothing − L_model), L in nats per token,
     where "nothing" is the best guess without the matrices: the frequencies of the tokens in the text itself. Chance: 0; where the
     relative's components are taken, or the secret is a difference from a public base, what the relative knows by itself. Holds up to 2 %
-    more; broken from half of the way to the model on.
+    of the way from there to the model; broken from half of it on.
 Weakened: nothing secret: the whole model, which knows all.
 Source: the measure is ours.
 """
@@ -28,7 +28,8 @@ from cloven.audit.exposed_only import exposed_only
 from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.zoo.text import perplexity
 
-NO_BETTER = 0.02  # of what the model knows
+NO_BETTER = 0.02  # of what the model knows beyond chance
+_ROUNDING = 1e-3  # an exposed half is quantised, a relative is not
 Matrix = Callable[[AttackedGroup, int], Tensor]
 
 
@@ -96,9 +97,9 @@ def unscrambled(group: AttackedGroup, part: int) -> Tensor:
 
 
 def verdict_beside(value: float, chance: float) -> Verdict:
-    """Of shares of knowledge, where chance is what anybody has: broken from half of the way to the model on, holds up to NO_BETTER."""
-    gained = value - chance
-    return "holds" if gained <= NO_BETTER else "broken" if gained >= (1 - chance) / 2 else "measured"
+    """Of shares of knowledge, where chance is what anybody has: broken from half of the rest on, holds up to NO_BETTER of it."""
+    gained, rest = value - chance, 1 - chance
+    return "holds" if gained <= max(NO_BETTER * rest, _ROUNDING) else "broken" if gained >= rest / 2 else "measured"
 
 
 @torch.no_grad()

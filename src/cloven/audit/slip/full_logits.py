@@ -25,7 +25,7 @@ from cloven.audit.slip.subject import AttackedGroup, Subject, compared
 from cloven.audit.slip.unscrambling import MOST_PLACES, planted
 
 MOST_ROTATED = 2048  # tokens: a rotation is a matrix of its square
-_SMALL = 0.3  # of the control's rotation
+_SMALL = 0.2  # of the control's rotation
 _ADVERSARY = "A8, who sees full logits and holds the exposed half"
 
 

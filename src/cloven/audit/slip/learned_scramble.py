@@ -26,7 +26,7 @@ from cloven.audit.slip.exposed_half import knowledge
 from cloven.audit.slip.matching import Alignment, aligned_to, assigned, doubly_stochastic
 from cloven.audit.slip.scrambled import share_of
 from cloven.audit.slip.subject import AttackedGroup, Subject, compared
-from cloven.audit.slip.training import BATCH, WINDOW, Budget, Start, enough, steps_of, train
+from cloven.audit.slip.training import BATCH, WINDOW, Budget, Start, enough, few, steps_of, train
 from cloven.audit.slip.unscrambling import with_noise
 from cloven.audit.slip.weight_directions import guesses
 from cloven.slip.exposed_matrix import expose
@@ -175,8 +175,9 @@ def _attack(subject: Subject, data: Tensor, budget: Budget, progress: Progress) 
     sides = [side for group in subject.groups for side in group.exposed.shape]
     places, tokens = sum(sides), steps * BATCH * WINDOW
     chance, details = len(sides) / places, {"perplexity": runs[0].perplexity, "knowledge": knowledge(runs[0].perplexity, subject)}
-    metric = f"share of the bases of rows and columns that was learnt by gradient on {tokens:,} tokens"
+    shown = verdict_of(value, chance, places)
+    metric = f"share of the bases of rows and columns that was learnt by gradient on {tokens:,} tokens{few(shown, tokens)}"
     relative = ", who has a public relative" if subject.relative is not None and name == "learned_permutations" else ""
     adversary = f"A1, given embeddings, norms and scales, with text{relative}"
-    verdict, interval = enough(verdict_of(value, chance, places), tokens), interval_of(value, places)
+    verdict, interval = enough(shown, tokens), interval_of(value, places)
     return Attack(name, subject.scheme, adversary, metric, value, chance, weak, places, verdict, interval, details)

@@ -28,7 +28,7 @@ from cloven.audit.figure import Figure
 from cloven.audit.slip.exposed_half import NO_BETTER, as_they_lie, knowledge, nothing, unscrambled
 from cloven.audit.slip.guessed_subspace import inside_a_guess, inside_a_hole
 from cloven.audit.slip.subject import AttackedGroup, Subject
-from cloven.audit.slip.training import BATCH, WINDOW, Budget, Run, Start, enough, steps_of, train, trainable
+from cloven.audit.slip.training import BATCH, WINDOW, Budget, Run, Start, enough, few, steps_of, train, trainable
 from cloven.audit.slip.weight_directions import aligned_matrix
 from cloven.slip.layer import SplitLinear
 
@@ -145,10 +145,12 @@ def _attack(subject: Subject, name: str, run: Run, baseline: Run, control: Run, 
     value, best = (knowledge(one.perplexity, subject) for one in (run, baseline))
     weak = knowledge(control.last, subject)
     ahead = math.log(baseline.perplexity) - math.log(run.perplexity)  # nats; shares are cut off at nothing
-    no_better = ahead <= NO_BETTER * max(0.0, nothing(subject.text) - subject.nats)
-    verdict: Verdict = enough("broken" if value > (1 + best) / 2 else "holds" if no_better else "measured", tokens)
+    no_better = ahead <= NO_BETTER * max(0.0, min(nothing(subject.text), math.log(baseline.perplexity)) - subject.nats)
+    shown: Verdict = "broken" if value > (1 + best) / 2 else "holds" if no_better else "measured"
+    verdict = enough(shown, tokens)
     adversary = _ADVERSARY + (", and the scramble" if subject.scrambled and name not in _WITHOUT_KEYS else "")
     metric = f"share of the model's knowledge after training on {tokens:,} tokens; chance: the best baseline's of its kind"
+    metric += few(shown, tokens)
     details = {
         "perplexity": run.perplexity,
         "perplexity_of_the_best_baseline": baseline.perplexity,

@@ -93,6 +93,11 @@ def enough(verdict: Verdict, tokens: int) -> Verdict:
     return "measured" if verdict == "holds" and tokens < ENOUGH_TOKENS else verdict
 
 
+def few(verdict: Verdict, tokens: int) -> str:
+    """The reason for what `enough` changes, to be added to a metric."""
+    return f"; no claim on fewer than {ENOUGH_TOKENS:,} tokens" if enough(verdict, tokens) != verdict else ""
+
+
 class _Trainer:
     """A model under training."""
 

@@ -166,6 +166,7 @@ def _columns(subject: Subject) -> list[Attack]:
         weak, top = compare(*control), dict[str, float]()
         if how == "eigenvectors":
             top = {"highest_share_of_the_16_top_directions": max(shared_top(a, b) for a, b in pairs)}
+            top["chance_of_that"] = _TOP / len(pairs[0][0].basis)
         found = [(compare(a, b), len(a.basis)) for a, b in pairs]
         metric = f"share of the residual stream's basis found between matrices that read or write it, {len(pairs)} pairs"
         attacks += over_matrices(subject, f"unscramble_columns_by_{how}", "A1", metric, found, weak, top)
