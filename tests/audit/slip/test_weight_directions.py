@@ -40,9 +40,8 @@ def test_what_a_relative_gets_of_a_mixing() -> None:
     mixed, permuted = named(found, "mixing"), named(found, "permutation")
     for side in ("rows", "columns"):
         attack = mixed[f"unscramble_{side}_by_relative"]
-        assert attack.value < 0.1 and attack.weakened_value > 0.1  # rows beyond the rank have no directions
+        assert attack.value < 0.1 and attack.weakened_value > 0.93
         assert permuted[f"unscramble_{side}_by_relative"].value > 0.9
-    assert mixed["unscramble_columns_by_relative"].weakened_value > 0.8
     ours, true = aligned_matrix(subject, subject.groups[1], 0), subject.groups[1].exposed
     assert ours.shape == true.shape and torch.allclose(ours.norm(), true.norm(), rtol=0.3)
 

@@ -9,7 +9,7 @@ Method: every exposed matrix is compared with the relative's, less its own top s
     The bundle's own scramble, and permutations beside it.
 Success: the share of rows' and of columns' basis found, as for unscrambling; of places, with an interval of 95 %, where the scramble
     permutes. And the share of the model's knowledge that this model has, beyond the relative's own.
-Weakened: a near-duplicate (1 % noise) of the bundle's own matrices, under keys of its own; for the knowledge, the model itself.
+Weakened: a near-duplicate (1 % noise) of the bundle's squarest matrix, under keys of its own; for the knowledge, the model itself.
 Source: matching of weight directions with a public model is published for obfuscated weights; the alternation and the soft start are ours.
 """
 
@@ -108,7 +108,10 @@ def weight_directions(subject: Subject) -> list[Attack]:
 
 def _attacks(subject: Subject) -> list[Attack]:
     attacks, adversary = list[Attack](), "A1, who has a public relative"
-    group = next(one for one in subject.groups if max(one.exposed.shape) <= MOST_PLACES)
+    fitting = [one for one in subject.groups if max(one.exposed.shape) <= MOST_PLACES]
+    group = max(
+        fitting, key=lambda one: min(one.exposed.shape) / max(one.exposed.shape)
+    )  # of others, rows have no directions beyond the rank
     mixed = subject.scramble == "mixing"
     first, near = planted(group.exposed, group.terms, mixed=mixed)
     if mixed:  # the relative's basis is known: here the matrix's own
