@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
 from cloven.audit.slip import fractions
 from cloven.audit.slip.fractions import FRACTIONS, curve_over_fractions, spectra_figure
@@ -30,8 +31,23 @@ def test_a_relative_that_is_the_model_gives_the_secret_away() -> None:
     assert max(dict(figure.series["the relative's own part"]).values()) < 1.2 * min(dict(figure.series["the whole model"]).values())
 
 
-def test_no_curve_where_the_secret_is_a_difference() -> None:
-    assert curve_over_fractions(based_subject()) == []
+def test_the_curve_of_a_fine_tune_lies_between_the_base_and_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fractions, "FRACTIONS", (0.005, 0.4))
+    tried, put = list[list[Tensor]](), fractions._with
+    monkeypatch.setattr(fractions, "_with", lambda subject, matrices: tried.append(list(matrices)) or put(subject, matrices))
+    subject = based_subject()
+    (figure,) = curve_over_fractions(subject)
+    points, base, whole = (dict(figure.series[name]) for name in ("the exposed half", "the public base", "the whole model"))
+    assert list(points) == [0.5, 40.0] and base[0.5] == base[40.0] != whole[0.5]
+    bases = [subject.relative_weight(member) for group in subject.groups for member, _ in group.parts]
+    weights = [group.weight(part) for group in subject.groups for part in range(len(group.parts))]
+    little, much = (sum(float((m - b).square().sum()) for m, b in zip(one, bases, strict=True)) for one in tried)
+    change = sum(float((w - b).square().sum()) for w, b in zip(weights, bases, strict=True))
+    assert 0.9 * change < little < change and much < 0.5 * change  # the more is secret, the nearer to the base
+
+
+def test_no_curve_where_the_base_is_not_named() -> None:
+    assert curve_over_fractions(replace(based_subject(), relative=None)) == []
 
 
 def test_a_large_model_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:

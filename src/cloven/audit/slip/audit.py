@@ -63,7 +63,7 @@ NOT_TESTED = (
     "Network attackers, stored pads, traffic analysis, and the host of the trusted machine.",
     "Side channels of the machines: timing, memory access, power.",
     "Public relatives of the model that nobody named with --relative.",
-    "Secret fractions of a fine-tune: the curve over fractions is of private models, up to 268 million parameters.",
+    "Secret fractions of models with more than 268 million parameters, and of fine-tunes whose base is not named: they have no curve.",
 )
 
 

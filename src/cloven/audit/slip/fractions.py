@@ -2,7 +2,8 @@
 part marked.
 
 Nothing is trained, the scramble is undone and nothing is quantised: what the secret part alone withholds. In its place: zero, a random
-part of the same size, or a public relative's own; each with embeddings and norms given, and without.
+part of the same size, or a public relative's own; each with embeddings and norms given, and without. Of a fine-tune whose public base is
+named: the base with what lies beyond the secret rank of the difference.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from cloven.audit.figure import Figure
 from cloven.audit.slip.exposed_half import random_secret, relatives_secret, without_gifts
+from cloven.audit.slip.null_space import without_top
 from cloven.audit.slip.subject import Subject
 from cloven.slip.decomposition import allocate_ranks, spectrum, split
 from cloven.zoo.text import perplexity
@@ -29,17 +31,19 @@ _POINTS = 200
 def curve_over_fractions(subject: Subject) -> list[Figure]:
     """Perplexity of the exposed half against the secret fraction.
 
-    None for large models, nor where the secret is a difference from a base.
+    None for large models, nor where the secret is a difference from a base that is not named, or exactly an adapter.
     """
-    if subject.origin != "private":
+    if subject.origin != "private" and (subject.origin != "public-base" or subject.relative is None):
         return []
     weights = [group.weight(part) for group in subject.groups for part in range(len(group.parts))]
     if sum(weight.numel() for weight in weights) > MOST_ENTRIES:
         return []
-    spectra = [spectrum(weight) for weight in weights]
-    shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
-    stream = subject.stream("fractions")
     members = [member for group in subject.groups for member, _ in group.parts]
+    shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
+    if subject.origin == "public-base":
+        return [_of_a_fine_tune(subject, weights, [subject.relative_weight(member) for member in members], shapes)]
+    spectra = [spectrum(weight) for weight in weights]
+    stream = subject.stream("fractions")
     series: dict[str, list[tuple[float, float]]] = {}
     for fraction in FRACTIONS:
         ranks = allocate_ranks(spectra, shapes, fraction)
@@ -72,6 +76,21 @@ def curve_over_fractions(subject: Subject) -> list[Figure]:
             "training makes of it is another figure.",
         )
     ]
+
+
+def _of_a_fine_tune(subject: Subject, weights: list[Tensor], bases: list[Tensor], shapes: list[tuple[int, int]]) -> Figure:
+    changes = [weight - base for weight, base in zip(weights, bases, strict=True)]
+    spectra, points = [spectrum(change) for change in changes], list[tuple[float, float]]()
+    for fraction in FRACTIONS:
+        ranks = allocate_ranks(spectra, shapes, fraction)
+        exposed = [base + without_top(change, k).float() for base, change, k in zip(bases, changes, ranks, strict=True)]
+        points.append((100 * fraction, perplexity(_with(subject, exposed), subject.text)))
+    assert subject.relative is not None
+    flat = {"the public base": perplexity(subject.relative, subject.text), "the whole model": math.exp(subject.nats)}
+    series = {"the exposed half": points} | {name: [(100 * fraction, y) for fraction in FRACTIONS] for name, y in flat.items()}
+    note = "A fine-tune's exposed half, with its embeddings and norms, for other secret fractions. Nearer to the base's is safer."
+    x, y = "secret fraction, % of the parameters", "perplexity"
+    return Figure("fractions", "What the secret fraction buys", x, y, series, log_x=True, log_y=True, note=note)
 
 
 def _with(subject: Subject, matrices: Sequence[Tensor]) -> PreTrainedModel:
