@@ -535,7 +535,7 @@ def of_version(version: int) -> Callable[[list[bytes]], list[list[bytes]]]:
     return answer
 
 
-@pytest.mark.parametrize("version", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("version", [2, pytest.param(5, marks=pytest.mark.long)])
 def test_a_worker_of_another_version(
     version: int, farm: Farm, socket_folder: Path, context: zmq.Context[zmq.Socket[bytes]], cloven_here: Command, impatient: None
 ) -> None:
