@@ -5,7 +5,6 @@
     │   ├── UnsupportedModel      the model has layers that cannot be protected
     │   └── BadBundle             a bundle directory is missing, incomplete or of another version
     ├── RunError                  something failed while running                    exit 1
-    │   ├── Interrupted           by a signal, and the same command goes on                exit 130
     │   ├── NotAttached           a split model was called without a worker
     │   ├── WorkerUnreachable     nobody answers at the address
     │   ├── WorkerTimeout         an answer did not come in time
@@ -15,6 +14,7 @@
     │   ├── StoreUnusable         a pad store is missing, corrupt, a copy, restored, or of another machine or bundle
     │   ├── StoreEmpty            a pad store has run dry
     │   └── SessionClosed         the session has ended, and why
+    ├── Interrupted               by the user, and the same command goes on         exit 130
     └── SecurityError             somebody may be cheating                          exit 3
         ├── VerificationFailed    an answer or a pad failed its Freivalds check
         ├── TamperedBundle        bytes differ from what the manifest promises
@@ -52,7 +52,7 @@ class RunError(ClovenError):
     """Something failed while running."""
 
 
-class Interrupted(RunError):
+class Interrupted(ClovenError):
     """By the user; nothing is lost."""
 
     exit_code = 130

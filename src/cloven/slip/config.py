@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cloven.errors import BadInput
-from cloven.slip.mixing import ROUNDS
 
 ORIGINS = ("private", "public-base", "adapter")
 INSECURE_SCRAMBLE = (
     "INSECURE: scramble {}: whoever holds the exposed half reads it as it is, or with a little knowledge. "
     "`cloven audit` shows what that is worth."
 )
-SCRAMBLES = {"mixing": ROUNDS, "permutation": 0, "none": 0}  # rounds of mixing
+SCRAMBLES = {"mixing": 3, "permutation": 0, "none": 0}  # rounds of mixing
 PRECISIONS = {"int8": 1, "int8x2": 2}  # number of int8 terms of the exposed matrices
 
 

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from cloven.field.hadamard import Rows, transform_, turn
 from cloven.field.prg import SecretStream
+from cloven.slip.config import SCRAMBLES
 
-ROUNDS = 3
+ROUNDS = SCRAMBLES["mixing"]
 COLUMNS, ROWS = 0, 1  # the round with the sizes, for what multiplies a matrix's columns, and its rows
 SPREAD = 0.5  # of the sizes' logarithms, up and down
 _ENTRIES = 2**15  # of float64, at a time

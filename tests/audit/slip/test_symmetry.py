@@ -12,7 +12,7 @@ from tests.audit.slip.subjects import demo_subject, tiny_subject
 def test_the_bundle_shows_no_symmetry() -> None:
     subject = demo_subject()
     (attack,) = mixing_symmetry(replace(subject, groups=subject.groups[-1:]))  # lm_head: the longest
-    assert attack.verdict != "broken" and attack.value < 0.06 and attack.details["highest_symmetry"] < 0.12
+    assert attack.verdict != "broken" and attack.value < 0.06 and attack.details["highest_symmetry"] < 0.18
     assert attack.weakened_value > 0.95 and attack.tries == 256 and 0 < attack.chance < 0.06
 
 
