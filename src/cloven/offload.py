@@ -135,7 +135,7 @@ class OffloadedMatrix:
         """The same with one native call before the exchange and one after it, and x and W x in the holder's own basis.
 
         Args:
-            x: [M, K], float32 or bfloat16, dense; of float64 and numbers the protocol sees the same.
+            x: [M, K], float32 or bfloat16, dense.
             total: float32 [M, N], to which W x is added; `meanwhile` may fill it.
             out: [M, N], float32 or bfloat16, for the sum.
 

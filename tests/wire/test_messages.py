@@ -28,7 +28,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Multiply, NUMBER, BUNDLES, NUMBER, ROWS),
     st.builds(Product, NUMBER, ROWS),
     st.builds(Serve, NUMBER, BUNDLES),
-    st.builds(Serving, NUMBER, st.integers(0, 1)),
+    st.builds(Serving, NUMBER, NUMBER),
     st.builds(ErrorAnswer, NUMBER, st.sampled_from(ERROR_CODES), TEXT),
 )
 EXAMPLES: dict[str, Any] = {
@@ -39,7 +39,7 @@ EXAMPLES: dict[str, Any] = {
     "error": ErrorAnswer(0, "size", "a payload of 3 bytes"),
     "lane": AskLane(5, BUNDLE),
     "serve": Serve(6, BUNDLE),
-    "serving": Serving(6, 1),
+    "serving": Serving(6, 16),
     "laned": Laned(5, "cloven-" + "0f" * 16),
 }
 VECTORS: dict[str, str] = json.loads((Path(__file__).parents[1] / "vectors" / "messages.json").read_text(encoding="utf-8"))

@@ -178,6 +178,19 @@ def test_with_a_transcript_python_answers(folder: Path) -> None:
     assert group == 0 and torch.equal(rows, c)
 
 
+def test_more_rows_than_are_served_have_a_header(channel: Channel, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another back end is faster for many."""
+    assert worker._products is not None
+    monkeypatch.setattr(worker._products, "most", 2)
+    channel.hello()  # says so
+    c, sent = random_residues(3, 16, 5), list[int]()
+    raw = channel._lane.raw
+    monkeypatch.setattr(channel._lane, "raw", lambda lane, x, out, deadline: sent.append(len(out)) or raw(lane, x, out, deadline))
+    for rows in (2, 3, 1):
+        assert torch.equal(asked(channel, 0, c[:rows]), python_product(c[:rows], GROUPS[0]))
+    assert sent == [2, 1]
+
+
 def test_which_matrices_are_served() -> None:
     wide = PlacedMatrix(torch.zeros(2, MAX_INNER + 1, dtype=torch.int8), 2, MAX_INNER + 1)
     backend = select_backend("cpu")

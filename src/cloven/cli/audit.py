@@ -135,8 +135,10 @@ def _require_place(place: Path, out: Path) -> None:
     try:
         if place.is_symlink() or (place.exists() and not place.is_file()):
             raise wrong
-        if place.exists() and _TITLE not in place.read_bytes()[:1000]:
-            raise BadInput(f"{place} exists and is no report: it is not overwritten")
+        if place.exists():
+            with place.open("rb") as file:
+                if _TITLE not in file.read(1000):
+                    raise BadInput(f"{place} exists and is no report: it is not overwritten")
         with tempfile.TemporaryFile(dir=place.parent):
             pass
     except OSError as error:

@@ -102,7 +102,7 @@ class SplitGroup:
         self.index, self.members = index, members
         self.name = _join_names([member.name for member in members])
         self._product: Product | None = None
-        self._fused: Fused | None = None
+        self._fused: tuple[Fused, FusedExchange] | None = None
         self._shared = SharedInput(self._compute)
         for position, member in enumerate(members):
             member.group, member.position = self, position
@@ -132,11 +132,10 @@ class SplitGroup:
             stages = torch.cat([gather, leader.mixing_gather]), torch.cat([scale, leader.mixing_scale])
             self._one_term = stages[0].numpy(), stages[1].numpy()
         kernels = kernels_in_use()
-        self._fused = fused if self._one_term is not None and kernels is not None else None
-        if self._fused is not None:
-            assert kernels is not None and self._one_term is not None
+        self._fused = None
+        if fused is not None and kernels is not None and self._one_term is not None:
             blocks = block_of(leader.in_features), block_of(self._one_term[0].shape[1])
-            self._passes = FusedExchange(kernels, self._columns, self._one_term, blocks)
+            self._fused = fused, FusedExchange(kernels, self._columns, self._one_term, blocks)
         self._product = product
 
     def stages(self) -> tuple[tuple[Places, Units], tuple[Places, Units]]:
@@ -146,7 +145,7 @@ class SplitGroup:
 
     def passes(self) -> FusedExchange | None:
         """The passes before and after an exchange, where they are fused: for measurements."""
-        return self._passes if self._fused is not None else None
+        return self._fused[1] if self._fused is not None else None
 
     def output(self, position: int, x: Tensor) -> Tensor:
         """The output of one member; the first sibling to be called computes for all."""
@@ -170,8 +169,10 @@ class SplitGroup:
                 part.copy_(member.trusted_part(rows32))
 
         outputs = torch.empty(total.shape, dtype=x.dtype)
-        if self._fused is not None and x.dtype in KINDS and self._fused(rows.contiguous(), self._passes, total, outputs, meanwhile):
-            return self._split(outputs, widths, x)
+        if self._fused is not None and x.dtype in KINDS:
+            fused, passes = self._fused
+            if fused(rows.contiguous(), passes, total, outputs, meanwhile):
+                return self._split(outputs, widths, x)
         y = self._product(self._scrambled(rows), meanwhile)  # [M, T·N]
         if self._one_term is not None:
             turn_onto(y.numpy(), self._one_term, total, outputs)

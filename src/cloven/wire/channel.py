@@ -190,6 +190,7 @@ class Channel:
         path = self.address.path if keys is None else None  # a lane would go round CURVE
         self._lane = LaneClient(path.parent if path is not None else None)
         self._serving_at = self._unserved = _NEVER
+        self._most = 0
         self._handshake_failures = 0
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -218,7 +219,7 @@ class Channel:
         if self._lane.possible:
             self._join_lane()
             if self._schema is WORKER:
-                self._asked_to_serve()
+                self._most_served()
         return welcome.groups
 
     def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
@@ -410,7 +411,7 @@ class Channel:
     def _served(self, layer: str, group: int, c: Tensor, columns_out: int, own: _OwnWork) -> Tensor | None:
         """The product by a call without a header; None where there is none for it, or nothing came: then it needs a header."""
         rows, c = c.shape[0], c.contiguous()
-        if self._lane.wanted or not self._lane.fits_raw(c.nbytes, 4 * rows * columns_out) or not self._asked_to_serve():
+        if self._lane.wanted or not self._lane.fits_raw(c.nbytes, 4 * rows * columns_out) or rows > self._most_served():
             return None
         sent, z = time.monotonic(), torch.empty(rows, columns_out, dtype=torch.int32)
         with self._lock:
@@ -433,19 +434,19 @@ class Channel:
             raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: an entry of the payload is no residue")
         return z
 
-    def _asked_to_serve(self) -> bool:
-        """Whether the worker serves products without headers, over this lane and since the last message with one: it is asked to."""
+    def _most_served(self) -> int:
+        """How many rows the worker multiplies without a header, over this lane and since the last message with one: it is asked."""
         if self._lane.generation < 0:
-            return False
+            return 0
         if self._lane.generation != self._serving_at and self._lane.number != self._unserved:
             request = Serve(self.next_id(), self.bundle)
-            ready = self.exchange(
-                "serve", request, [], lambda message, _: message.ready if isinstance(message, Serving) else None, expected=0
+            self._most = self.exchange(
+                "serve", request, [], lambda message, _: message.most if isinstance(message, Serving) else None, expected=0
             )
             self._serving_at = self._lane.generation
-            if not ready:
+            if not self._most:
                 self._unserved = self._lane.number
-        return self._lane.number != self._unserved
+        return self._most if self._lane.number != self._unserved else 0
 
     @property
     def lane_generation(self) -> int:

@@ -1,11 +1,12 @@
 """The worker's messages: see `cloven.wire.schema` for what all wires share.
 
     multiply  {v, type, id, bundle, group, rows} + c      -> product {v, type, id, rows} + z
-    serve     {v, type, id, bundle}                       -> serving {v, type, id, ready}
+    serve     {v, type, id, bundle}                       -> serving {v, type, id, most}
 
 c is [rows, K] and z is [rows, N]: int32, little-endian, row-major, centred residues. Every request names its bundle and is complete in
 itself: the worker keeps no state between requests, and a worker that was restarted goes on where it stopped. After `serving` with
-`ready` = 1, sent over a lane, products are asked for there without headers (`cloven.worker.lane_products`), until another message comes.
+`most` > 0, sent over a lane, products of up to so many rows are asked for there without headers (`cloven.worker.lane_products`), until
+another message comes.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ class Serve:
 
 @dataclass(frozen=True)
 class Serving:
-    """Whether they are served: 1 or 0."""
+    """How many rows may be asked for at once; 0: none."""
 
     id: int
-    ready: int
+    most: int
 
 
 Message = Hello | Welcome | Multiply | Product | Serve | Serving | ErrorAnswer
 
 
 def _valid(name: str, value: object) -> bool:
-    return valid_count(value, lowest=1 if name == "rows" else 0) and (name != "ready" or value in (0, 1))  # group, rows, ready
+    return valid_count(value, lowest=1 if name == "rows" else 0)  # group, rows, most
 
 
 WORKER = Schema({"multiply": Multiply, "product": Product, "serve": Serve, "serving": Serving}, (Multiply, Product), _valid)

@@ -26,6 +26,7 @@ from cloven.wire.lane import Lane
 _INTERFACE = 1
 _LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
 _NOT_YET = 0
+_ANY = 2**31 - 1  # rows
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -64,9 +65,11 @@ class LaneProducts:
     Args:
         kernels: the compiled kernels.
         groups: the matrices by group number; they must outlive this. Those that the kernels do not take are left out: Python answers.
+        most: rows of a request, at most: for more another back end is faster.
     """
 
-    def __init__(self, kernels: Kernels, groups: Sequence[PlacedMatrix | None]) -> None:
+    def __init__(self, kernels: Kernels, groups: Sequence[PlacedMatrix | None], most: int) -> None:
+        self.most = most
         self._groups = groups
         self._matrices = (_Matrix * len(groups))(*(_described(w) for w in groups))
         self._serving = _Serving(ctypes.addressof(self._matrices), len(groups), kernels.product_address, kernels.best)
@@ -74,7 +77,7 @@ class LaneProducts:
     @classmethod
     def of(cls, backend: Backend, groups: Sequence[PlacedMatrix | None]) -> LaneProducts | None:
         """For a back end's matrices; None where it, or the loop, is not compiled."""
-        return cls(backend.kernels, groups) if isinstance(backend, Native) and library() is not None else None
+        return cls(backend.kernels, groups, backend.most or _ANY) if isinstance(backend, Native) and library() is not None else None
 
     def serve(self, lane: Lane, going_on: Callable[[], bool], count: Callable[[int, int], None]) -> None:
         """Answer what comes over the lane, until something else comes, or `going_on` says no.

@@ -1,7 +1,8 @@
 """The worker's service: answers `multiply` requests of any number of sessions, and lives on whatever it receives.
 
 It keeps no state between requests, so a restarted worker goes on at once, and a repeated request gets the same answer. It logs counts
-only. Its transport key is its only secret. One request is computed at a time, with all threads of the machine.
+only. Its transport key is its only secret. One request with a header is computed at a time, with all threads of the machine; lanes that are
+served without headers share these.
 """
 
 from __future__ import annotations
@@ -97,11 +98,12 @@ class Worker(Server):
         products = self._products
         if products is None:
             return no()
-        return Handover([pack(Serving(request, 1))], lambda lane, going_on: products.serve(lane, going_on, self._count), no)
+        return Handover([pack(Serving(request, products.most))], lambda lane, going_on: products.serve(lane, going_on, self._count), no)
 
     def _count(self, answers: int, rows: int) -> None:
-        self.answered += answers
-        self._rows += rows
+        with self._one_at_a_time:
+            self.answered += answers
+            self._rows += rows
 
     def _require_bundle(self, message: Message) -> None:
         if isinstance(message, Hello | Multiply | Serve) and message.bundle != self.matrices.bundle:

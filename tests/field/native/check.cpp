@@ -1,5 +1,6 @@
 // The kernels against slow products and single steps, for the sanitizers: every kernel, sizes around the vector widths, several threads, extremes.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -7,6 +8,8 @@
 #include <random>
 #include <thread>
 #include <vector>
+
+#include "exchange.cpp"
 
 extern "C" int cloven_kernel();
 extern "C" int cloven_product(const std::int32_t*, std::int64_t, std::int64_t, const std::int8_t*, std::int64_t, std::int64_t,
@@ -111,8 +114,47 @@ int wrong_rows(std::int64_t m, std::int64_t n, std::int64_t k, unsigned seed) {
 
 }  // namespace
 
+// The two fused calls on stages that change nothing, with a test that everything passes, and one that nothing does.
+int wrong_exchange(std::int64_t m, std::int64_t k, std::int64_t n, int kind, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<std::int32_t> columns(k), rows(n), mask(m * k), c(m * k), z(m * n), image(m * n), test(2 * (n + k), 0);
+  for (std::int64_t i = 0; i < k; ++i) columns[i] = static_cast<std::int32_t>(i);
+  for (std::int64_t i = 0; i < n; ++i) rows[i] = static_cast<std::int32_t>(i);
+  for (auto& value : mask) value = static_cast<std::int32_t>(random() % 1000) - 500;
+  for (auto& value : image) value = static_cast<std::int32_t>(random() % 1000) - 500;
+  const std::vector<float> ones(k > n ? k : n, 1.0f), total(m * n, 0.5f);
+  std::vector<double> alpha(m);
+  const Exchange exchange{{k, 1, 1, 1.0, columns.data(), ones.data()}, {n, 1, 1, 1.0, rows.data(), ones.data()}};
+  std::vector<float> x(m * k, 1.0f), out(m * n, 7.0f);
+  std::vector<std::uint16_t> half(m * k, 0x3f80);
+  const void* from = kind == 1 ? static_cast<const void*>(x.data()) : half.data();
+  if (cloven_ask(&exchange, from, kind, m, 1e6, mask.data(), c.data(), alpha.data(), 2) != 0) return 1;
+  int bad = 0;
+  for (std::int64_t i = 0; i < m * k; ++i) bad += c[i] != mask[i] + static_cast<std::int32_t>(std::rint(alpha[i / k]));
+  for (std::int64_t i = 0; i < m * n; ++i) z[i] = image[i] + static_cast<std::int32_t>(i % 100);
+  const auto told = [&] {
+    return cloven_told(&exchange, test.data(), z.data(), c.data(), image.data(), m, alpha.data(), total.data(), out.data(), 1, 2);
+  };
+  if (told() != 0) return bad + 1;
+  for (std::int64_t i = 0; i < m * n; ++i) bad += out[i] != static_cast<float>((i % 100) / alpha[i / n] + 0.5);
+  test[n] = 1;  // c[0] of a row is not zero
+  for (std::int64_t row = 0; row < m; ++row) c[row * k] = 1;
+  std::fill(out.begin(), out.end(), 7.0f);
+  bad += told() != m + 1;
+  for (const float value : out) bad += value != 7.0f;
+  x[0] = INFINITY;
+  bad += cloven_ask(&exchange, x.data(), 1, m, 1e6, mask.data(), c.data(), alpha.data(), 2) != 2;
+  columns[0] = static_cast<std::int32_t>(k);  // no such place
+  bad += cloven_ask(&exchange, x.data(), 1, m, 1e6, mask.data(), c.data(), alpha.data(), 2) != 1;
+  return bad;
+}
+
 int main() {
   int bad = 0, done = 0;
+  for (std::int64_t k : {1, 7, 64, 700})
+    for (std::int64_t n : {1, 9, 300})
+      for (std::int64_t m : {1, 5, 90})
+        for (int kind : {1, 2}) bad += wrong_exchange(m, k, n, kind, static_cast<unsigned>(k + n + m)), ++done;
   unsigned seed = 0;
   for (int kernel = 0; kernel <= cloven_kernel(); ++kernel) {
     for (std::int64_t k : {1, 2, 63, 64, 65, 200})

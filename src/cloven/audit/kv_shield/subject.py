@@ -4,7 +4,7 @@ In layer 0, v is a function of the token alone:
 
     v_t = W_v norm(E_t),       a table of one row per token of the vocabulary and kv head.
 
-The rows are keyed here as the enclave keys them, under keys that every audit draws anew.
+The rows are keyed here as the enclave keys them, under keys that follow from the audit's seed.
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ struct Side {
 };
 
 struct Exchange {
-  Side in, out;   // of x [m, in.n], and of the answer [m, out.n]
-  double bound;   // α = bound / ‖x‖
+  Side in, out;  // of x [m, in.n], and of the answer [m, out.n]
 };
 
 }  // extern "C"
@@ -68,7 +67,7 @@ void widen(const void* x, int kind, i64 count, double* out) {
     }
 }
 
-int ask(const Exchange& e, const void* x, int kind, i64 m, const std::int32_t* mask, std::int32_t* c, double* alpha, int threads) {
+int ask(const Exchange& e, const void* x, int kind, i64 m, double bound, const std::int32_t* mask, std::int32_t* c, double* alpha, int threads) {
   thread_local Memory memory;
   const i64 k = e.in.n;
   double* rows = at_least(memory.rows, m, k);
@@ -76,7 +75,7 @@ int ask(const Exchange& e, const void* x, int kind, i64 m, const std::int32_t* m
   std::int32_t *whole = at_least(memory.whole, m, k), *found = at_least(memory.found, m, 1);
   widen(x, kind, m * k, rows);
   if (cloven_turn(rows, m, k, e.in.block, e.in.scale, e.in.stages, e.in.gather, e.in.units, 0, nullptr, turned, 0, threads)) return kRefused;
-  if (cloven_encode(turned, m, k, e.bound, whole, alpha, found, threads)) return kRefused;
+  if (cloven_encode(turned, m, k, bound, whole, alpha, found, threads)) return kRefused;
   for (i64 i = 0; i < m; ++i)
     if (found[i]) return kNotFinite;
   return cloven_add(whole, mask, m, k, 1, c, threads);
@@ -101,13 +100,13 @@ int told(const Exchange& e, std::int32_t* test, const std::int32_t* z, const std
 
 // All arrays are dense.
 
-// c [m, k] and alpha [m] from x [m, k] (kind 1: float32, 2: bfloat16) and mask [m, k]. Returns 0; 1 if the arguments are out of range or memory
+// c [m, k] and alpha [m], bound / ‖x‖, from x [m, k] (kind 1: float32, 2: bfloat16) and mask [m, k]. Returns 0; 1 if the arguments are out of range or memory
 // is short; 2 if a row is not finite.
-CLOVEN_API int cloven_ask(const Exchange* exchange, const void* x, int kind, i64 m, const std::int32_t* mask, std::int32_t* c, double* alpha,
-                          int threads) {
+CLOVEN_API int cloven_ask(const Exchange* exchange, const void* x, int kind, i64 m, double bound, const std::int32_t* mask, std::int32_t* c,
+                          double* alpha, int threads) {
   if (m < 1 || kind < 1 || kind > 2) return kRefused;
   try {
-    return ask(*exchange, x, kind, m, mask, c, alpha, threads);
+    return ask(*exchange, x, kind, m, bound, mask, c, alpha, threads);
   } catch (...) {
     return kRefused;
   }

@@ -28,7 +28,7 @@ class _Side(ctypes.Structure):
 
 
 class _Exchange(ctypes.Structure):
-    _fields_ = (("inwards", _Side), ("outwards", _Side), ("bound", _D))
+    _fields_ = (("inwards", _Side), ("outwards", _Side))
 
 
 class FusedExchange:
@@ -60,8 +60,7 @@ class FusedExchange:
         if not fits or mask.dtype != torch.int32 or not (x.is_contiguous() and mask.is_contiguous()):
             raise ValueError(f"rows {tuple(x.shape)}, {x.dtype}, and masks {tuple(mask.shape)} do not fit [{self.rows}, {self.columns}]")
         c, alpha = torch.empty_like(mask), torch.empty(len(x), 1, dtype=torch.float64)
-        self._exchange.bound = bound
-        arguments = (x.data_ptr(), KINDS[x.dtype], len(x), mask.data_ptr(), c.data_ptr(), alpha.data_ptr())
+        arguments = (x.data_ptr(), KINDS[x.dtype], len(x), bound, mask.data_ptr(), c.data_ptr(), alpha.data_ptr())
         ended = self._kernels.ask(self._address, *arguments, torch.get_num_threads())
         if ended == _NOT_FINITE:
             return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 KERNELS = "CLOVEN_KERNELS"  # native, or torch
-INTERFACE = 6  # of the library: what its functions take
+INTERFACE = 7  # of the library: what its functions take
 KINDS = {torch.float32: 1, torch.bfloat16: 2}  # of a sum
 Rows = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int32]
@@ -49,7 +49,7 @@ class Kernels:
         library.cloven_decode.argtypes = [pointer, integer, integer, pointer, pointer, number]
         library.cloven_check.argtypes = [pointer, pointer, pointer, integer, integer, integer, pointer, number]
         library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
-        library.cloven_ask.argtypes = [pointer, pointer, number, integer, pointer, pointer, pointer, number]
+        library.cloven_ask.argtypes = [pointer, pointer, number, integer, ctypes.c_double, pointer, pointer, pointer, number]
         library.cloven_told.argtypes = [*(pointer,) * 5, integer, pointer, pointer, pointer, number, number]
         library.cloven_ask.restype = library.cloven_told.restype = ctypes.c_int
         self._library, self.ask, self.told = library, library.cloven_ask, library.cloven_told

@@ -30,7 +30,7 @@ class Native:
         self.kernels, self._many = kernels, many
         self.name = f"native-{KERNEL_NAMES[kernels.best]}+{many.name}"
         self.device = many.device
-        self._most = None if kernels.best >= _MATRIX_UNIT else FEW_ROWS
+        self.most = None if kernels.best >= _MATRIX_UNIT else FEW_ROWS  # rows that the kernels are best for
 
     def place(self, codes: Tensor) -> PlacedMatrix:
         """As the other back end does."""
@@ -38,7 +38,7 @@ class Native:
 
     def product(self, c: Tensor, w: PlacedMatrix) -> Tensor | None:
         """See `Backend.product`: from a kernel, or none."""
-        fits = 0 < c.shape[0] <= (self._most or c.shape[0]) and w.columns <= MAX_INNER and w.codes.stride(1) == 1
+        fits = 0 < c.shape[0] <= (self.most or c.shape[0]) and w.columns <= MAX_INNER and w.codes.stride(1) == 1
         return self.kernels.product(c, w.codes) if fits else None
 
     def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
