@@ -9,7 +9,7 @@ import pytest
 import zmq
 from torch import nn
 
-from cloven.errors import BadInput, RunError, SessionClosed, VerificationFailed
+from cloven.errors import BadInput, PadMisuse, RunError, SessionClosed, VerificationFailed
 from cloven.model.runtime import RuntimeOptions, Session, open_channel, session_of
 from cloven.telemetry import Telemetry
 from cloven.wire.channel import Channel
@@ -58,6 +58,24 @@ def test_actions_run_once_last_first(session: Session) -> None:
     session.close()
     session.close("again")
     assert order == [2, 1, 0] and session.closed
+
+
+def test_a_pad_that_is_missing_because_another_thread_ended_the_session_says_why(session: Session) -> None:
+    def meanwhile_closed() -> None:
+        session.close("a record of the store is damaged")  # by the thread that reads ahead
+        raise PadMisuse("the pad store is closed")
+
+    with pytest.raises(SessionClosed, match="has ended: a record of the store is damaged"):
+        session.guarded(meanwhile_closed)
+
+
+def test_a_misused_pad_ends_the_session(session: Session) -> None:
+    def misused() -> None:
+        raise PadMisuse("a pad masks once")
+
+    with pytest.raises(PadMisuse, match="a pad masks once"):
+        session.guarded(misused)
+    assert session.closed
 
 
 def test_guarded_passes_results_and_other_errors_through(session: Session) -> None:

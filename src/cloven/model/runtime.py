@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from cloven.errors import BadInput, SecurityError, SessionClosed
+from cloven.errors import BadInput, PadMisuse, SecurityError, SessionClosed
 from cloven.telemetry import LayerStatistics, Telemetry
 from cloven.wire.channel import Channel, checked_rtt
 from cloven.wire.keys import trusted_keys
@@ -155,12 +155,20 @@ class Session:
     def guarded(self, operation: Callable[[], _T]) -> _T:
         """Run an operation of the open session; a security failure ends the session before it is raised."""
         if self._reason is not None:
-            raise SessionClosed(f"the session with {self.channel.address} has ended: {self._reason}")
+            raise self._ended()
         try:
             return operation()
+        except PadMisuse as error:
+            if self._reason is not None:  # another thread has ended the session meanwhile, and destroyed the keys: that is why
+                raise self._ended() from error
+            self.close(str(error))
+            raise
         except SecurityError as error:
             self.close(str(error))
             raise
+
+    def _ended(self) -> SessionClosed:
+        return SessionClosed(f"the session with {self.channel.address} has ended: {self._reason}")
 
     def close(self, reason: str = CLOSED) -> None:
         """End the session; secrets are dropped, the model can be attached again."""
