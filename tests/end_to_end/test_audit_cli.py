@@ -19,7 +19,14 @@ from tests.end_to_end.commands import Command, one_line
 from tests.split_models import tiny_bundle
 
 KEYS = {"name", "scheme", "adversary", "metric", "value", "chance", "weakened_value", "tries", "verdict", "interval", "details"}
-SECRETS = {"transcript_uniform", "transcript_repeated_prompt", "transcript_neighbours", "plaintext_adjacency", "liar"}  # fresh at every run
+SECRETS = {
+    "transcript_uniform",
+    "transcript_repeated_prompt",
+    "transcript_neighbours",
+    "plaintext_adjacency",
+    "liar",
+    "liar_in_session",
+}  # fresh at every run
 
 
 @pytest.fixture
@@ -51,8 +58,8 @@ def test_what_is_printed_and_the_same_numbers_for_one_seed(
     assert "Recovery by training" in text and "http" not in text.replace("http://www.w3.org/", "")
     page.unlink()
     # the same seed, nothing trained, none of the attacks with a worker, whose numbers are fresh at every run; a report elsewhere
-    seeded = tuple(one for one in module.ATTACKS if one.__name__ not in ("plaintext_adjacency", "transcripts", "liars"))
-    assert len(seeded) == len(module.ATTACKS) - 3
+    seeded = tuple(one for one in module.ATTACKS if one.__name__ not in ("plaintext_adjacency", "transcripts", "liars", "lies_in_sessions"))
+    assert len(seeded) == len(module.ATTACKS) - 4
     monkeypatch.setattr(module, "ATTACKS", seeded)
     outcome = cloven_here("audit", str(out), "--budget-minutes", "0", "--seed", "3", "--json", "--report", str(elsewhere))
     assert elsewhere.exists() and not page.exists() and outcome.code == 0, outcome.err

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from cloven.audit.slip import fractions
-from cloven.audit.slip.fractions import FRACTIONS, curve_over_fractions, spectra_figure
+from cloven.audit.slip.fractions import FRACTIONS, curve_over_fractions, spectra_figures
 from cloven.zoo.text import perplexity
 from tests.audit.slip.subjects import based_subject, demo_subject
 from tests.split_models import demo_model
@@ -56,9 +56,11 @@ def test_a_large_model_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_singular_values_with_the_secret_part_marked() -> None:
-    (figure,) = spectra_figure(demo_subject())
+    figures = spectra_figures(demo_subject())
+    figure = figures[0]
     model, exposed = (dict(figure.series[name]) for name in ("the model's", "the exposed half's"))
-    assert figure.mark is not None and figure.mark > 1
+    marks = [one.mark or 0.0 for one in figures]
+    assert len({one.name for one in figures}) == len(figures) == 4 and marks == sorted(marks, reverse=True) and marks[-1] > 1
     assert model[1.0] > 1.5 * exposed[1.0]  # the top is gone, and the hole is filled
     assert 0.5 < min(exposed.values()) / min(model.values()) < 2
 
@@ -68,4 +70,4 @@ def test_nothing_secret_nothing_marked() -> None:
     member = subject.groups[0].parts[0][0]
     assert member.secret_a.shape[0] >= 0
     without = [group for group in subject.groups if all(not part.secret_a.shape[0] for part, _ in group.parts)]
-    assert not without or spectra_figure(replace(subject, groups=tuple(without))) == []
+    assert not without or spectra_figures(replace(subject, groups=tuple(without))) == []

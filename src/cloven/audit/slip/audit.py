@@ -18,11 +18,12 @@ from cloven.audit.attack import Attack, controlled
 from cloven.audit.figure import Figure
 from cloven.audit.findings import Findings
 from cloven.audit.slip.exposed_half import exposed_half, knowledge, nothing
-from cloven.audit.slip.fractions import curve_over_fractions, spectra_figure
+from cloven.audit.slip.fractions import curve_over_fractions, spectra_figures
 from cloven.audit.slip.full_logits import full_logits
 from cloven.audit.slip.known_columns import known_columns
 from cloven.audit.slip.learned_scramble import learned_scramble
 from cloven.audit.slip.liars import liars
+from cloven.audit.slip.lying_worker import lies_in_sessions
 from cloven.audit.slip.matching import assigned
 from cloven.audit.slip.null_space import null_space
 from cloven.audit.slip.plaintext_adjacency import plaintext_adjacency
@@ -31,6 +32,7 @@ from cloven.audit.slip.subject import Subject, open_subject
 from cloven.audit.slip.symmetry import mixing_symmetry
 from cloven.audit.slip.training import MOST_SEQUENCES, WINDOW, Budget, TooLittleTime, training_text
 from cloven.audit.slip.transcripts import transcripts
+from cloven.audit.slip.unscrambled_model import unscrambled_by_embeddings
 from cloven.audit.slip.unscrambling import unscrambling
 from cloven.audit.slip.weight_directions import weight_directions
 from cloven.errors import RunError
@@ -40,6 +42,7 @@ ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
     exposed_half,
     null_space,
     unscrambling,
+    unscrambled_by_embeddings,
     known_columns,
     mixing_symmetry,
     weight_directions,
@@ -47,6 +50,7 @@ ATTACKS: tuple[Callable[[Subject], list[Attack]], ...] = (
     plaintext_adjacency,
     transcripts,
     liars,
+    lies_in_sessions,
 )
 ORDERING = 0.25  # of the time, for scrambles learned by gradient
 _TOO_LARGE, _NO_SCRAMBLE = "its matrices are too large, or too few", "the bundle has no scramble"
@@ -120,7 +124,7 @@ def audit_slip(
         if not found:
             skipped.append(f"{name}: {_why_not(subject, attack)}.")
     progress("curves", 0, 1)
-    figures = [*spectra_figure(subject), *curve_over_fractions(subject)]
+    figures = [*spectra_figures(subject), *curve_over_fractions(subject)]
     if budget.seconds > 0 and budget.steps != 0:
         trained, learnt, curves, why = _training(subject, budget, progress)
         attacks, figures, skipped = [*attacks, *trained, *learnt], [*figures, *curves], [*skipped, *why]
@@ -170,7 +174,7 @@ def _why_not(subject: Subject, attack: Callable[[Subject], list[Attack]]) -> str
         return "the bundle's scramble mixes nothing"
     if attack is weight_directions and subject.relative is None:
         return "no public relative was named (--relative MODEL)"
-    if attack in (unscrambling, known_columns, weight_directions) and not subject.scrambled:
+    if attack in (unscrambling, unscrambled_by_embeddings, known_columns, weight_directions) and not subject.scrambled:
         return _NO_SCRAMBLE
     if not any(len(member.secret_a) for group in subject.groups for member, _ in group.parts):
         return "nothing of the weights is secret"

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from cloven.audit.figure import Figure
 from cloven.audit.slip.exposed_half import random_secret, relatives_secret, without_gifts
 from cloven.audit.slip.null_space import without_top
-from cloven.audit.slip.subject import Subject
+from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.slip.decomposition import allocate_ranks, spectrum, split
 from cloven.zoo.text import perplexity
 
 FRACTIONS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 MOST_ENTRIES = 2**28  # of all matrices together: above, the curve would take hours
 _POINTS = 200
+_KINDS = 4  # of matrices whose singular values are shown
 
 
 @torch.no_grad()
@@ -99,19 +100,27 @@ def _with(subject: Subject, matrices: Sequence[Tensor]) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def spectra_figure(subject: Subject) -> list[Figure]:
-    """The singular values of the matrix with most secret directions, with the place from which on they are exposed."""
-    group, part = max(
-        ((group, part) for group in subject.groups for part in range(len(group.parts))),
-        key=lambda at: at[0].parts[at[1]][0].secret_a.shape[0],
-    )
+def spectra_figures(subject: Subject) -> list[Figure]:
+    """The singular values of some matrices, with the place from which on they are exposed: of each kind the one with most secret
+    directions, of the kinds with most of them."""
+    parts = [(group, part) for group in subject.groups for part in range(len(group.parts))]
+    parts.sort(key=lambda at: -len(at[0].parts[at[1]][0].secret_a))
+    kinds = dict[str, tuple[AttackedGroup, int]]()
+    for group, part in parts:
+        kinds.setdefault(group.parts[part][0].name.rpartition(".")[2], (group, part))
+    return [
+        _spectra(group, part, f"spectra_{kind}")
+        for kind, (group, part) in list(kinds.items())[:_KINDS]
+        if len(group.parts[part][0].secret_a)
+    ]
+
+
+def _spectra(group: AttackedGroup, part: int, name: str) -> Figure:
     member, rows = group.parts[part]
-    k = member.secret_a.shape[0]
-    if not k:
-        return []
     series = {}
-    for name, matrix in (("the model's", group.weight(part)), ("the exposed half's", group.exposed[rows])):
+    for which, matrix in (("the model's", group.weight(part)), ("the exposed half's", group.exposed[rows])):
         values = spectrum(matrix)
-        series[name] = [(float(i + 1), float(f"{float(values[i]):.3g}")) for i in range(0, len(values), max(1, len(values) // _POINTS))]
-    note = "Shaded: the secret part, of the matrix that keeps most of it. In the exposed half a decoy of random values takes its place."
-    return [Figure("spectra", f"Singular values of {member.name}", "number", "singular value", series, log_y=True, mark=k + 0.5, note=note)]
+        series[which] = [(float(i + 1), float(f"{float(values[i]):.3g}")) for i in range(0, len(values), max(1, len(values) // _POINTS))]
+    mark, title = len(member.secret_a) + 0.5, f"Singular values of {member.name}"
+    note = "Shaded: the secret part; of its kind, the matrix that keeps most. In the exposed half a decoy of random values takes its place."
+    return Figure(name, title, "number", "singular value", series, log_y=True, mark=mark, note=note)

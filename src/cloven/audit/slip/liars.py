@@ -5,14 +5,14 @@ Method: for real matrices of the bundle and random questions, the right answer i
     much or by one, an older answer, another matrix's answer, rows swapped, one row for all, zeros, scaled, the question itself, the
     product with a matrix in which one bit differs.
 Success: a lie that differs from the right answer is accepted.
-Weakened: no check; then every one of them is.
+Weakened: a check whose secret is zero accepts every one of them.
 Source: Freivalds 1977, over a prime field.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -81,6 +81,30 @@ LIES: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
 )
 
 
+def _one_bit_of_the_matrix(codes: Tensor, c: Tensor, backend: Backend) -> Tensor:
+    altered = codes.clone()
+    altered[0, 0] ^= 1
+    return multiply(backend, c, backend.place(altered))
+
+
+KINDS = (*(lie.__name__.strip("_") for lie in LIES), "one_bit_of_the_matrix", "another_matrix")
+
+
+def lie_of(kind: int, z: Tensor, older: Tensor, c: Tensor, codes: Tensor, alike: Sequence[Tensor], backend: Backend) -> Tensor:
+    """A lie of a kind, an index into KINDS: int32 [M, N], centred; the right answer where that is what it comes to.
+
+    Args:
+        z: the right answer [M, N].  older: the answer to an older question.  c: the question [M, K].
+        codes: W int8 [N, K].
+        alike: other matrices of its shape, the first of which is mistaken for it.
+    """
+    if kind < len(LIES):
+        return centre(LIES[kind](z.clone().long(), older.long(), c.long())).to(torch.int32)
+    if KINDS[kind] == "one_bit_of_the_matrix":
+        return _one_bit_of_the_matrix(codes, c, backend)
+    return multiply(backend, c, backend.place(alike[0])) if alike else z
+
+
 def lies_about(codes: Tensor, other: Tensor | None, backend: Backend) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(c, right answer, lie) for every kind of lie that differs from the right answer; residues int32.
 
@@ -92,13 +116,23 @@ def lies_about(codes: Tensor, other: Tensor | None, backend: Backend) -> Iterato
     c, before = (stream.residues(ROWS, codes.shape[1]) for _ in range(2))
     placed = backend.place(codes)
     z, older = (multiply(backend, question, placed) for question in (c, before))
-    answers = [centre(lie(z.clone().long(), older.long(), c.long())) for lie in LIES]
-    altered = codes.clone()
-    altered[0, 0] ^= 1
-    answers += [multiply(backend, c, backend.place(matrix)) for matrix in (altered, other) if matrix is not None]
-    for answer in answers:
-        if not torch.equal(answer, z):
-            yield c, z, answer.to(torch.int32)
+    for kind in range(len(KINDS)):
+        lie = lie_of(kind, z, older, c, codes, [other] if other is not None else [], backend)
+        if not torch.equal(lie, z):
+            yield c, z, lie
+
+
+def accepting(n: int, k: int) -> Freivalds:
+    """The weakened system: a check of [N, K] whose secret is zero accepts everything."""
+    return Freivalds.stored(torch.zeros(CHECKS, n, dtype=torch.int32), torch.zeros(CHECKS, k, dtype=torch.int32))
+
+
+def _believes(check: Freivalds, c: Tensor, lie: Tensor) -> bool:
+    try:
+        check.check(c, lie, "an answer")
+    except VerificationFailed:
+        return False
+    return True
 
 
 def verdict_of_lies(believed: int) -> Verdict:
@@ -109,7 +143,7 @@ def verdict_of_lies(believed: int) -> Verdict:
 def liars(subject: Subject) -> list[Attack]:
     """See the module."""
     backend = select_backend()
-    told = believed = 0
+    told = believed = without = 0
     groups = subject.groups[:MOST_GROUPS]
     for group in groups:
         codes = group.codes
@@ -118,11 +152,8 @@ def liars(subject: Subject) -> list[Attack]:
         check = Freivalds(s, backend, backend.place(codes))
         for c, _, lie in lies_about(codes, other, backend):
             told += 1
-            try:
-                check.check(c, lie, "an answer")
-            except VerificationFailed:
-                continue
-            believed += 1
-    metric = f"share of the lies of {len(LIES) + 2} kinds about {len(groups)} of the bundle's matrices that were believed"
+            believed += _believes(check, c, lie)
+            without += _believes(accepting(*codes.shape), c, lie)
+    metric = f"share of the lies of {len(KINDS)} kinds about {len(groups)} of the bundle's matrices that were believed"
     adversary, verdict = "A2, a worker that answers wrongly", verdict_of_lies(believed)
-    return [Attack("liar", subject.scheme, adversary, metric, believed / told, 0.0, 1.0, told, verdict)]
+    return [Attack("liar", subject.scheme, adversary, metric, believed / told, 0.0, without / told, told, verdict)]

@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cloven.audit.attack import Attack, Verdict
+from cloven.audit.attack import Attack, Verdict, interval_of
 from cloven.audit.slip.scrambled import coarse
 from cloven.audit.slip.subject import Subject
 from cloven.field.hadamard import block_of
@@ -139,4 +139,5 @@ def mixing_symmetry(subject: Subject) -> list[Attack]:
     verdict: Verdict = "broken" if surest > SURE else "holds" if value <= chance + 3 * spread / len(shares) ** 0.5 else "measured"
     metric = f"share of places moved as the outermost transform moves them, by a symmetry of the codes of {len(sides)} matrices"
     details, tries = {"highest_symmetry": surest, "highest_of_one_matrix": max(shares)}, sum(len(one) for one, _ in sides)
-    return [Attack("mixing_symmetry", subject.scheme, "A1", metric, value, chance, weak, tries, verdict, details=details)]
+    interval = interval_of(value, tries)
+    return [Attack("mixing_symmetry", subject.scheme, "A1", metric, value, chance, weak, tries, verdict, interval, details)]

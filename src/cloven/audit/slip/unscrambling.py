@@ -75,11 +75,13 @@ def residual_sides(subject: Subject) -> list[Side]:
     return sides
 
 
+def writes(side: Side) -> bool:
+    """Whether it is a matrix that writes the residual stream: its rows have the basis."""
+    return side.name.endswith(_WRITERS)
+
+
 def pairs_of(sides: list[Side]) -> list[tuple[Side, Side]]:
     """Neighbours that read, neighbours of one kind, and what writes with what reads next."""
-
-    def writes(side: Side) -> bool:
-        return side.name.endswith(_WRITERS)
 
     readers = [side for side in sides if not writes(side)]
     kinds = [[side for side in sides if side.name.rpartition(".")[2] == kind] for kind in {s.name.rpartition(".")[2] for s in sides}]
