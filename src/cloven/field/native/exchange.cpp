@@ -1,18 +1,13 @@
 // What the holder of a secret does before and after an exchange, in one call each: the passes of hadamard.cpp and rows.cpp, one after the
-// other, on memory that stays. The same bits as these, called one by one. Many rows are taken some at a time, so that what a pass leaves is
-// still in the cache when the next one reads it.
+// other, on memory that stays. The same bits as these, called one by one.
 //
 //     ask     x ↦ turned ↦ round(α x) ↦ c = … + mask mod p
 //     told    z, if S z + T c = 0: ↦ z − image mod p ↦ / α ↦ turned back ↦ + total
 
-#include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
-
-#include "shared_pool.hpp"
 
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
@@ -46,7 +41,6 @@ struct Exchange {
 }  // extern "C"
 
 constexpr int kRefused = 1, kNotFinite = 2, kWrong = 2;
-constexpr i64 kEntries = 1 << 15;  // of the rows that are taken at a time, about
 
 struct Memory {
   std::vector<double> rows, turned;
@@ -87,55 +81,6 @@ int ask(const Exchange& e, const void* x, int kind, i64 m, double bound, const s
   return cloven_add(whole, mask, m, k, 1, c, threads);
 }
 
-// What follows the check.
-int unmask(const Exchange& e, const std::int32_t* z, const std::int32_t* image, i64 m, double* alpha, const float* total, void* out, int kind,
-           int threads) {
-  thread_local Memory memory;
-  const i64 n = e.out.n;
-  std::int32_t* whole = at_least(memory.whole, m, n);
-  double* rows = at_least(memory.rows, m, n);
-  if (cloven_add(z, image, m, n, -1, whole, threads) || cloven_decode(whole, m, n, alpha, rows, threads)) return kRefused;
-  return cloven_turn(rows, m, n, e.out.block, e.out.scale, e.out.stages, e.out.gather, e.out.units, 0, total, out, kind, threads);
-}
-
-const void* from_row(const void* x, int kind, i64 entries) { return static_cast<const char*>(x) + entries * (kind == 1 ? 4 : 2); }
-void* from_row(void* x, int kind, i64 entries) { return static_cast<char*>(x) + entries * (kind == 1 ? 4 : 2); }
-
-// some(first, count, threads) -> 0 or what went wrong: for all rows at once where they are few, and else for some at a time, on all threads.
-template <class Some>
-int over_rows(i64 m, i64 width, int threads, const Some& some) {
-  struct Job {
-    const Some& some;
-    i64 m, at_once;
-    std::atomic<int> ended{0};
-  };
-  const i64 at_once = std::max<i64>(1, kEntries / width);
-  if (m <= at_once) return some(i64{0}, m, threads);
-  Job job{some, m, at_once};
-  const auto chunk = [](const void* what, std::int64_t index) {
-    Job& mine = *static_cast<Job*>(const_cast<void*>(what));
-    const i64 first = index * mine.at_once;
-    int ended;
-    try {
-      ended = mine.some(first, std::min(mine.at_once, mine.m - first), 1);
-    } catch (...) {  // no memory
-      ended = kRefused;
-    }
-    if (ended) mine.ended = ended;
-  };
-  cloven::shared_pool().run(chunk, &job, (m + at_once - 1) / at_once, threads);
-  return job.ended;
-}
-
-int ask_all(const Exchange& e, const void* x, int kind, i64 m, double bound, const std::int32_t* mask, std::int32_t* c, double* alpha,
-            int threads) {
-  const i64 k = e.in.n;
-  return over_rows(m, k, threads, [&](i64 first, i64 count, int mine) {
-    const i64 at = first * k;
-    return ask(e, from_row(x, kind, at), kind, count, bound, mask + at, c + at, alpha + first, mine);
-  });
-}
-
 int told(const Exchange& e, std::int32_t* test, const std::int32_t* z, const std::int32_t* c, const std::int32_t* image, i64 m, double* alpha,
          const float* total, void* out, int kind, int threads) {
   thread_local Memory memory;
@@ -145,10 +90,10 @@ int told(const Exchange& e, std::int32_t* test, const std::int32_t* z, const std
   int wrong = 0;
   for (i64 i = 0; i < m; ++i) wrong += found[i] != 0;
   if (wrong) return kWrong + wrong - 1;
-  return over_rows(m, n, threads, [&](i64 first, i64 count, int mine) {
-    const i64 at = first * n;
-    return unmask(e, z + at, image + at, count, alpha + first, total + at, from_row(out, kind, at), kind, mine);
-  });
+  std::int32_t* whole = at_least(memory.whole, m, n);
+  double* rows = at_least(memory.rows, m, n);
+  if (cloven_add(z, image, m, n, -1, whole, threads) || cloven_decode(whole, m, n, alpha, rows, threads)) return kRefused;
+  return cloven_turn(rows, m, n, e.out.block, e.out.scale, e.out.stages, e.out.gather, e.out.units, 0, total, out, kind, threads);
 }
 
 }  // namespace
@@ -161,7 +106,7 @@ CLOVEN_API int cloven_ask(const Exchange* exchange, const void* x, int kind, i64
                           double* alpha, int threads) {
   if (m < 1 || kind < 1 || kind > 2) return kRefused;
   try {
-    return ask_all(*exchange, x, kind, m, bound, mask, c, alpha, threads);
+    return ask(*exchange, x, kind, m, bound, mask, c, alpha, threads);
   } catch (...) {
     return kRefused;
   }

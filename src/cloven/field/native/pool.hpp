@@ -18,9 +18,11 @@ class Pool {
 
   // Calls work(job, i) once for every i < chunks, on up to `threads` threads; returns when all calls have returned.
   void run(Work work, const void* job, std::int64_t chunks, int threads) {
-    if (threads <= 1 || chunks <= 1) return one_by_one(work, job, chunks);  // inside another job, too: before the lock is touched
     std::unique_lock<std::mutex> alone(callers_, std::try_to_lock);
-    if (!alone.owns_lock()) return one_by_one(work, job, chunks);
+    if (threads <= 1 || chunks <= 1 || !alone.owns_lock()) {
+      for (std::int64_t i = 0; i < chunks; ++i) work(job, i);
+      return;
+    }
     {
       std::lock_guard<std::mutex> lock(state_);
       while (started_ < threads - 1 && start()) {
@@ -39,10 +41,6 @@ class Pool {
   }
 
  private:
-  static void one_by_one(Work work, const void* job, std::int64_t chunks) {
-    for (std::int64_t i = 0; i < chunks; ++i) work(job, i);
-  }
-
   bool start() {
     try {
       std::thread([this] { serve(); }).detach();
