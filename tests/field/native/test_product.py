@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloven.field.native import product
-from cloven.field.native.library import Kernels, load_kernels
+from cloven.field.native.library import KERNEL_NAMES, Kernels, load_kernels
 from cloven.field.native.product import FEW_ROWS
 from cloven.field.residues import H
 from tests.field.test_products import THREE_LOW_DIGITS, extreme_codes, extreme_residues
@@ -21,7 +21,7 @@ from tests.helpers import python_product, random_codes, random_residues
 SOURCE = Path(product.__file__).parent
 kernels = load_kernels()
 pytestmark = pytest.mark.skipif(kernels is None, reason="the C++ kernels are not built")
-EVERY_KERNEL = range(kernels.best + 1) if kernels is not None else range(0)
+EVERY_KERNEL = kernels.there if kernels is not None else ()
 
 
 def library() -> Kernels:
@@ -85,7 +85,8 @@ def test_bad_arguments_are_refused() -> None:
             library().product(c, wrong)
     with pytest.raises(ValueError, match="dense rows"):
         library().product(c.long(), w)
-    for kernel in (-1, library().best + 1):
+    assert 0 in library().there and library().best == max(library().there)
+    for kernel in {-1, *range(len(KERNEL_NAMES) + 1)} - set(library().there):
         with pytest.raises(ValueError, match="refuses"):
             library().product(c, w, kernel)
     k = product.MAX_INNER + 1

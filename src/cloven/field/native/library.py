@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 KERNELS = "CLOVEN_KERNELS"  # native, or torch
-INTERFACE = 7  # of the library: what its functions take
+INTERFACE = 8  # of the library: what its functions take
 KINDS = {torch.float32: 1, torch.bfloat16: 2}  # of a sum
 Rows = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int32]
 Units = npt.NDArray[np.float32]
-KERNEL_NAMES = ("portable", "avx2", "avx512-vnni", "amx")
+KERNEL_NAMES = ("portable", "avx2", "avx2-vnni", "avx512-vnni", "amx")
 
 
 class Kernels:
@@ -53,7 +53,9 @@ class Kernels:
         library.cloven_told.argtypes = [*(pointer,) * 5, integer, pointer, pointer, pointer, number, number]
         library.cloven_ask.restype = library.cloven_told.restype = ctypes.c_int
         self._library, self.ask, self.told = library, library.cloven_ask, library.cloven_told
+        library.cloven_runs.argtypes, library.cloven_runs.restype = [number], number
         self.best: int = library.cloven_kernel()
+        self.there = tuple(kernel for kernel in range(len(KERNEL_NAMES)) if library.cloven_runs(kernel))  # on this CPU
         self.product_address = ctypes.cast(library.cloven_product, pointer).value
 
     def product(self, c: Tensor, w: Tensor, kernel: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "amx.hpp"
@@ -21,6 +22,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define CLOVEN_X86 1
+#if (defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12)
+#define CLOVEN_AVX_VNNI 1
+#endif
 #endif
 
 namespace {
@@ -69,6 +73,52 @@ void dot_portable(const Job& job, const std::int8_t* const* w, std::int64_t m, s
 __attribute__((target("avx2"))) void dot_avx2(const Job& job, const std::int8_t* const* w, std::int64_t m, std::int32_t (*y)[4]) {
   CLOVEN_DOT_WORDS
 }
+
+#if CLOVEN_AVX_VNNI
+// The byte product of CPUs without AVX-512: two rows of W at a time, whose eight sums, four planes and codes fill the 16 registers.
+__attribute__((target("avx2,avxvnni"))) void dot_avx2_vnni(const Job& job, const std::int8_t* const* w, std::int64_t m, std::int32_t (*y)[4]) {
+  constexpr std::int64_t kWide = 32;
+  const std::uint8_t* planes = job.bytes + m * 4 * job.padded;
+  const std::int64_t ahead = kRows * job.stride, whole = job.k / kWide * kWide;
+  for (int first = 0; first < kRows; first += 2) {
+    __m256i sum[2][4];
+    for (auto& row : sum)
+      for (auto& one : row) one = _mm256_setzero_si256();
+    std::int64_t i = 0;
+    const auto step = [&](const std::int8_t* const* codes) __attribute__((target("avx2,avxvnni"), always_inline)) {
+      for (int r = 0; r < 2; ++r) {
+        const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes[r]));
+        for (int d = 0; d < 4; ++d) {
+          const __m256i plane = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes + d * job.padded + i));
+          sum[r][d] = _mm256_dpbusd_avx_epi32(sum[r][d], plane, row);
+        }
+      }
+    };
+    for (; i < whole; i += kWide) {
+      const std::int8_t* codes[2];
+      for (int r = 0; r < 2; ++r) {
+        codes[r] = w[first + r] + i;
+        _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(codes[r]) + ahead), _MM_HINT_T0);
+      }
+      step(codes);
+    }
+    if (whole < job.k) {  // planes are padded with zeros, W is not
+      std::int8_t rest[2][kWide] = {};
+      for (int r = 0; r < 2; ++r) std::memcpy(rest[r], w[first + r] + whole, static_cast<std::size_t>(job.k - whole));
+      const std::int8_t* codes[2] = {rest[0], rest[1]};
+      step(codes);
+    }
+    for (int r = 0; r < 2; ++r)
+      for (int d = 0; d < 4; ++d) {
+        alignas(kWide) std::int32_t lanes[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum[r][d]);
+        std::int32_t total = 0;
+        for (const std::int32_t lane : lanes) total += lane;
+        y[first + r][d] = total;
+      }
+  }
+}
+#endif
 
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void dot_avx512_vnni(
     const Job& job, const std::int8_t* const* w, std::int64_t m, std::int32_t (*y)[4]) {
@@ -119,13 +169,31 @@ cloven::Pool* pool = new cloven::Pool;  // never destroyed: its threads sleep in
 // A forked child has none of the threads: it starts with a pool of its own. The old one is left as it was at the fork.
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new cloven::Pool; });
 
-int best_kernel() {
+enum Kernel : int { kPortable, kAvx2, kAvx2Vnni, kAvx512Vnni, kAmx };
+
+// Whether this CPU runs it.
+bool runs(int kernel) {
 #if CLOVEN_X86
-  if (cloven::amx_allowed()) return 3;
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return 2;
-  if (__builtin_cpu_supports("avx2")) return 1;
+  switch (kernel) {
+    case kPortable: return true;
+    case kAvx2: return __builtin_cpu_supports("avx2");
+#if CLOVEN_AVX_VNNI
+    case kAvx2Vnni: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
 #endif
-  return 0;
+    case kAvx512Vnni:
+      return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    case kAmx: return cloven::amx_allowed();
+    default: return false;
+  }
+#else
+  return kernel == kPortable;
+#endif
+}
+
+int best_kernel() {
+  for (int kernel = kAmx; kernel > kPortable; --kernel)
+    if (runs(kernel)) return kernel;
+  return kPortable;
 }
 
 }  // namespace
@@ -160,26 +228,29 @@ int amx_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std
 
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
-// The fastest kernel that this CPU runs: 0 portable, 1 AVX2, 2 AVX-512 VNNI, 3 AMX (and 2 for the fewest rows).
+// The fastest kernel that this CPU runs: 0 portable, 1 AVX2, 2 AVX2 with VNNI, 3 AVX-512 VNNI, 4 AMX (and 3 for the fewest rows).
 CLOVEN_API int cloven_kernel() { return best_kernel(); }
 
+// Whether this CPU runs a kernel: 1 or 0.
+CLOVEN_API int cloven_runs(int kernel) { return runs(kernel); }
+
 // The version of this interface.
-CLOVEN_API int cloven_interface() { return 7; }
+CLOVEN_API int cloven_interface() { return 8; }
 
 // z = c Wᵀ mod p. Strides in bytes of W only; c and z are dense. Returns 0, or 1 if the arguments are out of range or memory is short.
 CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n,
                               std::int64_t stride, std::int32_t* z, int threads, int kernel) {
-  if (m < 0 || n < 0 || k < 1 || k > kMaxInner || kernel < 0 || kernel > best_kernel()) return 1;
+  if (m < 0 || n < 0 || k < 1 || k > kMaxInner || !runs(kernel)) return 1;
   if (m == 0 || n == 0) return 0;
 #if CLOVEN_AMX
-  if (kernel == 3 && m >= kFewest) return amx_product(c, m, k, w, n, stride, z, threads);
-  if (kernel == 3) kernel = 2;
+  if (kernel == kAmx && m >= kFewest) return amx_product(c, m, k, w, n, stride, z, threads);
+  if (kernel == kAmx) kernel = kAvx512Vnni;
 #endif
   const std::int64_t padded = (k + kStep - 1) / kStep * kStep;
   const std::size_t size = static_cast<std::size_t>(m * 4 * padded);
   thread_local std::vector<std::uint8_t> bytes;
   thread_local std::vector<Plane> words;
-  const bool wide = kernel < 2;
+  const bool wide = kernel < kAvx2Vnni;
   try {
     if (wide) words.assign(size, 0);
     else bytes.assign(size, 0);
@@ -199,8 +270,11 @@ CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_
     }
   Job job{bytes.data(), words.data(), m, k, padded, w, n, stride, 0, z, dot_portable};
 #if CLOVEN_X86
-  if (kernel == 1) job.dot = dot_avx2;
-  if (kernel == 2) job.dot = dot_avx512_vnni;
+  if (kernel == kAvx2) job.dot = dot_avx2;
+#if CLOVEN_AVX_VNNI
+  if (kernel == kAvx2Vnni) job.dot = dot_avx2_vnni;
+#endif
+  if (kernel == kAvx512Vnni) job.dot = dot_avx512_vnni;
 #endif
   job.rows_per_chunk = (kChunkBytes / k + kRows - 1) / kRows * kRows;
   pool->run(chunk, &job, (n + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);

@@ -2,8 +2,8 @@
 
     c [M, K] residues    W [N, K] int8    z = c Wᵀ mod p [M, N] residues
 
-Four planes of unsigned bytes of c mod p meet W in `vpdpbusd` (AVX-512 VNNI), or in 16-bit multiply-adds (AVX2, or whatever the compiler
-makes of it elsewhere), see product.cpp; from five rows on, where the CPU has it, in its matrix unit (AMX), see amx.hpp. Without AMX more
+Four planes of unsigned bytes of c mod p meet W in `vpdpbusd` (AVX-512 VNNI, or AVX2 with VNNI), or in 16-bit multiply-adds (AVX2, or whatever
+the compiler makes of it elsewhere), see product.cpp; from five rows on, where the CPU has it, in its matrix unit (AMX), see amx.hpp. Without AMX more
 than 16 rows go to the back end that it is built upon: there PyTorch's product is faster.
 """
 
@@ -15,7 +15,7 @@ from cloven.field.native.library import KERNEL_NAMES, Kernels
 from cloven.field.products import MAX_INNER, Backend, PlacedMatrix
 
 FEW_ROWS = 16  # without the matrix unit
-_MATRIX_UNIT = 3  # the number of its kernel
+_MATRIX_UNIT = KERNEL_NAMES.index("amx")
 
 
 class Native:
