@@ -15,7 +15,9 @@ Back ends, equal bit for bit (and to Python integers, in the tests); a third is 
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -187,11 +189,32 @@ def multiply(backend: Backend, c: Tensor, w: PlacedMatrix) -> Tensor:
 def combine(parts: Tensor, out: Tensor) -> None:
     """Σ_t 256^t·parts[t] mod p: int32 [T, M, N] -> `out`, residues, int32 [M, N]. On a CPU row by row, in the cache."""
     if parts.is_cuda:
-        _combine(parts, out, parts[-1].to(torch.int64))
+        fused = one_pass(parts.device) if parts.shape[0] == DIGITS and parts.stride(2) == 1 and out.is_contiguous() else None
+        (fused or combine_in_passes)(parts, out)
     else:
         y, z = parts.numpy(), out.numpy()
         for row in range(z.shape[0]):
             _combine(y[:, row], z[row], y[-1, row].astype(np.int64))
+
+
+@functools.cache
+def one_pass(device: torch.device) -> Callable[[Tensor, Tensor], None] | None:
+    """The same in one pass, for the digits' products on a GPU; None where Triton is missing, does not work, or is wrong."""
+    try:
+        from cloven.field.triton_combine import combined_into
+
+        parts = torch.randint(-(2**31), 2**31, (DIGITS, 3, 5), generator=torch.Generator().manual_seed(0)).to(torch.int32).to(device)
+        found, expected = (torch.empty(3, 5, dtype=torch.int32, device=device) for _ in range(2))
+        combined_into(parts, found)
+    except Exception:  # Triton compiles on the spot, and much can be missing for that
+        return None
+    combine_in_passes(parts, expected)
+    return combined_into if torch.equal(found, expected) else None
+
+
+def combine_in_passes(parts: Tensor, out: Tensor) -> None:
+    """The same on any device, in passes of int64."""
+    _combine(parts, out, parts[-1].to(torch.int64))
 
 
 def _combine(parts: Any, out: Any, total: Any) -> None:

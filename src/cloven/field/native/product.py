@@ -2,9 +2,9 @@
 
     c [M, K] residues    W [N, K] int8    z = c Wᵀ mod p [M, N] residues
 
-Four planes of unsigned bytes of c mod p meet W in `vpdpbusd` (AVX-512 VNNI, or AVX2 with VNNI), or in 16-bit multiply-adds (AVX2, or whatever
-the compiler makes of it elsewhere), see product.cpp; from five rows on, where the CPU has it, in its matrix unit (AMX), see amx.hpp. Without AMX more
-than 16 rows go to the back end that it is built upon: there PyTorch's product is faster.
+Four planes of unsigned bytes of c mod p meet W in `vpdpbusd` (AVX-512 VNNI, or AVX2 with VNNI), or in 16-bit multiply-adds (AVX2, or
+whatever the compiler makes of it elsewhere), see product.cpp; from five rows on, where the CPU has it, in its matrix unit (AMX), see
+amx.hpp. Without AMX more than 16 rows go to the back end that it is built upon: there PyTorch's product is faster.
 """
 
 from __future__ import annotations
