@@ -13,23 +13,25 @@ if TYPE_CHECKING:
 
 _NONE = "–"
 _STEPS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-_COLUMNS = (
+_COLUMNS = (  # a narrow terminal shows the first ones
     ("exch/s", "exchanges"),
-    ("rows/s", "rows"),
     ("tok/s", "tokens"),
+    ("busy", "busy"),
     ("in B/s", "bytes_in"),
     ("out B/s", "bytes_out"),
-    ("busy", "busy"),
-    ("waits", "waiting_seconds"),
-    ("cpu", "cpu"),
-    ("queue", "queue"),
-    ("conn", "connections"),
-    ("refused", "refused"),
     ("failed", "failures"),
+    ("refused", "refused"),
     ("pads", "pads"),
     ("ledger", "ledger"),
+    ("queue", "queue"),
+    ("conn", "connections"),
+    ("waits", "waiting_seconds"),
+    ("rows/s", "rows"),
+    ("cpu", "cpu"),
     ("mem", "memory"),
 )
+_SIDES, _BETWEEN = 2, 3  # characters left and right of the table's columns together, and between two
+_PIPE_WIDTH = 1000
 _SHARES = ("busy", "waiting_seconds", "cpu")
 
 
@@ -56,38 +58,52 @@ def top(
 
     addresses = list(dict.fromkeys(metrics_url(url) for url in urls))
     console = Console()
-    with Watch(addresses) as watch:
+    if not console.is_terminal:
+        console = Console(width=_PIPE_WIDTH)
+    with Watch(addresses) as watch, contextlib.suppress(KeyboardInterrupt):
         rows = watch.look()
-        if once or as_json:
+        if console.is_terminal and not (once or as_json):
+            with Live(table(rows, console.width), console=console, auto_refresh=False, screen=True) as live:
+                while True:
+                    time.sleep(interval)
+                    live.update(table(watch.look(), console.width), refresh=True)
+        while True:
             time.sleep(interval)
             rows = watch.look()
             if as_json:
                 typer.echo(json.dumps([dataclasses.asdict(row) | {"up": row.up} for row in rows]))
             else:
-                console.print(table(rows))
-            return
-        live = Live(table(rows), console=console, auto_refresh=False, screen=console.is_terminal)
-        with contextlib.suppress(KeyboardInterrupt), live:
-            while True:
-                time.sleep(interval)
-                live.update(table(watch.look()), refresh=True)
+                console.print(table(rows, console.width))
+            if once or as_json:
+                return
 
 
-def table(rows: list[Activity]) -> Table:
-    """The processes as a table for the terminal, without columns that are empty."""
-    from rich.markup import escape
+def table(rows: list[Activity], width: int) -> Table:
+    """The processes as a table, without columns that are empty, or for which `width` characters have no room."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    made = Table(title="cloven")
-    made.add_column("process")
-    made.add_column("state")
-    shown = [(title, name) for title, name in _COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    for title, _ in shown:
-        made.add_column(title, justify="right")
-    for row in rows:
-        cells = [_cell(name, getattr(row, name)) for _, name in shown]
-        state = f"[green]{row.role or 'up'}[/]" if row.up else f"[red]{escape(row.status)}[/]"
-        made.add_row(escape(row.url.removesuffix("/metrics")), state, *cells)
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    processes = [row.url.removeprefix("http://").removesuffix("/metrics") for row in rows]
+    states = [(row.role or "up") if row.up else row.status for row in rows]
+    made.add_column("process", overflow="fold")
+    made.add_column("state", overflow="fold")
+    left = width - _SIDES - max(map(len, processes)) - _BETWEEN - max(map(len, states))
+    columns: list[list[str]] = []
+    for title, name in _COLUMNS:
+        cells = [_cell(name, getattr(row, name)) for row in rows]
+        if all(cell == _NONE for cell in cells):
+            continue
+        left -= _BETWEEN + max(map(len, (title, *cells)))
+        if left < 0:
+            made.caption = "a wider terminal shows more"
+            break
+        made.add_column(title, justify="right", no_wrap=True)
+        columns.append(cells)
+    for number, row in enumerate(rows):
+        state = Text(states[number], "green" if row.up else "red")
+        made.add_row(Text(processes[number]), state, *(cells[number] for cells in columns))
     return made
 
 

@@ -118,7 +118,7 @@ class Server(ABC):
     @property
     def answered(self) -> int:
         """Requests answered so far."""
-        return self.counts.total().exchanges
+        return self.counts.exchanges()
 
     @property
     def refused(self) -> int:
