@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,7 @@ from cloven.telemetry import LayerStatistics, logger
 from cloven.wire.keys import generate_keys
 from tests.end_to_end.commands import Command, one_line
 from tests.end_to_end.liar import Liar
+from tests.end_to_end.test_lora_cli import BASE, own
 from tests.helpers import Context, FakeWorker, free_port
 from tests.kv_bundles import ids_of as kv_ids
 from tests.kv_bundles import kv_bundle
@@ -257,7 +259,9 @@ def generated(*arguments: str) -> tuple[str, str]:
 
 def require_silent(log: str, text: str, secrets: list[str]) -> None:
     """Nothing of the prompt, of the text that was made, or of the keys."""
-    made = re.findall(r"\w{5,}", text)
+    words = text.split()
+    made = [" ".join(pair) for pair in itertools.pairwise(words)]  # one word alone can be a log's own
+    assert made
     for word in (*WORDS, *made, *secrets):
         assert word.lower() not in log.lower(), word
     assert re.search(r"\[\s*\d+(\s*,\s*\d+){4,}", log) is None  # lists of tokens
@@ -269,8 +273,10 @@ def test_no_log_of_slip_holds_contents(folder: Path) -> None:
     secrets = secrets_of(folder / "keys")
     assert len(secrets) == 4
     address = f"tcp://127.0.0.1:{free_port()}"
-    with WorkerProcess(bundle.exposed, address, "--keys", str(folder / "keys" / "worker"), *LOGGED) as worker:
+    metrics = ("--metrics-port", str(free_port()))
+    with WorkerProcess(bundle.exposed, address, "--keys", str(folder / "keys" / "worker"), *metrics, *LOGGED) as worker:
         text, log = generated(str(bundle.trusted), "--worker", address, "--keys", str(folder / "keys" / "trusted"))
+        log += httpx.get(f"http://127.0.0.1:{metrics[1]}/metrics", trust_env=False).text
         worker.process.terminate()
         worker.process.wait(20)
         seen = check_log(worker, "server_started", "connection_opened", "connection_closed", "server_stopped")
@@ -286,6 +292,16 @@ def test_no_log_of_kv_shield_holds_contents() -> None:
         enclave.process.terminate()
         enclave.process.wait(20)
         seen = check_log(enclave, "server_started", "session_opened", "session_closed", "server_stopped")
+    require_silent(seen + log, text, [])
+
+
+def test_no_log_of_private_lora_holds_contents(tmp_path: Path) -> None:
+    out = own(tmp_path)
+    with AdapterServerProcess(out / "server", None, *LOGGED) as server:
+        text, log = generated(str(out / "client"), "--server", server.address, "--base", BASE, "--dtype", "float32")
+        server.process.terminate()
+        server.process.wait(20)
+        seen = check_log(server, "server_started", "connection_opened", "connection_closed", "server_stopped")
     require_silent(seen + log, text, [])
 
 
