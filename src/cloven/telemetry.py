@@ -9,17 +9,37 @@ from dataclasses import dataclass
 
 logger = logging.getLogger("cloven")
 logger.addHandler(logging.NullHandler())
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def configure_logging(default: str = "WARNING") -> None:
-    """Send cloven's log to standard error, at the level that CLOVEN_LOG names (DEBUG, INFO, WARNING, ERROR)."""
-    level = os.environ.get("CLOVEN_LOG", default).upper()
-    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+def configure_logging(default: str = "WARNING", *, level: str | None = None, formatter: logging.Formatter | None = None) -> None:
+    """Send cloven's log to standard error.
+
+    Args:
+        default: the level where CLOVEN_LOG names none (DEBUG, INFO, WARNING, ERROR).
+        level: the level, whatever CLOVEN_LOG says.
+        formatter: None: lines of text.
+    """
+    level = (level or os.environ.get("CLOVEN_LOG", default)).upper()
+    if level not in LEVELS:
         level = default
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(formatter or logging.Formatter(TEXT_FORMAT))
     logger.handlers = [handler]
     logger.setLevel(level)
+
+
+def log_event(level: int, event: str, message: str, *arguments: object, **fields: str | int | float) -> None:
+    """Log what happened, for people and for machines.
+
+    Args:
+        level: of `logging`.
+        event: its name, for whoever filters by it.
+        message, arguments: as of `logging`.
+        fields: more about it; numbers and public names, never contents.
+    """
+    logger.log(level, message, *arguments, extra={"event": event, "fields": fields}, stacklevel=2)
 
 
 @dataclass
@@ -46,6 +66,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._layers: dict[str, LayerStatistics] = {}
+        self._failures = 0
         self._lock = threading.Lock()
 
     def record(self, layer: str, record: LayerStatistics) -> None:
@@ -65,7 +86,18 @@ class Telemetry:
             total.add(record)
         return total
 
+    def verification_failed(self) -> None:
+        """Count an answer, or a pad, that failed its check."""
+        with self._lock:
+            self._failures += 1
+
+    @property
+    def verification_failures(self) -> int:
+        """How many did; after the first one a session has ended, but several threads can meet one."""
+        return self._failures
+
     def reset(self) -> None:
         """Forget everything counted so far."""
         with self._lock:
             self._layers.clear()
+            self._failures = 0

@@ -30,9 +30,11 @@ from tests.kv_bundles import (
     FAMILIES,
     FLOAT32_TOLERANCE,
     MODES,
+    RecordingServer,
     attached,
     by_sequence,
     deviation,
+    enclave,
     ids_of,
     kv_bundle,
     load,
@@ -499,3 +501,36 @@ def test_nothing_is_drawn_in_the_middle_of_a_step() -> None:
     assert not enclave.draw_ahead()
     enclave.end(step)
     assert enclave.draw_ahead()
+
+
+# --- counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_what_is_counted_is_what_was_asked(mode: str, dtype: torch.dtype, batch: int) -> None:
+    """Exchanges and bytes are those of the client's telemetry, whichever way they went; tokens are the places of the sequences."""
+    with enclave(kv_bundle("llama", mode) / "trusted") as (address, server):
+        model = load(kv_bundle("llama", mode), dtype)
+        with cloven.attach(model, address, timeout=10) as session:
+            before = server.counts.total()
+            with torch.no_grad():
+                first = model(ids_of(batch, 5))
+                model(ids_of(batch, 1), **with_cache(cache_of(first)))
+            total, after, ways = session.telemetry.total(), server.counts.total(), server.counts.ways()
+            assert after.exchanges - before.exchanges == total.exchanges
+            assert (after.bytes_in - before.bytes_in, after.bytes_out - before.bytes_out) == (total.bytes_up, total.bytes_down)
+            assert after.tokens == batch * 6
+            assert (ways["native"].tokens, ways["native"].seconds > 0) == (batch * 6, True)
+            names = {sample.name: sample.value for sample in server.samples()}
+            assert names["cloven_tokens_total"] == batch * 6
+            assert names["cloven_enclave_sessions_opened_total"] == names["cloven_enclave_sessions"] == (mode == "session")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_call_by_call_the_same_tokens_are_counted(mode: str) -> None:
+    with attached("llama", mode, RecordingServer) as a, torch.no_grad():
+        a.model(ids_of(1, 5))
+        ways = a.server.counts.ways()
+        assert ways["native"].tokens == 0 and ways["native"].exchanges == 0
+        assert a.server.counts.total().tokens == 5 and ways["lane"].rows == 5 * len(a.session._steps._calls)

@@ -788,3 +788,12 @@ def test_of_the_masks_nothing_is_on_the_disk(folder: Path) -> None:
     assert not any(row.numpy().tobytes() in files for group in range(3) for row in masks_of(folder, group, 200))
     assert isinstance(opened(folder).freivalds(0, 0), Freivalds)
     assert indices(folder, 0, opened(folder).masks(0, 7, 2)) == [7, 8]
+
+
+def test_what_the_group_with_fewest_has_left(tmp_path: Path) -> None:
+    with contextlib.closing(filled(tmp_path / "s", 100)) as store:
+        assert store.fewest_left() == min(store.left(group) for group in range(3)) == 100
+        store.take(1, 7)
+        assert store.fewest_left() == store.left(1) == 93 and store.left(0) == 100
+        store.take(2, 60)
+        assert store.fewest_left() == store.left(2) == 40

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from cloven.errors import BadInput, BudgetExhausted, LedgerUnusable
 from cloven.private_lora import ledger as module
-from cloven.private_lora.ledger import BLOCK, Account, Ledger, before, create_ledger, require_ledger_place
+from cloven.private_lora.ledger import BLOCK, Account, Ledger, Standing, before, create_ledger, require_ledger_place
 from cloven.private_lora.witness import read_witness, state_folder, write_witness
 
 ADAPTER, OTHER = "a" * 64, "b" * 64
@@ -621,3 +621,48 @@ def test_the_rotation_key_is_kept(path: Path) -> None:
     assert before(path, ADAPTER) == (ROTATION, BUDGET)
     absent = path.with_name("absent.sqlite")
     assert before(absent, ADAPTER)[0] != before(absent, ADAPTER)[0] and before(absent, ADAPTER)[1] is None
+
+
+# --- what is left, for metrics
+
+
+def test_what_is_left(path: Path) -> None:
+    with opened(path) as ledger:
+        assert ledger.standing() == Standing(BUDGET, BUDGET, {})
+        ledger.charge("q+k", "one", 10)
+        ledger.charge("q+k", "two", 300)
+        ledger.charge("o", "one", 1)
+        assert ledger.standing() == Standing(BUDGET, BUDGET - 3 * BLOCK, {"one": SHARE - BLOCK, "two": SHARE - 2 * BLOCK})
+    with opened(path) as ledger:  # what was reserved and not used came back
+        assert ledger.standing() == Standing(BUDGET, BUDGET - 310, {"one": SHARE - 10, "two": SHARE - 300})
+        ledger.set_budget(100, 50)
+        assert ledger.standing() == Standing(100, 0, {"one": 40, "two": 0})  # never less than nothing
+    with pytest.raises(LedgerUnusable, match="closed"):
+        ledger.standing()
+
+
+def test_what_is_left_of_a_ledger_that_broke(path: Path) -> None:
+    with opened(path) as ledger:
+        ledger._database.execute("DROP TABLE charged")
+        with pytest.raises(LedgerUnusable, match="cannot be used"):
+            ledger.standing()
+
+
+def test_what_is_left_while_it_is_charged(path: Path) -> None:
+    """From another thread, on the same connection."""
+    with opened(path) as ledger:
+        ledger.set_budget(10**6, 10**6)
+        ended, seen = threading.Event(), list[int]()
+
+        def look() -> None:
+            while not ended.is_set():
+                seen.append(ledger.standing().left)
+
+        looker = threading.Thread(target=look)
+        looker.start()
+        for _ in range(20):
+            ledger.charge("q", "one", BLOCK)
+        ended.set()
+        looker.join(10)
+        assert seen == sorted(seen, reverse=True) and ledger.standing().left == 10**6 - 20 * BLOCK
+        assert all((10**6 - left) % BLOCK == 0 for left in seen)  # nothing half done is seen

@@ -372,6 +372,30 @@ def test_no_values_in_the_repr_of_a_placed_matrix(out: Path) -> None:
     assert "tensor" not in repr(adapter.matrices[0])
 
 
+# --- counts
+
+
+def test_what_is_published(served: tuple[Any, Peer]) -> None:
+    server, peer = served
+    (adapter,) = server.adapters.values()
+    name = adapter.manifest.adapter[:16]
+
+    def published() -> dict[tuple[str, ...], float]:
+        return {(sample.name.removeprefix("cloven_"), *sample.labels): sample.value for sample in server.samples()}
+
+    budget, share = adapter.ledger.budget()
+    before = published()
+    assert before["ledger_usable", name] == 1 and before["ledger_left_rows", name] == before["ledger_budget_rows", name] == budget
+    peer.query(rows=2)
+    found = published()
+    assert found["exchanges_total", "socket"] == 1 and found["rows_total", "socket"] == 2
+    assert found["ledger_left_rows", name] == budget - BLOCK
+    assert found["ledger_client_left_rows", name, server.peers[-1]] == share - BLOCK
+    adapter.ledger.close()
+    broken = published()
+    assert broken["ledger_usable", name] == 0 and ("ledger_left_rows", name) not in broken and broken["exchanges_total", "socket"] == 1
+
+
 # --- kill -9
 
 

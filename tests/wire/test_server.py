@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,3 +197,78 @@ def test_a_hello_of_any_bundle_reaches_the_scheme(context: Context) -> None:
     with serving("inproc://s", context=context):
         assert COLOURS.unpack(ask(context, "inproc://s", [COLOURS.pack(Hello(1, BUNDLE))])[0])[0] == Welcome(1, BUNDLE, 1)
         assert COLOURS.unpack(ask(context, "inproc://s", [msgpack.packb({"v": 9})])[0])[0].code == "version"
+
+
+# --- counts
+
+
+def published(server: Server) -> dict[tuple[str, ...], float]:
+    return {(sample.name.removeprefix("cloven_"), *sample.labels): sample.value for sample in server.samples()}
+
+
+def test_what_is_published(context: Context) -> None:
+    with serving("inproc://s", context=context) as server:
+        garbage, told = [b"garbage"], [COLOURS.pack(Tell(3, "blue")), b"x"]
+        answers = ask(context, "inproc://s", BLUE, garbage, told, BLUE, RED)
+        found = published(server)
+    sizes = [sum(map(len, frames)) for frames in (BLUE, garbage, told, BLUE, RED)]
+    assert found["exchanges_total", "socket"] == 2 and found["exchanges_total", "lane"] == found["exchanges_total", "native"] == 0
+    assert found["received_bytes_total", "socket"] == sum(sizes)
+    assert found["sent_bytes_total", "socket"] == sum(len(frame) for answer in answers for frame in answer)
+    assert (found["refused_total", "malformed"], found["refused_total", "internal"]) == (2, 1)
+    assert 0 < found["work_seconds_total", "socket"] < 60 and found["waiting_requests",] == 0
+    assert found["hellos_total",] == 0 and ("connections",) not in found  # nobody is asked over inproc
+
+
+def test_connections_are_counted(context: Context, socket_folder: Path) -> None:
+    with serving(f"ipc://{socket_folder}/s") as server:
+        sockets = []
+        for _ in range(3):
+            socket = context.socket(zmq.DEALER)
+            socket.linger = 0
+            socket.connect(f"ipc://{socket_folder}/s")
+            socket.send_multipart(BLUE)
+            assert socket.poll(10_000)
+            sockets.append(socket)
+        assert published(server)["connections",] == 3 and published(server)["connections_refused_total",] == 0
+        for socket in sockets:
+            socket.close()
+        deadline = time.monotonic() + 5
+        while published(server)["connections",] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert published(server)["connections",] == 0
+
+
+def test_refused_connections_are_counted(context: Context, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys, (client, _) = two_clients(tmp_path)
+    generate_keys(tmp_path / "stranger")
+    stranger = TrustedKeys(trusted_keys(tmp_path / "stranger").own, client.worker)
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with caplog.at_level(logging.INFO, "cloven"), serving(address, keys=keys) as server:
+        socket = context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = stranger.own.public, stranger.own.secret, stranger.worker
+        socket.connect(address)
+        deadline = time.monotonic() + 10
+        while not published(server)["connections_refused_total",] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        socket.close()
+        assert published(server)["connections_refused_total",] >= 1
+        ask(context, address, BLUE, keys=client)
+    told = dict(events(caplog))
+    assert told["connection_refused"] == {"reason": "an unlisted key"}
+    assert told["connection_opened"] == {"peer": z85.decode(client.own.public).hex()}
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, object]]]:
+    return [(record.event, record.fields) for record in caplog.records if hasattr(record, "event")]  # type: ignore[attr-defined]
+
+
+def test_events(context: Context, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "cloven"), serving("inproc://s", context=context):
+        ask(context, "inproc://s", BLUE, *[[b"garbage"]] * 30)
+    told = events(caplog)
+    assert told[0] == ("server_started", {"role": "painter"})
+    assert told[-1] == ("server_stopped", {"role": "painter", "answered": 1, "refused": 30})
+    refusals = [fields for event, fields in told if event == "request_refused"]
+    assert 1 <= len(refusals) <= 5 and refusals[0] == {"code": "malformed", "peer": "", "requests": 1}  # not a line for each of them

@@ -54,7 +54,7 @@ int main() {
   int checked = 0;
   {  // many right ones, then silence
     void* base = memory();
-    State state{0, 0, 0, 0};
+    State state{};
     int ended = -1;
     std::thread server([&] { ended = cloven_serve(&serving, base, &state, 300'000'000, 1); });
     for (std::uint32_t number = 1; number <= 200; ++number) {
@@ -72,6 +72,7 @@ int main() {
     }
     server.join();
     expect(ended == kNotYet && state.answered == 200 && state.rows == 300, "it did not end by silence");
+    expect(state.bytes_in == 200 * 8 + 300 * kK * 4 && state.bytes_out == 300 * kN * 4 && state.nanoseconds > 0, "it counted wrongly");
     std::free(base);
   }
   const std::int32_t c[2 * kK] = {};
@@ -82,16 +83,16 @@ int main() {
   };
   for (const auto& one : wrong) {
     void* base = memory();
-    State state{0, 0, 0, 0};
+    State state{};
     request(base, 1, one.group, one.rows, c, one.bytes, one.header);
     expect(cloven_serve(&serving, base, &state, 1'000'000, 1) == kSomethingElse, "something else was answered");
-    expect(state.answered == 0 && state.seen == 0, "something else was counted");
+    expect(state.answered == 0 && state.bytes_in == 0 && state.nanoseconds == 0 && state.seen == 0, "something else was counted");
     ++checked;
     std::free(base);
   }
   {  // lengths beyond the box
     void* base = memory();
-    State state{0, 0, 0, 0};
+    State state{};
     request(base, 1, 0, 1, c, kK * 4);
     for (const std::uint32_t payload : {0u, 1u, 8u, 0xffffffffu, static_cast<std::uint32_t>(cloven::kCapacity) + 2}) {
       cloven::side_of(base, 0)->payload = payload;

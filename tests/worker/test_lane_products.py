@@ -73,11 +73,31 @@ def test_products_are_served_without_headers_and_are_the_same(channel: Channel, 
     assert len(did) == 9
     total = channel.telemetry.total()
     assert total.exchanges == 3 + 10 and total.rows == 1 + 3 * 24  # hello, lane and serve have no rows
+    counted = worker.counts.total()  # at once, though C++ is still serving
+    assert worker.answered == total.exchanges and counted.rows == total.rows
+    assert (counted.bytes_in, counted.bytes_out) == (total.bytes_up, total.bytes_down)
+    native = worker.counts.ways()["native"]
+    assert native.exchanges == 10 and native.rows == 1 + 3 * 24 and 0 < native.seconds < 60
+
+
+def test_what_was_counted_stays_counted_when_the_lane_ends(channel: Channel, worker: Worker) -> None:
+    for _ in range(3):
+        asked(channel, 0, random_residues(2, 16, 5))
+    channel.hello()  # ends what C++ serves; then it goes on with new counts
+    asked(channel, 0, random_residues(2, 16, 5))
+    expected = channel.telemetry.total()
+    channel.close()
     deadline = time.monotonic() + 5
-    answers = total.exchanges - 1  # but for the lane's own
-    while worker.answered < answers and time.monotonic() < deadline:
-        time.sleep(0.05)  # C++ reports now and then
-    assert worker.answered == answers
+    while worker.counts._live and time.monotonic() < deadline:
+        time.sleep(0.02)
+    counted = worker.counts.total()
+    assert not worker.counts._live and counted.hellos == 2
+    assert (counted.exchanges, counted.rows, counted.bytes_in, counted.bytes_out) == (
+        expected.exchanges,
+        expected.rows,
+        expected.bytes_up,
+        expected.bytes_down,
+    )
 
 
 def test_a_message_ends_it_and_it_is_asked_for_again(channel: Channel) -> None:

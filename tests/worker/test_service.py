@@ -15,12 +15,10 @@ import zmq
 
 from cloven.errors import BadInput, ForeignBundle, PeerRefused, RunError, WorkerRefused
 from cloven.wire.channel import Channel
-from cloven.wire.lane import lanes_available
 from cloven.wire.limits import rows_per_exchange
 from cloven.wire.messages import Message, Multiply, Product, pack, residue_frame, unpack
 from cloven.wire.schema import ErrorAnswer, Hello, Welcome
 from cloven.wire.server import PLAIN_TCP_BANNER
-from cloven.worker.lane_products import library
 from cloven.worker.matrices import Matrices
 from cloven.worker.service import Worker
 from tests.helpers import Context, free_port, python_product, random_codes, random_residues, serving, write_exposed
@@ -88,8 +86,7 @@ def test_products(bundle: Bundle, context: Context, socket_folder: Path, transpo
                 assert torch.equal(channel.multiply("layer", group, c, codes.shape[0], lambda: None), python_product(c, codes))
         finally:
             channel.close()
-    asked_to_serve = transport == "ipc" and library() is not None and lanes_available()
-    assert (worker.answered, worker.refused) == (3 + asked_to_serve, 0)
+    assert (worker.answered, worker.refused) == (channel.telemetry.total().exchanges, 0)
 
 
 def test_many_clients(bundle: Bundle, worker: Worker, context: Context) -> None:

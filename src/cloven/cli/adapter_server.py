@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cloven.cli.monitoring import METRICS_HOST, LogFormat, LogLevel, MetricsHost, MetricsPort
+
 
 def adapter_server(
     folders: Annotated[list[Path], typer.Argument(help="OUT/server of one or more private-LoRA bundles.")],
@@ -17,6 +19,10 @@ def adapter_server(
     insecure_fhe_semi_honest: Annotated[
         bool, typer.Option("--insecure-fhe-semi-honest", help="Also answer the fhe backend: a cheating client gets the adapter. INSECURE.")
     ] = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = METRICS_HOST,
 ) -> None:
     """Serve adapters to clients whose input stays encrypted, as much as the ledger allows, until SIGTERM or SIGINT."""
     from cloven.cli.threads import let_threads_sleep
@@ -27,10 +33,12 @@ def adapter_server(
     import torch
 
     from cloven.cli.hardening import forbid_core_dumps
+    from cloven.cli.monitoring import prepare_monitoring, published
     from cloven.private_lora.server import AdapterServer
     from cloven.wire.keys import worker_keys
 
     forbid_core_dumps()
+    prepare_monitoring(log_level, log_format, metrics_port)
     if threads:
         torch.set_num_threads(threads)
     service = AdapterServer(
@@ -44,4 +52,5 @@ def adapter_server(
         signal.signal(number, lambda *_: service.stop())
     for adapter in service.adapters.values():
         typer.echo(f"bundle {adapter.manifest.bundle}: {len(adapter.matrices)} groups, listening at {listen}")
-    service.serve()
+    with published(service, metrics_host, metrics_port):
+        service.serve()

@@ -25,6 +25,7 @@ from cloven.cli import (
     ledger,
     pads,
     prepare,
+    top,
     worker,
 )
 from cloven.errors import ClovenError
@@ -49,6 +50,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("keygen")(keygen.keygen)
+app.command("top")(top.top)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

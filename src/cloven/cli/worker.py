@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cloven.cli.monitoring import METRICS_HOST, LogFormat, LogLevel, MetricsHost, MetricsPort
+
 
 def worker(
     exposed: Annotated[Path, typer.Argument(help="OUT/exposed of a bundle.")],
@@ -25,6 +27,10 @@ def worker(
         str, typer.Option(help="With --engine ray: layers or rows, so that each holds a part; default: each holds everything.")
     ] = "",
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Listen on tcp without keys. INSECURE.")] = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = METRICS_HOST,
 ) -> None:
     """Serve an exposed half: multiply masked integers, for any number of sessions, until SIGTERM or SIGINT."""
     from cloven.cli.threads import let_threads_sleep
@@ -34,10 +40,12 @@ def worker(
 
     import torch
 
+    from cloven.cli.monitoring import prepare_monitoring, published
     from cloven.errors import BadInput
     from cloven.wire.keys import worker_keys
     from cloven.worker.service import Worker
 
+    prepare_monitoring(log_level, log_format, metrics_port)
     if threads:
         torch.set_num_threads(threads)
     if device.split(":")[0] not in ("cpu", "cuda"):
@@ -45,8 +53,8 @@ def worker(
     if engine not in ("process", "ray") or placement not in ("", "layers", "rows"):
         raise BadInput("engine: choose process or ray; placement: layers or rows, or leave it out")
     if engine == "ray":
-        if part or record or threads:
-            raise BadInput("--part, --record and --threads belong to one process: leave them out with --engine ray")
+        if part or record or threads or metrics_port:
+            raise BadInput("--part, --record, --threads and --metrics-port belong to one process: leave them out with --engine ray")
         _serve_on_ray(exposed, listen, replicas, placement, keys, device, insecure_plain_tcp)
         return
     if replicas > 1 or placement:
@@ -67,7 +75,8 @@ def worker(
         f"bundle {matrices.bundle.hex()}: {sum(matrix is not None for matrix in matrices.groups)} matrices on {matrices.backend.device} "
         f"({matrices.backend.name}), listening at {listen}"
     )
-    service.serve()
+    with published(service, metrics_host, metrics_port):
+        service.serve()
 
 
 def _serve_on_ray(

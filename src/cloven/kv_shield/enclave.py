@@ -125,6 +125,11 @@ class Enclave:
         """ρ: dimensions added to every head; 0 in permute mode."""
         return self.config.noise_dims if self.config.mode == "session" else 0
 
+    @property
+    def sessions(self) -> int:
+        """How many there are now; those that were forgotten end when another one is opened."""
+        return len(self._sessions)
+
     def widths_in(self, layer: int) -> int:
         """Width of the rows that `key` takes: q ‖ k, and v in session mode."""
         q, k, v = self._layer_at(layer).shape.widths()

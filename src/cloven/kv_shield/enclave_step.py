@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,9 +23,10 @@ from torch import Tensor
 from cloven.kv_shield.keys import SessionKeys
 from cloven.kv_shield.rotary import RotaryGather
 from cloven.kv_shield.shapes import AttentionShape, calls_of
+from cloven.metrics.counts import NATIVE, Counted, ServerCounts
 from cloven.wire.lane import Lane
 
-_INTERFACE = 4
+_INTERFACE = 5
 _LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
 _NOT_YET = 0
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -49,7 +51,7 @@ class _CStep(ctypes.Structure):
 
 
 class _CState(ctypes.Structure):
-    _fields_ = (("call", _I), ("seen", ctypes.c_uint32), ("due", ctypes.c_uint32), ("cancelled", ctypes.c_uint32))
+    _fields_ = (("call", _I), ("nanoseconds", _I), ("seen", ctypes.c_uint32), ("due", ctypes.c_uint32), ("cancelled", ctypes.c_uint32))
 
 
 @cache
@@ -98,6 +100,7 @@ class EnclaveStep:
         name: the session's; `first` is the place of its first row in the caches.
         step: for C++.
         calls: layer and kind (whether it keys) of every call, in order.
+        sizes: bytes in and out of so many calls, from none to all.
         held: what C++ points into.
     """
 
@@ -106,12 +109,20 @@ class EnclaveStep:
     rows: int
     step: _CStep
     calls: Sequence[tuple[int, bool]]
+    sizes: Sequence[tuple[int, int]]
     held: Any
     state: _CState = field(default_factory=_CState)
 
-    def serve(self, lane: Lane, going_on: Callable[[], bool]) -> None:
-        """Answer the calls that come through the lane, until all are answered, something else comes, or `going_on` says no."""
-        with lane.handed_over(self.state) as base:
+    def counted(self) -> Counted:
+        """The calls answered so far; from any thread, while C++ serves. A place of a sequence is a token where it is through all layers."""
+        done, places = self.state.call, self.step.batch * self.rows
+        tokens = places if done == len(self.calls) else 0
+        bytes_in, bytes_out = self.sizes[done]
+        return Counted(done, done * places, tokens, 0, bytes_in, bytes_out, 1e-9 * self.state.nanoseconds)
+
+    def serve(self, lane: Lane, going_on: Callable[[], bool], counts: ServerCounts) -> None:
+        """Answer and count the calls that come through the lane, until all are answered, something else comes, or `going_on` says no."""
+        with counts.live(NATIVE, self.counted), lane.handed_over(self.state) as base:
             arguments = ctypes.byref(self.step), base, ctypes.byref(self.state), int(_LOOK_SECONDS * 1e9), torch.get_num_threads()
             while library().cloven_step_serve(*arguments) == _NOT_YET:
                 if not going_on():
@@ -139,6 +150,7 @@ class StepTemplate:
         self._dtype = dtype
         self._shapes = [layer.shape for layer in layers]
         self.calls = calls_of(self._shapes, noise)
+        self._widths = list(itertools.accumulate((_widths(self._shapes[at], noise, key) for at, key in self.calls), _sum, initial=(0, 0)))
         self._layers = [self._layer(layer, noise) for layer in layers]
 
     def _layer(self, layer: LayerOfStep, noise: int) -> _CLayer:
@@ -176,7 +188,10 @@ class StepTemplate:
         layers = (_CLayer * len(self._layers))(*self._layers)
         for made, (kv, inverse), random in zip(layers, keys, noise, strict=False):
             made.kv, made.inverse, made.random = kv.data_ptr(), inverse.data_ptr(), random.data_ptr()
-        return EnclaveStep(name, first, places[1], self._step(places, tables, layers), self.calls, (self, layers, tables, keys, noise))
+        size = self._dtype.itemsize * places.numel()
+        sizes = [(size * taken, size * given) for taken, given in self._widths]
+        held = (self, layers, tables, keys, noise)
+        return EnclaveStep(name, first, places[1], self._step(places, tables, layers), self.calls, sizes, held)
 
     def compute(
         self, layer: int, key: bool, x: Tensor, tables: tuple[Tensor, Tensor] | None, keys: SessionKeys | None, random: Tensor | None
@@ -217,6 +232,19 @@ class StepTemplate:
             step.cos, step.sin = (part.data_ptr() for part in tables)
             step.cos_width, step.sin_width = (part.shape[-1] for part in tables)
         return step
+
+
+def _widths(shape: AttentionShape, noise: int, key: bool) -> tuple[int, int]:
+    """Widths of the rows that a call takes and gives."""
+    plain, keyed = shape.widths(), shape.widths(noise)
+    if not key:
+        return keyed[0], plain[0]
+    parts = 3 if noise else 2
+    return sum(plain[:parts]), sum(keyed[:parts])
+
+
+def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _computed(step: _CStep, layer: int, key: bool, x: Tensor, width: int, threads: int = 1) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from cloven.kv_shield.messages import (
     frame_of,
     tensor_of,
 )
+from cloven.metrics.catalog import Sample
+from cloven.telemetry import log_event
 from cloven.wire.keys import WorkerKeys
 from cloven.wire.lane import Lane
 from cloven.wire.lane_service import Handover
@@ -66,11 +69,19 @@ class EnclaveServer(Server):
     ) -> None:
         super().__init__("enclave", address, ENCLAVE, keys=keys, insecure_plain_tcp=insecure_plain_tcp, context=context)
         self.enclave = Enclave(Path(folder))
+        self._opened = 0
         self.bind()
 
     def idle(self) -> bool:
         """Draw keys ahead."""
         return self.enclave.draw_ahead()
+
+    def samples(self) -> Iterator[Sample]:
+        """See `Server.samples`."""
+        yield from super().samples()
+        yield Sample("cloven_tokens_total", float(self.counts.total().tokens))
+        yield Sample("cloven_enclave_sessions", float(self.enclave.sessions))
+        yield Sample("cloven_enclave_sessions_opened_total", float(self._opened))
 
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """See `Server.answer`."""
@@ -103,7 +114,7 @@ class EnclaveServer(Server):
 
         def then(lane: Lane, going_on: Callable[[], bool]) -> None:
             try:
-                step.serve(lane, going_on)
+                step.serve(lane, going_on, self.counts)
             finally:
                 otherwise()
 
@@ -114,13 +125,25 @@ class EnclaveServer(Server):
 
         return Handover([ENCLAVE.pack(Stepped(message.id, len(step.calls)))], then, otherwise)
 
+    def _tell(self, event: str, peer: str, sequences: int = 0) -> None:
+        """The name of a session is its holder's, and stays out of the log."""
+        opened = event == "session_opened"
+        message = "a session of %s was opened, there are %d" if opened else "a session of %s was closed, there are %d"
+        fields = {"sequences": sequences} if opened else {}
+        log_event(logging.INFO, event, message, peer or "a peer", self.enclave.sessions, peer=peer, open=self.enclave.sessions, **fields)
+
     def _answer(self, message: Any, payload: memoryview | None, peer: str) -> list[Frame]:
         if isinstance(message, Hello):
+            self._request.hellos = 1
             return [ENCLAVE.pack(Welcome(message.id, self.enclave.bundle, self.enclave.layers))]
         if isinstance(message, Open):
-            return [ENCLAVE.pack(Opened(message.id, self.enclave.open(message.sequences, peer)))]
+            name = self.enclave.open(message.sequences, peer)
+            self._opened += 1
+            self._tell("session_opened", peer, message.sequences)
+            return [ENCLAVE.pack(Opened(message.id, name))]
         if isinstance(message, Close):
             self.enclave.close(message.session, peer)
+            self._tell("session_closed", peer)
             return [ENCLAVE.pack(Closed(message.id))]
         if isinstance(message, SealEnd):
             epoch = self.enclave.vault(message.session, peer).end(message.blocks)
@@ -130,7 +153,7 @@ class EnclaveServer(Server):
             return self._sealing(message, payload, peer)
         if message.dtype not in DTYPES:
             raise MalformedMessage("malformed", f"KV-Shield computes in {', '.join(DTYPES)}")
-        self._rows += message.batch * message.rows
+        rows = message.batch * message.rows
         dtype, place = DTYPES[message.dtype], (message.batch, message.rows)
         if isinstance(message, Step):
             return self._step(message, tensor_of(payload, place, torch.int32), peer)
@@ -139,7 +162,10 @@ class EnclaveServer(Server):
             positions = tensor_of(payload[:split], place, torch.int32)
             x = tensor_of(payload[split:], (*place, self.enclave.widths_in(message.layer)), dtype)
             keyed = self.enclave.key(message.layer, x, positions, message.session, message.first, peer)
+            self._request.rows = rows
             return [ENCLAVE.pack(Keyed(message.id, *place)), frame_of(keyed)]
         a = tensor_of(payload, (*place, self.enclave.width_keyed(message.layer)), dtype)
         restored = self.enclave.restore(message.layer, a, message.session, peer)
+        self._request.rows = rows
+        self._request.tokens = rows if message.layer == self.enclave.layers - 1 else 0
         return [ENCLAVE.pack(Restored(message.id, *place)), frame_of(restored)]

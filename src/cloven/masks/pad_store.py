@@ -100,6 +100,17 @@ class PadStore:
             own, end = self._reserved[group]
         return state.filled[group] - state.cursor[group] + end - own
 
+    def fewest_left(self) -> int:
+        """The same, of the group that has fewest.
+
+        Raises:
+            StoreUnusable: see `StoreState`.
+        """
+        state = self._state.read()
+        with self._lock:
+            reserved = [end - own for own, end in self._reserved]
+        return min(filled - cursor + own for filled, cursor, own in zip(state.filled, state.cursor, reserved, strict=True))
+
     def masks(self, group: int, first: int, rows: int) -> Tensor:
         """The masks of pads first …, int32 [rows, K]."""
         return pad_residues(derived_key(self._require_owner(), "masks"), group, first, rows, self.groups[group][1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from cloven.errors import BadInput, PadMisuse, SecurityError, SessionClosed
-from cloven.telemetry import LayerStatistics, Telemetry
+from cloven.errors import BadInput, ClovenError, PadMisuse, SecurityError, SessionClosed, VerificationFailed
+from cloven.telemetry import LayerStatistics, Telemetry, log_event
 from cloven.wire.channel import Channel, checked_rtt
 from cloven.wire.keys import trusted_keys
 from cloven.wire.limits import DEFAULT_TIMEOUT
@@ -129,6 +130,7 @@ class Session:
         if previous is not None:
             previous.close()
         _sessions[model] = self
+        log_event(logging.INFO, "session_opened", "a session with %s", channel.address, peer=str(channel.address))
 
     def __enter__(self) -> Session:
         return self
@@ -148,6 +150,14 @@ class Session:
         """Exchanges, rows, message bytes each way and seconds of waiting, by layer."""
         return self.telemetry.layers()
 
+    def pads_ready(self) -> int | None:
+        """Rows of pads or masks that are ready, of the group that has fewest; None where there are none."""
+        return None
+
+    def pads_stored(self) -> int | None:
+        """Rows left in the pad store, of the group that has fewest; None where there is none."""
+        return None
+
     def on_close(self, action: Callable[[], None]) -> None:
         """Run an action when the session ends."""
         self._on_close.append(action)
@@ -161,11 +171,18 @@ class Session:
         except PadMisuse as error:
             if self._reason is not None:  # another thread has ended the session meanwhile, and destroyed the keys: that is why
                 raise self._ended() from error
-            self.close(str(error))
+            self.fail(error)
             raise
         except SecurityError as error:
-            self.close(str(error))
+            self.fail(error)
             raise
+
+    def fail(self, error: ClovenError) -> None:
+        """End the session because of an error; a failed verification is counted and logged."""
+        if isinstance(error, VerificationFailed):
+            self.telemetry.verification_failed()
+            log_event(logging.ERROR, "verification_failed", "%s", error, peer=error.worker)
+        self.close(str(error))
 
     def _ended(self) -> SessionClosed:
         return SessionClosed(f"the session with {self.channel.address} has ended: {self._reason}")
@@ -181,6 +198,7 @@ class Session:
                 stack.callback(action)
             stack.callback(self.channel.close)  # first: nothing is sent while keys are being destroyed
         self._on_close.clear()
+        log_event(logging.INFO, "session_closed", "the session with %s has ended: %s", self.channel.address, reason, reason=reason)
 
 
 def session_of(model: nn.Module) -> Session | None:

@@ -103,6 +103,15 @@ class Account:
     rows: int
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Rows of the budget; what is left of them for all clients, and of the share of each that was charged: of the matrix used most."""
+
+    budget: int
+    left: int
+    clients: dict[str, int]
+
+
 class Ledger:
     """An open ledger.
 
@@ -265,6 +274,23 @@ class Ledger:
         """What is charged, reserved rows of running servers included."""
         rows = self._database.execute("SELECT matrix, client, rows FROM charged ORDER BY matrix, client").fetchall()
         return [Account(*row) for row in rows]
+
+    def standing(self) -> Standing:
+        """What is left, reserved rows of running servers counted as used; from any thread.
+
+        Raises:
+            LedgerUnusable: closed, locked or corrupt.
+        """
+        with self._lock:
+            self._require_mine()
+            try:
+                budget, share = self.budget()
+                used = "SELECT MAX(used) FROM (SELECT SUM(rows) AS used FROM charged GROUP BY matrix)"
+                most: int = self._database.execute(used).fetchone()[0] or 0
+                clients = self._database.execute("SELECT client, MAX(rows) FROM charged GROUP BY client").fetchall()
+            except sqlite3.Error as error:
+                raise self._unusable(error) from error
+        return Standing(budget, max(0, budget - most), {client: max(0, share - rows) for client, rows in clients})
 
     def close(self) -> None:
         """Give back what was reserved and not answered, and close."""

@@ -12,7 +12,7 @@ that the weights stay secret from whoever is allowed about 8·d/b rows. Guarante
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from cloven.bundle.verification import verify_bytes
 from cloven.errors import BadBundle, BadInput, BudgetExhausted, LedgerUnusable
 from cloven.field.products import multiply
 from cloven.field.selection import select_backend
+from cloven.metrics.catalog import Sample
 from cloven.private_lora.fhe import BANNER, FheMatrix
 from cloven.private_lora.fhe import context as context_of_bfv
 from cloven.private_lora.ledger import Ledger
@@ -37,6 +38,8 @@ from cloven.wire.limits import rows_per_exchange
 from cloven.wire.messages import residues_of_frame
 from cloven.wire.schema import Hello, MalformedMessage, Welcome
 from cloven.wire.server import Frame, Server
+
+_NAME = 16  # characters of an adapter's hash, as `cloven ledger` shows it
 
 
 class ServedAdapter:
@@ -154,6 +157,22 @@ class AdapterServer(Server):
         super().close()
         self._close_ledgers()
 
+    def samples(self) -> Iterator[Sample]:
+        """See `Server.samples`; and what the ledgers say."""
+        yield from super().samples()
+        for ledger in list(self._ledgers.values()):
+            labels = (ledger.adapter[:_NAME],)
+            try:
+                standing = ledger.standing()
+            except LedgerUnusable:
+                yield Sample("cloven_ledger_usable", 0.0, labels)
+                continue
+            yield Sample("cloven_ledger_usable", 1.0, labels)
+            yield Sample("cloven_ledger_budget_rows", float(standing.budget), labels)
+            yield Sample("cloven_ledger_left_rows", float(standing.left), labels)
+            for client, left in standing.clients.items():
+                yield Sample("cloven_ledger_client_left_rows", float(left), (*labels, client))
+
     def _close_ledgers(self) -> None:
         for ledger in self._ledgers.values():
             try:
@@ -170,6 +189,7 @@ class AdapterServer(Server):
         if adapter is None:
             raise MalformedMessage("bundle", "this server does not serve that bundle: is the client's half of another version?", message.id)
         if isinstance(message, Hello):
+            self._request.hellos = 1
             return [ADAPTER.pack(Welcome(message.id, message.bundle, len(adapter.matrices)))]
         assert payload is not None  # the schema says so
         if message.group >= len(adapter.matrices):
@@ -191,12 +211,12 @@ class AdapterServer(Server):
             if not self._fhe:
                 raise MalformedMessage("malformed", "the fhe backend is off: it needs --insecure-fhe-semi-honest at the server")
             ciphertexts = adapter.answer_encrypted(message.group, payload, peer)
-            self._rows += 1
+            self._request.rows = 1
             return [ADAPTER.pack(EncryptedAnswer(message.id)), ciphertexts]
         w = adapter.matrices[message.group]
         if message.rows > rows_per_exchange(w.columns, w.rows):
             raise MalformedMessage("size", f"{message.rows} rows at once are too many for this group")
         c = residues_of_frame(payload, message.rows, w.columns)  # 1
         answer = adapter.answer(message.group, c, peer)
-        self._rows += message.rows
+        self._request.rows = message.rows
         return [ADAPTER.pack(Answer(message.id, message.rows)), answer]

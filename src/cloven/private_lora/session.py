@@ -60,6 +60,10 @@ class LoraSession(Session):
             self._failed = True
             raise
 
+    def pads_ready(self) -> int | None:
+        """See `Session.pads_ready`."""
+        return min((source.ready for source in list(self.masks)), default=None)
+
     def make_masks(self, rows: int) -> None:
         """Make masks until every group has `rows` ready."""
         for source in self.masks:
@@ -265,4 +269,4 @@ def _guarded_product(session: LoraSession, remote: RemoteMatrix | EncryptedMatri
 
 
 def _end(session: Session, error: ClovenError) -> None:
-    session.close(str(error))
+    session.fail(error)

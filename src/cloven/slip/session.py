@@ -50,6 +50,17 @@ class SlipSession(Session):
     pads: list[WaitingPads]
     offloaded: list[OffloadedMatrix]
     look_ahead: LookAhead
+    store_left: Callable[[], int | None] = staticmethod(lambda: None)
+
+    def pads_ready(self) -> int | None:
+        """See `Session.pads_ready`."""
+        return min((source.ready for source in list(self.pads)), default=None)
+
+    def pads_stored(self) -> int | None:
+        """See `Session.pads_stored`; None also where the store cannot be read just now."""
+        with contextlib.suppress(ClovenError):
+            return self.store_left() if not self.closed else None
+        return None
 
     def make_pads(self, rows: int) -> None:
         """Make pads until every group has `rows` ready."""
@@ -92,6 +103,7 @@ def open_session(model: nn.Module, options: RuntimeOptions) -> SlipSession:
     telemetry.reset()
     session = SlipSession(model, workers, telemetry)
     session.on_close(secrets_of_session.destroy)
+    session.store_left = secrets_of_session.store_left
     try:
         _connect_groups(session, groups, workers, secrets_of_session)
     except BaseException:
@@ -147,6 +159,14 @@ class _Secrets:
             check = Freivalds(self._stream.residues(CHECKS, w.rows), self._backend, w)
             spare = OneTimePads(group.index, self._key, self._lent(group.index), self._backend, check, group.name).fresh
         return StoredPads(self._store, group.index, self._store.freivalds(0, group.index), group.name, self._options.on_empty, spare, ended)
+
+    def store_left(self) -> int | None:
+        """Pads left in the store, of the group that has fewest; None where there is no store.
+
+        Raises:
+            StoreUnusable: it cannot be read.
+        """
+        return self._store.fewest_left() if self._store is not None else None
 
     def rows_ahead(self) -> int:
         """Rows of pads to keep ready."""
@@ -222,4 +242,4 @@ def _ended_product(session: Session) -> Product:
 
 
 def _end(session: Session, error: ClovenError) -> None:
-    session.close(str(error))
+    session.fail(error)

@@ -6,6 +6,7 @@ this thread is not there, every connection is refused.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from cloven.errors import ClovenError
-from cloven.telemetry import logger
+from cloven.telemetry import log_event, logger
 from cloven.wire.limits import HANDSHAKE_MILLISECONDS, MAX_CONNECTIONS
 
 _COUNTED = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
@@ -52,6 +53,7 @@ class Admission(threading.Thread):
         self._open: dict[int, float] = {}  # by descriptor: when it was accepted, admitted or not
         self._consents: deque[float] = deque()  # when the last ones were given
         self._monitor: zmq.Socket[bytes] | None = None
+        self.refused = 0  # connections
         self._zap = context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ENDPOINT)
@@ -83,6 +85,11 @@ class Admission(threading.Thread):
         finally:
             self._zap.close()
 
+    @property
+    def connections(self) -> int:
+        """Sockets that are open, admitted or not yet; from any thread."""
+        return len(self._open)
+
     def stop(self) -> None:
         """End the thread; from then on nobody can connect."""
         self._stopping.set()
@@ -91,11 +98,13 @@ class Admission(threading.Thread):
     def _count(self, event_frames: list[bytes]) -> None:
         event = parse_monitor_message(event_frames)
         if event["event"] & _FAILED:  # refused by libzmq itself: no CURVE, or made for another server's key
-            logger.warning("a connection was refused: its handshake failed")
+            self._refuse("its handshake failed")
         elif event["event"] == zmq.EVENT_ACCEPTED:
             self._open[int(event["value"])] = time.monotonic()
         else:
-            self._open.pop(int(event["value"]), None)
+            closed = self._open.pop(int(event["value"]), None)
+            if closed is not None:
+                log_event(logging.INFO, "connection_closed", "a connection was closed", open=len(self._open))
 
     def _admitted(self) -> int:
         """How many connections are open and admitted: strangers, who can open sockets, must not keep everybody else out.
@@ -118,10 +127,15 @@ class Admission(threading.Thread):
             reason = f"the check failed ({type(error).__name__})"
         if reason is None:
             self._consents.append(time.monotonic())
-            user = credentials[0].hex().encode() if mechanism == b"CURVE" else b"local"  # what `Server` calls the peer
-            return [version, number, b"200", b"OK", user, b""]
-        logger.warning("a connection was refused: %s", reason)
+            user = credentials[0].hex() if mechanism == b"CURVE" else "local"  # what `Server` calls the peer
+            log_event(logging.INFO, "connection_opened", "a connection of %s was admitted", user, peer=user)
+            return [version, number, b"200", b"OK", user.encode(), b""]
+        self._refuse(reason)
         return [version, number, b"400", b"refused", b"", b""]
+
+    def _refuse(self, reason: str) -> None:
+        self.refused += 1
+        log_event(logging.WARNING, "connection_refused", "a connection was refused: %s", reason, reason=reason)
 
     def _refusal(self, version: bytes, domain: bytes, address: str, mechanism: bytes, credentials: list[bytes]) -> str | None:
         if version != b"1.0" or domain != DOMAIN:

@@ -68,6 +68,11 @@ class LaneService:
         self._threads.append(thread)
         return name
 
+    @property
+    def open(self) -> int:
+        """How many lanes there are now, offered ones among them."""
+        return sum(thread.is_alive() for thread in self._threads)
+
     def close(self) -> None:
         """End all lanes."""
         self._stop.set()

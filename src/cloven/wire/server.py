@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import zmq
 
 from cloven.errors import BadInput, ClovenError, RunError
-from cloven.telemetry import logger
+from cloven.metrics.catalog import Sample
+from cloven.metrics.counts import LANE, SOCKET, Counted, ServerCounts
+from cloven.telemetry import log_event, logger
 from cloven.wire.address import check_socket_folder, parse_address, require_free_path
 from cloven.wire.admission import Admission
 from cloven.wire.keys import WorkerKeys
@@ -23,6 +27,7 @@ from cloven.wire.schema import AskLane, ErrorAnswer, Laned, MalformedMessage, Sc
 _POLL_MILLISECONDS = 100
 _REPORT_SECONDS = 60.0
 _IDLE_SECONDS = 1.0  # without a request
+_REFUSALS_SECONDS = 1.0  # between two lines about refused requests, whoever sends how many
 Frame = bytes | memoryview
 
 PLAIN_TCP_BANNER = (
@@ -62,12 +67,12 @@ class Server(ABC):
             logger.warning(PLAIN_TCP_BANNER.format(what=what))
         check_socket_folder(parsed, create=True)
         self._what, self._address, self._parsed, self._schema, self._keys = what, address, parsed, schema, keys
-        self.answered = 0
-        self.refused = 0
-        self._rows = 0
+        self.counts = ServerCounts()
+        self._request = Counted()  # of the request that is being answered: `answer` adds its rows
+        self._refusals_told, self._refusals_told_at = 0, -_REFUSALS_SECONDS
         self._one_at_a_time = threading.Lock()
         # with keys there are none: a lane would go round CURVE
-        self._lanes = LaneService(parsed.path.parent, self._answered) if parsed.path is not None and keys is None else None
+        self._lanes = LaneService(parsed.path.parent, self._over_lane) if parsed.path is not None and keys is None else None
         self._stop = threading.Event()
         self._given_context = context
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -103,6 +108,44 @@ class Server(ABC):
         except zmq.ZMQError as error:
             self.close()
             raise RunError(f"cannot listen at {self._address}: {error.strerror or error}") from error
+        log_event(logging.INFO, "server_started", "the %s listens at %s", self._what, self._address, role=self._what)
+
+    @property
+    def role(self) -> str:
+        """What the server is called in messages, logs and metrics."""
+        return self._what
+
+    @property
+    def answered(self) -> int:
+        """Requests answered so far."""
+        return self.counts.exchanges()
+
+    @property
+    def refused(self) -> int:
+        """Requests that got an error answer so far."""
+        return sum(self.counts.refusals().values())
+
+    def samples(self) -> Iterator[Sample]:
+        """What is published of this server: see `cloven.metrics.catalog`. From any thread."""
+        for way, counted in self.counts.ways().items():
+            for name, value in (
+                ("exchanges_total", counted.exchanges),
+                ("rows_total", counted.rows),
+                ("received_bytes_total", counted.bytes_in),
+                ("sent_bytes_total", counted.bytes_out),
+                ("work_seconds_total", counted.seconds),
+            ):
+                yield Sample(f"cloven_{name}", float(value), (way,))
+        for code, count in self.counts.refusals().items():
+            yield Sample("cloven_refused_total", float(count), (code,))
+        waiting, seconds = self.counts.waits()
+        yield Sample("cloven_waiting_requests", float(waiting))
+        yield Sample("cloven_wait_seconds_total", seconds)
+        yield Sample("cloven_hellos_total", float(self.counts.total().hellos))
+        yield Sample("cloven_lanes", float(self._lanes.open if self._lanes is not None else 0))
+        if self._admission is not None:
+            yield Sample("cloven_connections", float(self._admission.connections))
+            yield Sample("cloven_connections_refused_total", float(self._admission.refused))
 
     @abstractmethod
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
@@ -149,7 +192,7 @@ class Server(ABC):
                     logger.error("a message was dropped: %s", error)
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     reported = time.monotonic()
-                    logger.info("answered %d requests (%d rows), refused %d", self.answered, self._rows, self.refused)
+                    logger.info("answered %d requests (%d rows), refused %d", self.answered, self.counts.total().rows, self.refused)
         finally:
             self.close()
 
@@ -167,14 +210,14 @@ class Server(ABC):
                 self._admission.stop()
             if self._context is not None and self._given_context is None:
                 self._context.destroy(linger=LINGER_MILLISECONDS)
-            logger.info("stopped after %d answers, %d refusals", self.answered, self.refused)
+            answered, refused = self.answered, self.refused
+            message = "stopped after %d answers, %d refusals"
+            log_event(logging.INFO, "server_stopped", message, answered, refused, role=self._what, answered=answered, refused=refused)
 
     def _one_request(self, socket: zmq.Socket[bytes]) -> None:
         peer, *frames = socket.recv_multipart(copy=False)
         buffers, name = [frame.buffer for frame in frames], self._name_of(frames)
-        answer = self._offered(buffers, name) or self._answered(buffers, name)
-        if isinstance(answer, Handover):  # a socket cannot be handed over
-            answer = answer.otherwise()
+        answer = self._offered(buffers, name) or self._answered(buffers, name, SOCKET)
         socket.send_multipart([peer.bytes, *answer], copy=False)
 
     def _offered(self, frames: list[Any], peer: str) -> list[Frame] | None:
@@ -187,22 +230,46 @@ class Server(ABC):
             return None
         if not isinstance(message, AskLane):
             return None
-        return [self._schema.pack(Laned(message.id, self._lanes.offer(peer) if self._lanes is not None else ""))]
+        answer: list[Frame] = [self._schema.pack(Laned(message.id, self._lanes.offer(peer) if self._lanes is not None else ""))]
+        self.counts.answered(SOCKET, Counted(exchanges=1, bytes_in=_size(frames), bytes_out=_size(answer)))
+        return answer
 
-    def _answered(self, frames: list[Any], peer: str) -> list[Frame]:
+    def _over_lane(self, frames: list[Any], peer: str) -> list[Frame]:
+        return self._answered(frames, peer, LANE)
+
+    def _answered(self, frames: list[Any], peer: str, way: str) -> list[Frame]:
         """The frames of an answer, whatever came: from the socket or a lane, one request at a time."""
-        with self._one_at_a_time:
+        code = ""
+        with self.counts.turn(self._one_at_a_time):
+            started = time.perf_counter()
+            counted = self._request = Counted(exchanges=1)
             try:
                 answer = self.answer(frames, peer)
-                self.answered += 1
             except MalformedMessage as error:
-                self.refused += 1
-                answer = [self._schema.pack(ErrorAnswer(error.request, error.code, str(error)))]
+                code = error.code
+                answer = [self._schema.pack(ErrorAnswer(error.request, code, str(error)))]
             except Exception:  # the server lives on; the traceback names code lines, never values
-                self.refused += 1
+                code = "internal"
                 logger.exception("a request failed")
-                answer = [self._schema.pack(ErrorAnswer(0, "internal", f"the {self._what} failed on this request; its log says why"))]
+                answer = [self._schema.pack(ErrorAnswer(0, code, f"the {self._what} failed on this request; its log says why"))]
+            counted.seconds = time.perf_counter() - started
+        if isinstance(answer, Handover) and way == SOCKET:  # a socket cannot be handed over
+            answer = answer.otherwise()
+        counted.bytes_in, counted.bytes_out = _size(frames), _size(answer)
+        if code:  # before the answer goes: who has it finds it counted
+            self.counts.refused(way, code, counted)
+            self._tell_refusal(code, peer)
+        else:
+            self.counts.answered(way, counted)
         return answer
+
+    def _tell_refusal(self, code: str, peer: str) -> None:
+        refused, now = self.refused, time.monotonic()
+        if now - self._refusals_told_at < _REFUSALS_SECONDS:
+            return
+        new, self._refusals_told, self._refusals_told_at = refused - self._refusals_told, refused, now
+        message = "refused %d requests, the last one (%s) of %s"
+        log_event(logging.INFO, "request_refused", message, new, code, peer or "a peer", code=code, requests=new, peer=peer)
 
     def _name_of(self, frames: list[Any]) -> str:
         if self._admission is None or not frames:
@@ -211,3 +278,7 @@ class Server(ABC):
             return str(frames[0].get("User-Id"))
         except zmq.ZMQError:
             return ""
+
+
+def _size(frames: list[Any]) -> int:
+    return sum(memoryview(frame).nbytes for frame in frames)

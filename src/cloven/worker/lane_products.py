@@ -21,9 +21,10 @@ import torch
 from cloven.field.native.library import Kernels
 from cloven.field.native.product import Native
 from cloven.field.products import MAX_INNER, Backend, PlacedMatrix
+from cloven.metrics.counts import NATIVE, Counted, ServerCounts
 from cloven.wire.lane import Lane
 
-_INTERFACE = 1
+_INTERFACE = 2
 _LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
 _NOT_YET = 0
 _ANY = 2**31 - 1  # rows
@@ -39,7 +40,15 @@ class _Serving(ctypes.Structure):
 
 
 class _State(ctypes.Structure):
-    _fields_ = (("answered", _I), ("rows", _I), ("seen", ctypes.c_uint32), ("due", ctypes.c_uint32))
+    _fields_ = (
+        *((name, _I) for name in ("answered", "rows", "bytes_in", "bytes_out", "nanoseconds")),
+        ("seen", ctypes.c_uint32),
+        ("due", ctypes.c_uint32),
+    )
+
+    def counted(self) -> Counted:
+        """So far; from any thread, while C++ serves."""
+        return Counted(self.answered, self.rows, 0, 0, self.bytes_in, self.bytes_out, 1e-9 * self.nanoseconds)
 
 
 @cache
@@ -79,20 +88,13 @@ class LaneProducts:
         """For a back end's matrices; None where it, or the loop, is not compiled."""
         return cls(backend.kernels, groups, backend.most or _ANY) if isinstance(backend, Native) and library() is not None else None
 
-    def serve(self, lane: Lane, going_on: Callable[[], bool], count: Callable[[int, int], None]) -> None:
-        """Answer what comes over the lane, until something else comes, or `going_on` says no.
-
-        Args:
-            count: told now and then of so many more (answers, rows).
-        """
+    def serve(self, lane: Lane, going_on: Callable[[], bool], counts: ServerCounts) -> None:
+        """Answer what comes over the lane, and count it, until something else comes, or `going_on` says no."""
         state = _State()
-        with lane.handed_over(state) as base:
+        with counts.live(NATIVE, state.counted), lane.handed_over(state) as base:
             arguments = ctypes.byref(self._serving), base, ctypes.byref(state), int(_LOOK_SECONDS * 1e9), torch.get_num_threads()
-            while True:
-                ended = library().cloven_serve(*arguments)
-                count(state.answered, state.rows)
-                state.answered = state.rows = 0
-                if ended != _NOT_YET or not going_on():
+            while library().cloven_serve(*arguments) == _NOT_YET:
+                if not going_on():
                     return
 
 

@@ -72,6 +72,7 @@ class Worker(Server):
         message, payload = unpack(frames)
         self._require_bundle(message)
         if isinstance(message, Hello):
+            self._request.hellos = 1
             return [pack(Welcome(message.id, self.matrices.bundle, len(self.matrices.groups), str(self.part)))]
         if isinstance(message, Serve):
             return self._serving(message.id)
@@ -88,7 +89,7 @@ class Worker(Server):
         if self._transcript is not None:
             self._transcript.append(message.group, c)
         z = self.matrices.multiply(message.group, c)
-        self._rows += message.rows
+        self._request.rows = message.rows
         return [pack(Product(message.id, message.rows)), residue_frame(z)]
 
     def _serving(self, request: int) -> list[Frame]:
@@ -98,12 +99,7 @@ class Worker(Server):
         products = self._products
         if products is None:
             return no()
-        return Handover([pack(Serving(request, products.most))], lambda lane, going_on: products.serve(lane, going_on, self._count), no)
-
-    def _count(self, answers: int, rows: int) -> None:
-        with self._one_at_a_time:
-            self.answered += answers
-            self._rows += rows
+        return Handover([pack(Serving(request, products.most))], lambda lane, going_on: products.serve(lane, going_on, self.counts), no)
 
     def _require_bundle(self, message: Message) -> None:
         if isinstance(message, Hello | Multiply | Serve) and message.bundle != self.matrices.bundle:

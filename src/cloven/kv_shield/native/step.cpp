@@ -5,6 +5,8 @@
 // Python. Every number of a call is read once out of the shared memory, and overwritten there, before anything is computed
 // from its block.
 
+#include <chrono>
+
 #include "../../wire/native/lane.hpp"
 #include "rows.hpp"
 
@@ -20,6 +22,7 @@ extern "C" {
 
 struct State {
   i64 call;            // how many calls were answered
+  i64 nanoseconds;     // that they took; both are only read by others, at any time
   std::uint32_t seen;  // number of the request taken last
   std::uint32_t due;   // an answer waits to be rung
   std::uint32_t cancelled;  // set by another thread: no call is answered any more
@@ -57,6 +60,7 @@ int serve(const Step& step, void* base, State* state, i64 nanoseconds, int threa
     if (state->due != 0) cloven::ring(&own->number, state->seen);
     state->due = 0;
     if (!cloven::wait(&other->number, state->seen, nanoseconds)) return kNotYet;
+    const auto started = std::chrono::steady_clock::now();
     const std::uint32_t number = other->number.load(), header = other->header, payload = other->payload;
     const std::size_t size = sizeof(typename T::Stored) * step.batch * step.rows;
     const Rows<T> call(step, *at, key);
@@ -68,7 +72,9 @@ int serve(const Step& step, void* base, State* state, i64 nanoseconds, int threa
     own->payload = static_cast<std::uint32_t>(answer) + 1;
     state->seen = number;
     state->due = 1;
-    ++state->call;
+    const auto took = std::chrono::steady_clock::now() - started;
+    __atomic_store_n(&state->nanoseconds, state->nanoseconds + std::chrono::nanoseconds(took).count(), __ATOMIC_RELAXED);
+    __atomic_store_n(&state->call, state->call + 1, __ATOMIC_RELAXED);
   }
   if (state->due != 0) cloven::ring(&own->number, state->seen);
   state->due = 0;
@@ -77,7 +83,7 @@ int serve(const Step& step, void* base, State* state, i64 nanoseconds, int threa
 
 }  // namespace
 
-CLOVEN_API int cloven_step_interface() { return 4; }
+CLOVEN_API int cloven_step_interface() { return 5; }
 
 CLOVEN_API int cloven_step_serve(const Step* step, void* base, State* state, std::int64_t nanoseconds, int threads) {
   return step->bfloat16 ? serve<cloven::BFloat16>(*step, base, state, nanoseconds, threads) : serve<cloven::Float32>(*step, base, state, nanoseconds, threads);
