@@ -25,6 +25,7 @@ from cloven.cli import (
     ledger,
     pads,
     prepare,
+    serve,
     worker,
 )
 from cloven.errors import ClovenError
@@ -46,6 +47,7 @@ app.command("enclave")(enclave.enclave)
 app.command("adapter-server")(adapter_server.adapter_server)
 app.command("ledger")(ledger.ledger)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("keygen")(keygen.keygen)

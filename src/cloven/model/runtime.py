@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from cloven.errors import BadInput, PadMisuse, SecurityError, SessionClosed
+from cloven.errors import BadInput, ClovenError, PadMisuse, SecurityError, SessionClosed
 from cloven.telemetry import LayerStatistics, Telemetry
 from cloven.wire.channel import Channel, checked_rtt
 from cloven.wire.keys import trusted_keys
@@ -117,11 +117,13 @@ class Session:
 
     Guarantee: after the first failed verification the session is closed and its secrets are dropped; calls then raise SessionClosed,
     and only a new `attach`, the operator's decision, reconnects. Not hidden from the worker: rows, sizes and times of exchanges.
+    `failure` is the error that ended the session, where one did.
     """
 
     def __init__(self, model: nn.Module, channel: Connection, telemetry: Telemetry) -> None:
         self.channel: Any = channel
         self.telemetry = telemetry
+        self.failure: ClovenError | None = None
         self._on_close: list[Callable[[], None]] = []
         self._reason: str | None = None
         self._closing = threading.Lock()
@@ -161,14 +163,20 @@ class Session:
         except PadMisuse as error:
             if self._reason is not None:  # another thread has ended the session meanwhile, and destroyed the keys: that is why
                 raise self._ended() from error
-            self.close(str(error))
+            self.fail(error)
             raise
         except SecurityError as error:
-            self.close(str(error))
+            self.fail(error)
             raise
 
     def _ended(self) -> SessionClosed:
         return SessionClosed(f"the session with {self.channel.address} has ended: {self._reason}")
+
+    def fail(self, error: ClovenError) -> None:
+        """End the session because of an error; the first one is kept."""
+        if self._reason is None:
+            self.failure = self.failure or error
+        self.close(str(error))
 
     def close(self, reason: str = CLOSED) -> None:
         """End the session; secrets are dropped, the model can be attached again."""

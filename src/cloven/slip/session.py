@@ -187,7 +187,7 @@ def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Wor
         session.on_close(lambda group=group: group.attach(_ended_product(session)))  # type: ignore[misc]
     session.on_close(session.pads.clear)
     session.on_close(session.offloaded.clear)
-    session.look_ahead = LookAhead(session.pads, given.rows_ahead(), lambda error: _end(session, error))
+    session.look_ahead = LookAhead(session.pads, given.rows_ahead(), session.fail)
     session.on_close(session.look_ahead.stop)
 
 
@@ -219,7 +219,3 @@ def _ended_product(session: Session) -> Product:
         return session.guarded(lambda: x)  # raises
 
     return product
-
-
-def _end(session: Session, error: ClovenError) -> None:
-    session.close(str(error))
