@@ -39,11 +39,18 @@ def serve(
     model_name: Annotated[str | None, typer.Option(help="What clients call the model; default: the name of OUT.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A chat template (Jinja), where the model has none.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 1024,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests computed together (continuous batching); 1: one after the other.")] = 16,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Tokens of all requests in one pass of the model.")] = 256,
+    cache_tokens: Annotated[int, typer.Option(min=16, help="Tokens of all requests in the cache; a longer one is computed alone.")] = 8192,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; the next one is refused (429).")] = 64,
     max_body: Annotated[int, typer.Option(min=1, help="KiB of a request, at most.")] = 1024,
     fixed_length: Annotated[
         bool, typer.Option("--fixed-length", help="Compute every answer to its max_tokens: its length does not show in the exchanges.")
     ] = False,
+    constant_rows: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="SLIP: every exchange has N rows, and every pass of the model N tokens at most; costs pads."),
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that an answer of the worker may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as one JSON object.")] = False,
@@ -75,7 +82,20 @@ def serve(
     forbid_core_dumps()
     quiet_transformers()
     serving = ServeOptions(
-        host, port, api_key_file, tls_certificate, tls_key, insecure_open, max_tokens, max_queue, 1024 * max_body, fixed_length
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        insecure_open=insecure_open,
+        max_tokens=max_tokens,
+        max_running=max_running,
+        batch_rows=batch_rows,
+        cache_tokens=cache_tokens,
+        max_queue=max_queue,
+        max_body=1024 * max_body,
+        fixed_length=fixed_length,
+        constant_rows=constant_rows,
     )
     how = LoadOptions(model_name, chat_template, dtype, base, pin)
     found = open_half(half, " ".join(worker or []) or None, enclave, server)
@@ -89,6 +109,7 @@ def serve(
         placement=placement,
         pads=pads,
         on_empty=on_empty,
+        constant_rows=constant_rows,
     )
     api_keys = read_api_keys(api_key_file) if api_key_file is not None else None
     if api_keys is None and not serving.local:

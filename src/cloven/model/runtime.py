@@ -44,6 +44,7 @@ class RuntimeOptions:
         pin: the fingerprint that the bundle must have (private LoRA).
         backend: "lwe", or "fhe": standard homomorphic encryption, for comparison (private LoRA).
         insecure_fhe_semi_honest: allow the fhe backend.
+        constant_rows: rows of every exchange (SLIP): fewer are padded, more go in several; 0: as many as there are.
         simulated_rtt: for measurements: seconds by which every exchange takes longer; `session.channel.simulated_rtt` changes it later.
     """
 
@@ -61,8 +62,11 @@ class RuntimeOptions:
     on_empty: str = "fail"
     insecure_fhe_semi_honest: bool = False
     simulated_rtt: float = 0.0
+    constant_rows: int = 0
 
     def __post_init__(self) -> None:
+        if self.constant_rows < 0:
+            raise BadInput("constant_rows: give 0 or more")
         if self.on_empty not in ON_EMPTY:
             raise BadInput(f"on_empty {self.on_empty!r}: choose one of {', '.join(ON_EMPTY)}")
         if self.backend not in ("lwe", "fhe"):

@@ -195,6 +195,8 @@ def open_session(model: Any, options: RuntimeOptions) -> LoraSession:
         BadBundle: the model is not adapted.  ForeignBundle: the server does not serve the bundle.
         PeerRefused, WorkerUnreachable, WorkerTimeout: the server.
     """
+    if options.constant_rows:
+        raise BadInput("constant_rows pads exchanges with a SLIP worker: every row is charged to the ledger")
     groups, folder = getattr(model, "cloven_lora", None), getattr(model, "cloven_folder", None)
     if not isinstance(groups, list) or not isinstance(folder, Path):
         raise BadBundle("this model is not adapted: load OUT/client with from_pretrained, or call cloven.adapt")

@@ -27,8 +27,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from cloven.errors import RunError
 from cloven.serving.api_error import ApiError, bad_request, of_exception
 from cloven.serving.api_keys import ApiKeys
+from cloven.serving.batching import Batch
 from cloven.serving.engine import Engine
 from cloven.serving.events import events
 from cloven.serving.gate import Gate, refusal
@@ -54,7 +56,8 @@ class Endpoint:
 
     def __init__(self, served: ServedModel, options: ServeOptions) -> None:
         self.served, self._options = served, options
-        self.turns = Turns(1, options.max_queue)
+        self._batch = _batch_of(served, options)
+        self.turns = Turns(options.max_running if self._batch is not None else 1, options.max_queue)
         self._engine = Engine()
         self._models = LoadedModel(served)
         self._running: set[Generation] = set()
@@ -79,12 +82,18 @@ class Endpoint:
     async def _life(self, _app: Any) -> AsyncIterator[None]:
         yield
         self.turns.stop()
-        for generation in self._running:
+        for generation in list(self._running):
             generation.cancel()
-        if await asyncio.to_thread(self._engine.stop, _STOP_SECONDS):
+        if self._batch is not None:
+            self._batch.stop()
+        if await asyncio.to_thread(self._threads_end):
             self.served.close()
         else:
             logger.warning("stopping in the middle of an exchange, which did not end within %g s", _STOP_SECONDS)
+
+    def _threads_end(self) -> bool:
+        ended = self._engine.stop(_STOP_SECONDS)
+        return (self._batch is None or self._batch.join()) and ended
 
     async def _chat(self, request: Request) -> Response:
         if not getattr(self.served.tokenizer, "chat_template", None):
@@ -122,7 +131,7 @@ class Endpoint:
 
         try:
             self.served.require_ready()  # it may have changed while this one waited
-            generation = Generation(self.served, self._engine, order, self._options.fixed_length, over)
+            generation = Generation(self.served, self._engine, self._batch, order, self._options, over)
             self._running.add(generation)
             response: Any = await handler(self._models, generation).handle_request(order.body, f"cloven-{uuid.uuid4().hex}")
             if isinstance(response, StreamingResponse):
@@ -154,6 +163,20 @@ class Endpoint:
     async def _health(self, _request: Request) -> Response:
         state = self.served.state
         return JSONResponse({"status": "ok" if state == READY else state}, 200 if state == READY else 503)
+
+
+def _batch_of(served: ServedModel, options: ServeOptions) -> Batch | None:
+    """Requests are computed together where that is wanted and possible."""
+    if options.max_running == 1:
+        return None
+    if not served.batches:
+        logger.info("requests are computed one after the other: keys of a cache are of one sequence (KV-Shield's session mode)")
+        return None
+    try:
+        return Batch(served, options.max_running, options.rows, options.cache_tokens)
+    except RunError as error:
+        logger.warning("requests are computed one after the other: %s", error)
+        return None
 
 
 async def _left(request: Request) -> None:

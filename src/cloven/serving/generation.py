@@ -18,9 +18,12 @@ from transformers.cli.serving.utils import BaseGenerateManager, GenerationState,
 
 from cloven.errors import ClovenError
 from cloven.serving.api_error import ApiError, stopping
+from cloven.serving.batching import Batch
 from cloven.serving.engine import Engine
 from cloven.serving.model import ServedModel
+from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order
+from cloven.serving.sampling import Sampler, can_be_batched
 from cloven.serving.stop_strings import cut
 from cloven.serving.text import Text, TextEnded
 from cloven.telemetry import logger
@@ -33,18 +36,32 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
 
     Args:
         served: the model.
-        engine: the thread in which it computes.
+        engine: the thread in which a request is computed by itself.
+        batch: where it is computed with others, or None.
         order: what was asked for.
-        fixed_length: compute `max_tokens` tokens whatever the text is.
+        options: of the endpoint: whether the length is fixed, and the rows of a pass.
         on_end: called in the event loop when the turn is over; never before the computation is.
     """
 
-    def __init__(self, served: ServedModel, engine: Engine, order: Order, fixed_length: bool, on_end: Callable[[], None]) -> None:
-        self._served, self._engine, self.order, self._fixed, self._on_end = served, engine, order, fixed_length, on_end
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: Engine,
+        batch: Batch | None,
+        order: Order,
+        options: ServeOptions,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._served, self._engine, self._batch = served, engine, batch
+        self.order, self._options, self._on_end = order, options, on_end
+        self._fixed = options.fixed_length
+        self._name = f"{id(self):x}-{secrets.token_hex(8)}"
+        self._batched = False
         self._loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[None] = self._loop.create_future()
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._text: Text | None = None
+        self._pieces: asyncio.Queue[Any] | None = None
         self.failure: Exception | None = None
 
     @property
@@ -66,6 +83,8 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         """Nobody wants the text any longer: end at the next token."""
         if self._text is not None:
             self._text.cancel()
+        if self._batch is not None and self._batched:
+            self._batch.cancel(self._name)
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
@@ -82,9 +101,9 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         del model, request_id
         text = self._start(processor, inputs, gen_config, None, None)
         try:
-            await asyncio.shield(self._done)
+            await asyncio.shield(self._done)  # whoever is cancelled, the turn lasts as long as the computation
         except asyncio.CancelledError:
-            text.cancel()
+            self.cancel()
             raise
         if self.failure is not None:
             raise self.failure
@@ -102,21 +121,33 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         if self._fixed:
             config.eos_token_id = None
         text = Text(tokenizer, self._loop, pieces, ends=ends, stops=self.order.stops, fixed_length=self._fixed, parser=parser)
-        self._text = text
-        self._engine.submit(lambda: self._run(text, inputs, config, pieces))
+        self._text, self._pieces = text, pieces
+        batch = self._batch
+        if batch is None or length + config.max_new_tokens > batch.cached or not can_be_batched(config):
+            config.prefill_chunk_size = self._options.constant_rows or None  # a piece of the prompt is a pass like any other
+            self._engine.submit(lambda: self._run(text, inputs, config))
+            return text
+        self._batched = True
+        prompt, tokens = inputs["input_ids"][0].tolist(), config.max_new_tokens
+        sampler = Sampler(config, self.order.seed) if config.do_sample else None
+        try:
+            batch.add(
+                self._name, prompt, text, tokens=tokens, ends=ends, sampler=sampler, fixed=self._fixed, first=self._token, ended=self._ended
+            )
+        except BaseException:
+            self._text = None  # nothing was started
+            raise
         return text
 
-    def _run(self, text: Text, inputs: Any, config: Any, pieces: asyncio.Queue[Any] | None) -> None:
+    def _run(self, text: Text, inputs: Any, config: Any) -> None:
         """In the engine's thread."""
+        error: Exception | None = None
         try:
             self._served.guarded(lambda: self._generate(text, inputs, config))
-            text.end()
-        except Exception as error:
-            self.failure = error
-            if pieces is not None:
-                self._in_loop(lambda: pieces.put_nowait(_StreamError(FAILED)))
+        except Exception as failure:
+            error = failure
         finally:
-            self._in_loop(self._ended)
+            self._in_loop(lambda: self._ended(error))
 
     def _generate(self, text: Text, inputs: Any, config: Any) -> None:
         if text.cancelled:
@@ -127,9 +158,20 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
             self._served.model.generate(**inputs, generation_config=config, streamer=_Beginning(text, self._first))
 
     def _first(self) -> None:
-        self._in_loop(lambda: None if self._begun.done() else self._begun.set_result(None))
+        self._in_loop(self._token)
 
-    def _ended(self) -> None:
+    def _token(self) -> None:
+        if not self._begun.done():
+            self._begun.set_result(None)
+
+    def _ended(self, error: Exception | None) -> None:
+        """In the event loop, once: the computation is over."""
+        assert self._text is not None
+        self.failure = error
+        if error is None:
+            self._text.end()
+        elif self._pieces is not None:
+            self._pieces.put_nowait(_StreamError(FAILED))
         for future in (self._begun, self._done):
             if not future.done():
                 future.set_result(None)

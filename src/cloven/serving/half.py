@@ -27,6 +27,7 @@ class Half:
         bundle: its id, 32 hexadecimal digits.
         address: of the peer; of several, separated by spaces (SLIP).
         peer, schema: the command that starts the peer, and its messages.
+        batches: whether sequences of several requests may share a cache: not where each has keys of its own.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Half:
     address: str
     peer: str
     schema: Schema
+    batches: bool
 
 
 def open_half(folder: Path, worker: str | None, enclave: str | None, server: str | None) -> Half:
@@ -63,5 +65,6 @@ def open_half(folder: Path, worker: str | None, enclave: str | None, server: str
     option = f"--{peer.removeprefix('adapter-')}"
     if address is None:
         raise BadInput(f"{folder}: give {option} ADDRESS (or CLOVEN_{option[2:].upper()})")
+    batches = not isinstance(manifest, KvManifest) or manifest.config.mode != "session"
     verify_files(folder, {name: digest for name, digest in manifest.files.items() if not name.endswith(".safetensors")})
-    return Half(folder, scheme, manifest.bundle, address, peer, schema)
+    return Half(folder, scheme, manifest.bundle, address, peer, schema, batches)

@@ -66,7 +66,8 @@ def load(half: Half, how: LoadOptions, runtime: RuntimeOptions) -> ServedModel:
     if template is not None:
         tokenizer.chat_template = template
     _settle(model, tokenizer)
-    options = {name: getattr(runtime, name) for name in ("timeout", "insecure_plain_tcp", "pin", "placement", "pads", "on_empty")}
+    passed = ("timeout", "insecure_plain_tcp", "pin", "placement", "pads", "on_empty", "constant_rows")
+    options = {name: getattr(runtime, name) for name in passed}
     name = how.name or _default_name(half.folder)
     return ServedModel(
         model,
@@ -74,6 +75,7 @@ def load(half: Half, how: LoadOptions, runtime: RuntimeOptions) -> ServedModel:
         name,
         lambda: attach(model, runtime.address, runtime.keys, exposed=runtime.exposed, **options),
         lambda: peer_is_there(half, runtime),
+        half.batches,
     )
 
 

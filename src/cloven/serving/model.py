@@ -33,16 +33,19 @@ class ServedModel:
         name: what clients call it.
         attach: opens a session of the model.
         peer_is_there: whether a session could be opened now.
+        batches: whether sequences of several requests may share a cache.
 
     Raises:
         ClovenError: of `attach`: the first session could not be opened.
 
-    Guarantee: after a failed verification nothing is computed again. Threads: `guarded` from one at a time; the rest from any.
+    Guarantee: after a failed verification nothing is computed again. All of it from any thread.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, attach: Callable[[], Session], peer_is_there: Callable[[], bool]) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, attach: Callable[[], Session], peer_is_there: Callable[[], bool], batches: bool
+    ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self._attach, self._peer_is_there = attach, peer_is_there
+        self._attach, self._peer_is_there, self.batches = attach, peer_is_there, batches
         self.session = attach()
         self._state = READY
         self._lock = threading.Lock()
