@@ -20,11 +20,11 @@ from cloven.cluster.adapter_process import AdapterServerProcess
 from cloven.cluster.enclave_process import EnclaveProcess
 from cloven.cluster.server_process import ServerProcess
 from cloven.cluster.worker_process import WorkerProcess
+from cloven.zoo.demo import demo_model_path
 from tests.end_to_end.endpoint import PROMPTS, EndpointProcess, endpoint, kv_demo, lora_demo, written
 from tests.end_to_end.liar import Liar
 from tests.helpers import FakeWorker
 from tests.lora_bundles import copied
-from cloven.zoo.demo import demo_model_path
 from tests.split_models import demo_bundle
 
 TOKENS = 6

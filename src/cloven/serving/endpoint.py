@@ -81,6 +81,10 @@ class Endpoint:
     @contextlib.asynccontextmanager
     async def _life(self, _app: Any) -> AsyncIterator[None]:
         yield
+        await self._stop()
+
+    async def _stop(self) -> None:
+        """Everybody who waits or is being answered gets an end; then the session is closed."""
         self.turns.stop()
         for generation in list(self._running):
             generation.cancel()

@@ -29,6 +29,7 @@ from cloven.serving.text import Text, TextEnded
 from cloven.telemetry import logger
 
 FAILED = "failed"  # what a handler writes into the stream; `events` puts the error in its place
+_NO_TOKEN = 2**31 - 1  # of no vocabulary
 
 
 class Generation(BaseGenerateManager):  # type: ignore[misc]
@@ -119,7 +120,7 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         config.max_new_tokens = self.order.tokens(length, _context_of(self._served.model))
         ends = _tokens(config.eos_token_id)
         if self._fixed:
-            config.eos_token_id = None
+            config.eos_token_id = _NO_TOKEN  # for None, generate would take the model's
         text = Text(tokenizer, self._loop, pieces, ends=ends, stops=self.order.stops, fixed_length=self._fixed, parser=parser)
         self._text, self._pieces = text, pieces
         batch = self._batch
