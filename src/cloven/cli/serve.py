@@ -68,6 +68,7 @@ def serve(
 
     require_serving()
     from cloven.cli.hardening import forbid_core_dumps
+    from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
     from cloven.model.runtime import RuntimeOptions
     from cloven.serving.api_keys import read_api_keys
@@ -99,6 +100,8 @@ def serve(
     )
     how = LoadOptions(model_name, chat_template, dtype, base, pin)
     found = open_half(half, " ".join(worker or []) or None, enclave, server)
+    if constant_rows and found.scheme != "slip":
+        raise BadInput(f"constant_rows pads exchanges with a SLIP worker, and this bundle is {found.scheme}")
     runtime = RuntimeOptions(
         found.address,
         keys,
