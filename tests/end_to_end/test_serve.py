@@ -120,9 +120,14 @@ def test_sampling_is_everybodys_own(client: openai.OpenAI) -> None:
 
     alone = {seed: sampled(seed) for seed in (1, 2)}
     assert alone[1] != alone[2]
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(7) as pool:
         hot = [pool.submit(sampled, seed) for seed in (1, 2, 1)]
-        cold = [pool.submit(written, client, "ROMEO:", 16), pool.submit(sampled, 5, 2.0, 1e-6), pool.submit(sampled, 6, 1e-3)]
+        cold = [
+            pool.submit(written, client, "ROMEO:", 16),
+            pool.submit(sampled, 5, 2.0, 1e-6),
+            pool.submit(sampled, 6, 1e-3),
+            pool.submit(sampled, 7, 1e-300),
+        ]
         assert [job.result() for job in hot] == [alone[1], alone[2], alone[1]]
         assert {job.result() for job in cold} == {expected("ROMEO:", 16)}
     assert (

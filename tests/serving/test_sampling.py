@@ -29,7 +29,8 @@ def test_temperature_top_k_and_top_p() -> None:
     assert float((shares(Sampler(config(temperature=2.0), 1)) - torch.softmax(LOGITS / 2, 0)).abs().max()) < 0.03
     assert shares(Sampler(config(top_k=2), 1), draws=500)[2:].sum() == 0
     assert shares(Sampler(config(top_p=0.5), 1), draws=200).tolist() == [1, 0, 0, 0, 0]
-    assert shares(Sampler(config(temperature=1e-3), 1), draws=200).tolist() == [1, 0, 0, 0, 0]
+    for coldest in ({"temperature": 1e-3}, {"temperature": 1e-5}, {"top_p": 1e-300}):  # and no logits of a model overflow
+        assert shares(Sampler(config(**coldest), 1), 1000 * LOGITS, draws=50).tolist() == [1, 0, 0, 0, 0]
 
 
 def test_a_seed_and_none() -> None:

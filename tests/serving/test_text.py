@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 import torch
+from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS, ReasoningText, ToolCall
+from transformers.utils.chat_parsing import ResponseParser
 
 from cloven.serving.text import Text, TextEnded
 from tests.served import generated, plain_model, text_of
@@ -88,6 +91,23 @@ def test_who_has_left() -> None:
         with pytest.raises(TextEnded):
             text.put(torch.tensor([TOKENS[0]]))
         assert text.tokens == [] and text.cancelled
+
+
+@pytest.mark.parametrize("stops", [(), ("never there",)])
+def test_tool_calls_and_reasoning_by_transformers_parser(stops: tuple[str, ...]) -> None:
+    """As for a Qwen; stop strings, which hold text back, take nothing from it."""
+    written = '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Verona"}}\n</tool_call>'
+    template = next(kept for types, kept in _RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen3" in types)
+    pieces: asyncio.Queue[Any] = asyncio.Queue()
+    text = made(pieces, stops=stops, parser=ResponseParser(template, prefix="<|im_start|>assistant\n", tools=None))
+    for token in plain_model()[1](written).input_ids:
+        text.put(torch.tensor([token]))
+    text.end()
+    found = all_of(pieces)
+    assert found.pop() is None
+    (call,) = [item for item in found if isinstance(item, ToolCall)]
+    assert call.name == "weather" and json.loads(call.arguments) == {"city": "Verona"}
+    assert "".join(item for item in found if isinstance(item, ReasoningText)).strip() == "hm"
 
 
 def test_without_a_queue_the_tokens_are_kept() -> None:

@@ -13,6 +13,8 @@ from cloven.serving.model import ServedModel
 from cloven.serving.order import Order
 from cloven.serving.stop_strings import cut
 
+_COLDEST = 1e-5  # below, logits divided by the temperature overflow, and would end the whole batch; it is greedy as well
+
 
 class LoadedModel(ModelManager):  # type: ignore[misc]
     """What a handler takes for the manager of all models: it knows one, loaded, and loads nothing."""
@@ -38,7 +40,7 @@ def _sampling(config: Any, order: Order) -> Any:
         if value is not None:
             config.do_sample = True
             setattr(config, name, value)
-    if order.temperature == 0:
+    if order.temperature is not None and order.temperature < _COLDEST:
         config.do_sample = False
     if not config.do_sample:
         config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50  # unused: transformers would warn
