@@ -41,27 +41,37 @@ def texts(model: object = None, prompts: tuple[str, ...] = (*PROMPTS[:4], LONG))
 SMALL = ("--batch-rows", "32", "--max-running", "8")
 
 
-def test_slip(demo_worker: WorkerProcess) -> None:
+TINY = ("--cache-tokens", "64")  # the long prompt goes alone, in another thread of the same session, beside the others
+CACHES = pytest.mark.parametrize("cache", [(), pytest.param(TINY, marks=pytest.mark.long)])
+
+
+@CACHES
+def test_slip(cache: tuple[str, ...], demo_worker: WorkerProcess) -> None:
     assert len(demo_tokenizer()(LONG).input_ids) > 2 * 32
-    with endpoint(demo_bundle("int8x2").trusted, "--worker", demo_worker.address, *F32, *SMALL) as (process, client):
+    with endpoint(demo_bundle("int8x2").trusted, "--worker", demo_worker.address, *F32, *SMALL, *cache) as (process, client):
         same_texts(client, texts())
         assert "one after the other" not in process.log()
 
 
+@CACHES
 @pytest.mark.parametrize("mode", ["permute", "session"])
-def test_kv_shield(mode: str) -> None:
+def test_kv_shield(mode: str, cache: tuple[str, ...]) -> None:
     out = kv_demo(mode)
-    with EnclaveProcess(out / "trusted") as peer, endpoint(out / "exposed", "--enclave", peer.address, *F32, *SMALL) as (process, client):
+    with (
+        EnclaveProcess(out / "trusted") as peer,
+        endpoint(out / "exposed", "--enclave", peer.address, *F32, *SMALL, *cache) as (process, client),
+    ):
         assert process.ready["scheme"] == "kv-shield"
         same_texts(client, texts())
 
 
-def test_private_lora(tmp_path: Path) -> None:
+@CACHES
+def test_private_lora(cache: tuple[str, ...], tmp_path: Path) -> None:
     out = copied(lora_demo(), tmp_path / "out")
     base = ("--base", str(demo_model_path()))
     with (
         AdapterServerProcess(out / "server") as server,
-        endpoint(out / "client", "--server", server.address, *base, *F32, *SMALL) as (process, client),
+        endpoint(out / "client", "--server", server.address, *base, *F32, *SMALL, *cache) as (process, client),
     ):
         assert process.ready["scheme"] == "private-lora"
         expected = texts(merged_model(demo_model_path(), demo_adapter_path()))
