@@ -23,7 +23,7 @@ from tests.split_models import scratch
 
 README = Path(__file__).parents[1] / "README.md"
 NOT_RUN = ("make ", "git clone", "pip install")
-PORTS = ("5555", "5556")
+PORTS = ("5555", "5556", "8000")
 
 
 def blocks(*languages: str) -> list[str]:
@@ -82,7 +82,7 @@ def started(command: list[str], folder: Path, **more: Any) -> subprocess.Popen[s
 def test_there_is_something_to_run() -> None:
     assert len(blocks("python")) >= 1
     shown = " ".join(commands())
-    assert all(f"cloven {name}" in shown for name in ("prepare slip", "keygen", "worker", "generate"))
+    assert all(f"cloven {name}" in shown for name in ("prepare slip", "keygen", "worker", "generate", "serve"))
 
 
 def test_every_command_shown_anywhere_exists() -> None:

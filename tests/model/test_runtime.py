@@ -103,6 +103,32 @@ def test_a_security_failure_ends_the_session_before_it_is_raised(session: Sessio
         session.guarded(lambda: 7)
 
 
+def test_what_ended_a_session_is_kept(session: Session) -> None:
+    """The first error; none where it was closed by its owner."""
+    assert session.failure is None
+    first = VerificationFailed("layer 1")
+    session.fail(first)
+    session.fail(PadMisuse("layer 2"))
+    assert session.closed and session.failure is first
+    with pytest.raises(SessionClosed, match="layer 1"):
+        session.guarded(lambda: None)
+
+
+def test_a_guarded_failure_is_kept_and_a_close_is_none(session: Session) -> None:
+    def lie() -> None:
+        raise VerificationFailed("a lie")
+
+    with pytest.raises(VerificationFailed) as caught:
+        session.guarded(lie)
+    assert session.failure is caught.value
+
+
+def test_an_owners_end_is_no_failure(session: Session) -> None:
+    session.close()
+    session.fail(VerificationFailed("too late"))
+    assert session.failure is None
+
+
 def test_a_context_manager(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     model = nn.Linear(1, 1)
     with new_session(model, context) as session:

@@ -70,12 +70,13 @@ def generate(
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
+    from cloven.serving.half import open_half
 
     forbid_core_dumps()
     quiet_transformers()
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"dtype {dtype!r}: choose auto, float32 or bfloat16")
-    address = _verified(half, " ".join(worker or []) or None, enclave, server)
+    address = open_half(half, " ".join(worker or []) or None, enclave, server).address
     drafting = open_drafting(half, prompt_lookup, assistant)
     text = sys.stdin.read() if prompt == "-" else prompt
     for name in ("CLOVEN_WORKER", "CLOVEN_ENCLAVE", "CLOVEN_SERVER", "CLOVEN_KEYS", "CLOVEN_EXPOSED"):
@@ -116,32 +117,6 @@ def generate(
             "seconds_waiting": total.seconds_waiting,
         }
         typer.echo(json.dumps(report))
-
-
-def _verified(half: Path, worker: str | None, enclave: str | None, server: str | None) -> str:
-    """Hash what transformers would stumble over (shards are hashed when they are loaded); the address of the half's peer."""
-    from cloven.bundle.manifest import manifest_format
-    from cloven.bundle.trusted_manifest import TrustedManifest
-    from cloven.bundle.verification import verify_files
-    from cloven.errors import BadInput
-    from cloven.kv_shield.manifest import EXPOSED, TRUSTED, KvManifest
-    from cloven.private_lora.manifest import CLIENT, SERVER, ClientManifest
-
-    kind = manifest_format(half)
-    if kind == SERVER:
-        raise BadInput(f"{half}: the adapter server's half; generate with OUT/client, and serve this one with `cloven adapter-server`")
-    if kind == TRUSTED:
-        raise BadInput(f"{half}: the enclave's half; generate with OUT/exposed, and serve this one with `cloven enclave`")
-    if kind == CLIENT:
-        files, address, option = ClientManifest.read(half).files, server, "--server"
-    elif kind == EXPOSED:
-        files, address, option = KvManifest.read(half, EXPOSED).files, enclave, "--enclave"
-    else:
-        files, address, option = TrustedManifest.read(half).files, worker, "--worker"
-    if address is None:
-        raise BadInput(f"{half}: give {option} ADDRESS (or CLOVEN_{option[2:].upper()})")
-    verify_files(half, {name: digest for name, digest in files.items() if not name.endswith(".safetensors")})
-    return address
 
 
 def _pad(tokenizer: object) -> int | None:

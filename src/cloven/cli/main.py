@@ -25,6 +25,7 @@ from cloven.cli import (
     ledger,
     pads,
     prepare,
+    serve,
     top,
     worker,
 )
@@ -47,6 +48,7 @@ app.command("enclave")(enclave.enclave)
 app.command("adapter-server")(adapter_server.adapter_server)
 app.command("ledger")(ledger.ledger)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("keygen")(keygen.keygen)

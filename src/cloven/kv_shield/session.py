@@ -337,6 +337,8 @@ def open_session(model: Any, options: RuntimeOptions) -> KvSession:
         BadBundle: the model was not loaded from OUT/exposed.
         ForeignBundle, PeerRefused, WorkerUnreachable, WorkerTimeout: the enclave.
     """
+    if options.constant_rows:
+        raise BadInput("constant_rows pads exchanges with a SLIP worker: the enclave's answers are keyed row by row")
     folder, attentions = getattr(model, "cloven_folder", None), getattr(model, "cloven_attentions", None)
     if not isinstance(folder, Path) or not isinstance(attentions, list):
         raise BadBundle("this model was not loaded from OUT/exposed of a KV-Shield bundle")

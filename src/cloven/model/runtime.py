@@ -45,6 +45,7 @@ class RuntimeOptions:
         pin: the fingerprint that the bundle must have (private LoRA).
         backend: "lwe", or "fhe": standard homomorphic encryption, for comparison (private LoRA).
         insecure_fhe_semi_honest: allow the fhe backend.
+        constant_rows: rows of every exchange (SLIP): fewer are padded, more go in several; 0: as many as there are.
         simulated_rtt: for measurements: seconds by which every exchange takes longer; `session.channel.simulated_rtt` changes it later.
     """
 
@@ -62,8 +63,11 @@ class RuntimeOptions:
     on_empty: str = "fail"
     insecure_fhe_semi_honest: bool = False
     simulated_rtt: float = 0.0
+    constant_rows: int = 0
 
     def __post_init__(self) -> None:
+        if self.constant_rows < 0:
+            raise BadInput("constant_rows: give 0 or more")
         if self.on_empty not in ON_EMPTY:
             raise BadInput(f"on_empty {self.on_empty!r}: choose one of {', '.join(ON_EMPTY)}")
         if self.backend not in ("lwe", "fhe"):
@@ -118,11 +122,13 @@ class Session:
 
     Guarantee: after the first failed verification the session is closed and its secrets are dropped; calls then raise SessionClosed,
     and only a new `attach`, the operator's decision, reconnects. Not hidden from the worker: rows, sizes and times of exchanges.
+    `failure` is the error that ended the session, where one did.
     """
 
     def __init__(self, model: nn.Module, channel: Connection, telemetry: Telemetry) -> None:
         self.channel: Any = channel
         self.telemetry = telemetry
+        self.failure: ClovenError | None = None
         self._on_close: list[Callable[[], None]] = []
         self._reason: str | None = None
         self._closing = threading.Lock()
@@ -177,15 +183,17 @@ class Session:
             self.fail(error)
             raise
 
+    def _ended(self) -> SessionClosed:
+        return SessionClosed(f"the session with {self.channel.address} has ended: {self._reason}")
+
     def fail(self, error: ClovenError) -> None:
-        """End the session because of an error; a failed verification is counted and logged."""
+        """End the session because of an error, the first of which is kept; a failed verification is counted and logged."""
         if isinstance(error, VerificationFailed):
             self.telemetry.verification_failed()
             log_event(logging.ERROR, "verification_failed", "%s", error, peer=error.worker)
+        if self._reason is None:
+            self.failure = self.failure or error
         self.close(str(error))
-
-    def _ended(self) -> SessionClosed:
-        return SessionClosed(f"the session with {self.channel.address} has ended: {self._reason}")
 
     def close(self, reason: str = CLOSED) -> None:
         """End the session; secrets are dropped, the model can be attached again."""

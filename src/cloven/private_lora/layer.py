@@ -29,7 +29,7 @@ Product = Callable[[Tensor, Callable[[], None]], Tensor]
 
 def deltas(y: Tensor, scales: Tensor, bases: list[Tensor]) -> list[Tensor]:
     """V v of every module, float32 [M, N_i], from the unscaled integer products y float64 [M, 2R]."""
-    v = (y * scales).view(-1, TERMS, y.shape[1] // TERMS).sum(1).float()  # [M, R]
+    v = (y * scales).view(len(y), TERMS, y.shape[1] // TERMS).sum(1).float()  # [M, R]
     parts = v.split([basis.shape[1] for basis in bases], dim=1)
     return [part @ basis.t() for part, basis in zip(parts, bases, strict=True)]
 

@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from cloven.bundle.verification import verify_bytes
-from cloven.errors import BadBundle, BadInput, ClovenError, SessionClosed
+from cloven.errors import BadBundle, BadInput, SessionClosed
 from cloven.field.codec import RowBounds
 from cloven.field.residues import is_residue
 from cloven.field.selection import select_backend
@@ -56,8 +56,8 @@ class LoraSession(Session):
             raise SessionClosed("a check of the client failed: the session has ended")
         try:
             return super().guarded(operation)
-        except CheckFailed:
-            self._failed = True
+        except CheckFailed as error:
+            self._failed, self.failure = True, error
             raise
 
     def pads_ready(self) -> int | None:
@@ -199,6 +199,8 @@ def open_session(model: Any, options: RuntimeOptions) -> LoraSession:
         BadBundle: the model is not adapted.  ForeignBundle: the server does not serve the bundle.
         PeerRefused, WorkerUnreachable, WorkerTimeout: the server.
     """
+    if options.constant_rows:
+        raise BadInput("constant_rows pads exchanges with a SLIP worker: every row is charged to the ledger")
     groups, folder = getattr(model, "cloven_lora", None), getattr(model, "cloven_folder", None)
     if not isinstance(groups, list) or not isinstance(folder, Path):
         raise BadBundle("this model is not adapted: load OUT/client with from_pretrained, or call cloven.adapt")
@@ -253,7 +255,7 @@ def _connect_groups(
     bytes_per_row = 4 * sum(parameters.pad_columns + adapted.group.columns + adapted.group.rows for adapted in groups)
     fitting = max(1, min(MOST_PADS_AHEAD, options.pad_bytes // bytes_per_row))
     ahead = options.look_ahead if options.look_ahead is not None else fitting
-    session.look_ahead = LookAhead(session.masks, ahead, lambda error: _end(session, error))
+    session.look_ahead = LookAhead(session.masks, ahead, session.fail)
     session.on_close(session.look_ahead.stop)
 
 
@@ -266,7 +268,3 @@ def remote_matrix(index: int, group: ClientGroup, bits: int, parameters: LwePara
 
 def _guarded_product(session: LoraSession, remote: RemoteMatrix | EncryptedMatrix) -> Product:
     return lambda x, meanwhile: session.guarded(lambda: remote.product(x, meanwhile))
-
-
-def _end(session: Session, error: ClovenError) -> None:
-    session.fail(error)

@@ -183,7 +183,7 @@ class SplitGroup:
 
     @staticmethod
     def _split(outputs: Tensor, widths: list[int], x: Tensor) -> list[Tensor]:
-        return [output.contiguous().view(*x.shape[:-1], -1) for output in outputs.split(widths, dim=1)]
+        return [output.contiguous().view(*x.shape[:-1], output.shape[1]) for output in outputs.split(widths, dim=1)]  # of no rows, too
 
     def _scrambled(self, rows: Tensor) -> Tensor:
         """[M, K] -> float64 [M, K] in the worker's basis."""

@@ -36,6 +36,7 @@ from cloven.masks.stored_pads import StoredPads
 from cloven.masks.waiting import WaitingPads
 from cloven.model.runtime import MOST_PADS_AHEAD, RuntimeOptions, Session, open_channel
 from cloven.offload import OffloadedMatrix, Share
+from cloven.slip.constant_rows import ConstantRows
 from cloven.slip.layer import Fused, Product, SplitGroup
 from cloven.slip.split_model import groups_of
 from cloven.slip.workers import Workers
@@ -117,6 +118,7 @@ class _Secrets:
 
     def __init__(self, trusted: Path, manifest: TrustedManifest, options: RuntimeOptions) -> None:
         self.manifest, self._options = manifest, options
+        self.constant_rows = options.constant_rows
         self._backend = select_backend("cpu")
         self._key = PadKey()
         self._stream = SecretStream(secrets.token_bytes(KEY_BYTES), "freivalds")
@@ -174,7 +176,7 @@ class _Secrets:
             return self._options.look_ahead
         bytes_per_row = 4 * sum(group.rows + group.columns for group in self.manifest.exposed.groups)
         most = MOST_PADS_AHEAD if self._store is None else AHEAD
-        return max(1, min(most, self._options.pad_bytes // bytes_per_row))
+        return max(1, min(most, self._options.pad_bytes // bytes_per_row))  # of pads, whether their rows are padding or not
 
     def destroy(self) -> None:
         """Overwrite the keys."""
@@ -200,18 +202,19 @@ def _connect_groups(session: SlipSession, groups: list[SplitGroup], workers: Wor
         checks = [seat.freivalds(group.index) for _, seat in held]  # 2, 3
         pads = given.pads(group, checks, lambda: session.closed)  # 4
         offloaded = OffloadedMatrix(group.name, group.index, record.rows, record.columns, bounds, pads, shares)
-        group.attach(*_guarded_product(session, offloaded, given))
+        sender = ConstantRows(offloaded, given.constant_rows) if given.constant_rows else offloaded
+        group.attach(*_guarded_product(session, sender, given))
         session.pads.append(pads)
         session.offloaded.append(offloaded)
         session.on_close(pads.forget)
         session.on_close(lambda group=group: group.attach(_ended_product(session)))  # type: ignore[misc]
     session.on_close(session.pads.clear)
     session.on_close(session.offloaded.clear)
-    session.look_ahead = LookAhead(session.pads, given.rows_ahead(), lambda error: _end(session, error))
+    session.look_ahead = LookAhead(session.pads, given.rows_ahead(), session.fail)
     session.on_close(session.look_ahead.stop)
 
 
-def _guarded_product(session: Session, offloaded: OffloadedMatrix, given: _Secrets) -> tuple[Product, Fused]:
+def _guarded_product(session: Session, offloaded: OffloadedMatrix | ConstantRows, given: _Secrets) -> tuple[Product, Fused]:
     def rejecting(work: Callable[[], _T]) -> _T:
         try:
             return work()
@@ -239,7 +242,3 @@ def _ended_product(session: Session) -> Product:
         return session.guarded(lambda: x)  # raises
 
     return product
-
-
-def _end(session: Session, error: ClovenError) -> None:
-    session.fail(error)

@@ -1,0 +1,106 @@
+"""The endpoint on a socket: bound before anything is loaded, served by uvicorn until a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from cloven.errors import BadInput, RunError
+from cloven.serving.options import ServeOptions
+
+_GRACE_SECONDS = 5  # for answers in the making, when the server is stopped
+_IDLE_SECONDS = 30  # of a connection without a request
+_BACKLOG = 128
+_SPARE_CONNECTIONS = 256  # besides those that compute or wait
+
+OPEN_BANNER = (
+    "INSECURE: this endpoint listens on the network and asks nobody for a key: everybody can use the model. Give it --api-key-file FILE."
+)
+
+
+class _NoContents(logging.Filter):
+    """uvicorn logs what an unexpected exception says, and that may quote a request: its type is enough."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        if record.exc_info:
+            kind = record.exc_info[0]
+            record.msg, record.args = f"a request failed: {kind.__name__ if kind else 'unknown'}", ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+class _Announcing(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+def bind(options: ServeOptions) -> socket.socket:
+    """A socket at the address, which does not listen yet.
+
+    Raises:
+        RunError: it is taken, or not this machine's.
+        BadInput: the certificate or its key cannot be used.
+    """
+    if options.tls_certificate is not None and options.tls_key is not None:
+        for path in (options.tls_certificate, options.tls_key):
+            if not path.is_file():
+                raise BadInput(f"{path}: no such file; TLS needs a certificate and its key in PEM form")
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.tls_certificate, options.tls_key, lambda: "")
+        except (ssl.SSLError, OSError) as error:
+            raise BadInput(
+                f"{options.tls_certificate}, {options.tls_key}: no certificate with its key, in PEM form without a passphrase"
+            ) from error
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise BadInput(f"{options.host}: no address of this machine: {error.strerror or error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.set_inheritable(False)
+    except OSError as error:
+        listener.close()
+        raise RunError(f"cannot listen at {options.host}, port {options.port}: {error.strerror or error}") from error
+    return listener
+
+
+def serve(app: ASGIApp, listener: socket.socket, options: ServeOptions, ready: Callable[[], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT; answers in the making have some seconds to end.
+
+    Args:
+        listener: from `bind`.
+        ready: called when the first request would be answered.
+    """
+    logging.getLogger("uvicorn.error").addFilter(_NoContents())
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        loop="asyncio",
+        http="h11",
+        backlog=_BACKLOG,
+        limit_concurrency=options.max_queue + _SPARE_CONNECTIONS,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        ssl_certfile=options.tls_certificate,
+        ssl_keyfile=options.tls_key,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
+        signal.signal(number, lambda *_: None)
+    _Announcing(config, ready).run(sockets=[listener])

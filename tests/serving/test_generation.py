@@ -1,0 +1,86 @@
+"""The small things of a generation; what it does with a model is in test_endpoint and test_batching."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cloven.errors import WorkerRefused
+from cloven.serving.api_error import ApiError, bad_request
+from cloven.serving.engine import Engine
+from cloven.serving.generation import Generation, _context_of, _tokens, log_failure
+from cloven.serving.options import ServeOptions
+from cloven.serving.order import completion_order
+from tests.served import NAME, generated, plain_model, run, served_model, text_of
+
+
+def test_tokens_and_contexts() -> None:
+    assert _tokens(None) == [] and _tokens(5) == [5] and _tokens([5, 6]) == [5, 6]
+
+    def context(**config: Any) -> int | None:
+        return _context_of(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))))
+
+    assert context(max_position_embeddings=512) == 512
+    assert context() is None and context(max_position_embeddings=None) is None and context(max_position_embeddings=0) is None
+
+
+def test_a_failure_in_the_log_names_places_and_no_contents(caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        raise ValueError("Xylophone")
+    except ValueError as error:
+        with caplog.at_level(logging.DEBUG, "cloven"):
+            log_failure(error)
+            log_failure(bad_request("Xylophone: no"))
+            log_failure(WorkerRefused("layer 3: no"))
+    assert "ValueError at test_generation.py:" in caplog.text and "layer 3: no" in caplog.text and "Xylophone" not in caplog.text
+
+
+def test_without_a_batch_by_the_engine() -> None:
+    """The turn is given back when the computation has ended, and once; a cancelled one ends early; one too long is not begun."""
+    model, tokenizer = plain_model()
+
+    async def scenario() -> None:
+        served, _ = served_model()
+        engine, ended = Engine(), list[str]()
+
+        def made(name: str, **more: Any) -> Generation:
+            order = completion_order({"prompt": "x", "temperature": 0, **more}, NAME, 10**6)
+            return Generation(served, engine, None, order, ServeOptions(), lambda: ended.append(name))
+
+        inputs = tokenizer("ROMEO:", return_tensors="pt")
+        one = made("one", max_tokens=5)
+        text, length, tokens = await one.generate_non_streaming(model, tokenizer, inputs, config(), "id")
+        assert (text, length, tokens) == (text_of(generated("ROMEO:", 5)), 2, generated("ROMEO:", 5)) and ended == ["one"]
+        long = made("long", max_tokens=200)
+        waiting = asyncio.create_task(long.generate_non_streaming(model, tokenizer, inputs, config(), "id"))
+        await long.begun()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert long.started
+        while ended != ["one", "long"]:
+            await asyncio.sleep(0.01)
+        too_long = made("too long", max_tokens=10**5)
+        with pytest.raises(ApiError) as caught:
+            await too_long.generate_non_streaming(model, tokenizer, inputs, config(), "id")
+        assert caught.value.code == "context_length_exceeded" and not too_long.started
+        pieces, _ = made("stream", max_tokens=3).generate_streaming(model, tokenizer, inputs, config(), "id")
+        seen = [piece async for piece in drained(pieces)]
+        assert "".join(seen) == text_of(generated("ROMEO:", 3))
+        assert engine.stop(5)
+        served.close()
+
+    run(scenario)
+
+
+def config() -> Any:
+    return plain_model()[0].generation_config.__class__(do_sample=False, pad_token_id=0)
+
+
+async def drained(pieces: asyncio.Queue[Any]) -> Any:
+    while (piece := await pieces.get()) is not None:
+        yield piece

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+from cloven.serving.handlers import ChatHandler, LoadedModel, TextHandler, _sampling
+from cloven.serving.order import Order, completion_order
+from tests.served import NAME, plain_model, served_model
+
+
+def order(**more: Any) -> Order:
+    return completion_order({"prompt": "x", **more}, NAME, 100)
+
+
+def test_there_is_one_model_and_nothing_is_loaded() -> None:
+    served, _ = served_model()
+    models = LoadedModel(served)
+    for name in (NAME, "gpt2", "/etc", f"{NAME}@main"):
+        assert models.process_model_name(name) == NAME
+        assert models.load_model_and_processor(name) == plain_model()
+    assert not models.loaded_models and models.force_model == NAME
+    models.shutdown()
+    assert models.load_model_and_processor(NAME)[0] is served.model
+    served.close()
+
+
+@pytest.mark.parametrize("default", [GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9), GenerationConfig(do_sample=False)])
+def test_sampling_as_openai_means_it(default: GenerationConfig) -> None:
+    def config(**more: Any) -> Any:
+        return _sampling(GenerationConfig(**default.to_dict()), order(**more))
+
+    assert config().do_sample is default.do_sample
+    assert not config(temperature=0).do_sample and not config(temperature=0, top_p=0.5).do_sample
+    assert not config(temperature=1e-300).do_sample and config(temperature=1e-5).do_sample
+    hot = config(temperature=1.5)
+    assert hot.do_sample and hot.temperature == 1.5 and hot.top_p == default.top_p
+    narrow = config(top_p=0.5)
+    assert narrow.do_sample and narrow.top_p == 0.5
+    greedy = config(temperature=0)
+    assert (greedy.temperature, greedy.top_p) == (1.0, 1.0)  # nothing left that transformers would warn of
+
+
+@pytest.mark.parametrize("kind", [ChatHandler, TextHandler])
+def test_a_handler_takes_no_model_from_the_request(kind: Any) -> None:
+    served, _ = served_model()
+    generation: Any = SimpleNamespace(order=order(temperature=0))
+    handler = kind(LoadedModel(served), generation)
+    model_id, model, tokenizer = handler._resolve_model({})
+    assert (model_id, model, tokenizer) == (NAME, *plain_model())
+    assert handler.generation_state.get_manager("whatever") is generation
+    assert not handler.generation_state.use_continuous_batching(model, None)
+    config = handler._build_generation_config({}, model.generation_config)
+    assert not config.do_sample and config is not model.generation_config
+    served.close()
