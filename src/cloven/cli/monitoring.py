@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from cloven.metrics.catalog import Source
     from cloven.wire.server import Server
 
 METRICS_HOST = "127.0.0.1"
@@ -49,9 +50,17 @@ def prepare_monitoring(level: str | None, form: str, metrics_port: int | None) -
         require_installed("--metrics-port", "prometheus_client")
 
 
+def published(service: Server, host: str, port: int | None) -> contextlib.AbstractContextManager[None]:
+    """Publish a server's metrics while it serves: see `published_of`."""
+    return published_of(service.role, service.samples, host, port, service.close)
+
+
 @contextlib.contextmanager
-def published(service: Server, host: str, port: int | None) -> Iterator[None]:
-    """Publish a server's metrics while it serves; a server whose metrics cannot be published is closed.
+def published_of(role: str, samples: Source, host: str, port: int | None, close: Callable[[], object]) -> Iterator[None]:
+    """Publish a process's metrics while it serves.
+
+    Args:
+        close: called where they cannot be published.
 
     Raises:
         BadInput, RunError: see `MetricsEndpoint`.
@@ -62,10 +71,10 @@ def published(service: Server, host: str, port: int | None) -> Iterator[None]:
     from cloven.metrics.endpoint import MetricsEndpoint
 
     try:
-        endpoint = MetricsEndpoint(host, port, service.role, [service.samples])
+        endpoint = MetricsEndpoint(host, port, role, [samples])
     except BaseException:
-        service.close()
+        close()
         raise
     with endpoint:
-        typer.echo(f"metrics at {endpoint.address}")
+        typer.echo(f"metrics at {endpoint.address}", err=role == "serve")  # there, standard output says where the endpoint is
         yield

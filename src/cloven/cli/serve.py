@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from cloven.cli.monitoring import METRICS_HOST, LogFormat, LogLevel, MetricsHost, MetricsPort
+
 
 def serve(
     half: Annotated[Path, typer.Argument(help="OUT/trusted (SLIP), OUT/exposed (KV-Shield) or OUT/client (private LoRA).")],
@@ -55,6 +57,10 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds that an answer of the worker may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as one JSON object.")] = False,
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = METRICS_HOST,
     insecure_open: Annotated[
         bool, typer.Option("--insecure-open", help="Listen on the network without API keys: everybody can use the model. INSECURE.")
     ] = False,
@@ -68,6 +74,7 @@ def serve(
 
     require_serving()
     from cloven.cli.hardening import forbid_core_dumps
+    from cloven.cli.monitoring import prepare_monitoring, published_of
     from cloven.errors import BadInput
     from cloven.model.quiet import quiet_transformers
     from cloven.model.runtime import RuntimeOptions
@@ -80,6 +87,7 @@ def serve(
     from cloven.serving.server import serve as answer
     from cloven.telemetry import logger
 
+    prepare_monitoring(log_level, log_format, metrics_port)
     forbid_core_dumps()
     quiet_transformers()
     serving = ServeOptions(
@@ -126,4 +134,6 @@ def serve(
             typer.echo(json.dumps({"url": f"{url}/v1", "model": served.name, "scheme": found.scheme}) if as_json else line)
             sys.stdout.flush()
 
-        answer(Endpoint(served, serving).application(api_keys), listener, serving, ready)
+        endpoint = Endpoint(served, serving)
+        with published_of("serve", endpoint.samples, metrics_host, metrics_port, served.close):
+            answer(endpoint.application(api_keys), listener, serving, ready)

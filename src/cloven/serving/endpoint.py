@@ -16,7 +16,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from jinja2 import TemplateError
@@ -28,9 +28,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cloven.errors import RunError
+from cloven.metrics.catalog import Sample
 from cloven.serving.api_error import ApiError, bad_request, of_exception
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.batching import Batch
+from cloven.serving.counts import EndpointCounts
 from cloven.serving.engine import Engine
 from cloven.serving.events import events
 from cloven.serving.gate import Gate, refusal
@@ -58,6 +60,7 @@ class Endpoint:
         self.served, self._options = served, options
         self._batch = _batch_of(served, options)
         self.turns = Turns(options.max_running if self._batch is not None else 1, options.max_queue)
+        self.counts = EndpointCounts(lambda: self.turns.waiting)
         self._engine = Engine()
         self._models = LoadedModel(served)
         self._running: set[Generation] = set()
@@ -76,7 +79,12 @@ class Endpoint:
         refusals: Any = {ApiError: _refuse, HTTPException: _refuse_route}
         app = Starlette(routes=routes, exception_handlers=refusals, lifespan=self._life)
         hosts = frozenset((*LOCAL_HOSTS, "[::1]")) if self._options.local else None
-        return Gate(app, keys, hosts, self._options.max_body)
+        return Gate(app, keys, hosts, self._options.max_body, self.counts.answered)
+
+    def samples(self) -> Iterator[Sample]:
+        """Numbers for Prometheus: see `cloven.metrics.catalog.Source`."""
+        yield from self.counts.samples()
+        yield from self.served.sessions.samples()
 
     @contextlib.asynccontextmanager
     async def _life(self, _app: Any) -> AsyncIterator[None]:
@@ -131,12 +139,14 @@ class Endpoint:
         def over() -> None:
             if generation is not None:
                 self._running.discard(generation)
+                self.counts.ended(generation)
             self.turns.give_back()
 
         try:
             self.served.require_ready()  # it may have changed while this one waited
             generation = Generation(self.served, self._engine, self._batch, order, self._options, over)
             self._running.add(generation)
+            self.counts.begun(generation, generation.length)
             response: Any = await handler(self._models, generation).handle_request(order.body, f"cloven-{uuid.uuid4().hex}")
             if isinstance(response, StreamingResponse):
                 await generation.begun()  # until here an error has a status of its own

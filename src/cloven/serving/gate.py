@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -31,10 +32,18 @@ class Gate:
         keys: who may ask; None: everybody who can connect.
         hosts: names that a Host header may have; None: any.
         most: bytes of a body.
+        answered: called with the status of every answer.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, hosts: frozenset[str] | None, most: int) -> None:
-        self._app, self._keys, self._hosts, self._most = app, keys, hosts, most
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys | None,
+        hosts: frozenset[str] | None,
+        most: int,
+        answered: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self._app, self._keys, self._hosts, self._most, self._answered = app, keys, hosts, most, answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -43,6 +52,7 @@ class Gate:
             return
         if scope["type"] != "http":
             return
+        send = self._counted(send)
         try:
             self._admit(scope)
             if scope["method"] == "POST":
@@ -53,6 +63,14 @@ class Gate:
         except ClientDisconnect:
             return
         await self._app(scope, receive, send)
+
+    def _counted(self, send: Send) -> Send:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._answered(message["status"])
+            await send(message)
+
+        return counting
 
     def _admit(self, scope: Scope) -> None:
         given: dict[bytes, bytes] = dict(scope["headers"])

@@ -70,6 +70,10 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         """Whether the engine has it, which then calls `on_end`."""
         return self._text is not None
 
+    def length(self) -> int:
+        """Tokens of the answer so far; from any thread."""
+        return len(self._text.tokens) if self._text is not None else 0
+
     async def begun(self) -> None:
         """Wait for the first token.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from cloven.errors import ClovenError, SecurityError, SessionClosed, WorkerTimeout, WorkerUnreachable
+from cloven.metrics.session import SessionMetrics
 from cloven.model.runtime import Session
 from cloven.private_lora.query import CheckFailed
 from cloven.serving.api_error import peer_away, session_ended
@@ -46,7 +47,8 @@ class ServedModel:
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._attach, self._peer_is_there, self.batches = attach, peer_is_there, batches
-        self.session = attach()
+        self.sessions = SessionMetrics()
+        self.session = self._opened()
         self._state = READY
         self._lock = threading.Lock()
         self._wake, self._stopping = threading.Event(), threading.Event()
@@ -113,12 +115,17 @@ class ServedModel:
             if self._stopping.is_set():
                 return
 
+    def _opened(self) -> Session:
+        session = self._attach()
+        self.sessions.watch(self.name, session)
+        return session
+
     def _returned(self) -> bool:
         try:
             if not self._peer_is_there():
                 return False
             if self.session.closed:
-                self.session = self._attach()
+                self.session = self._opened()
         except (WorkerUnreachable, WorkerTimeout):
             return False
         except ClovenError as error:
