@@ -54,9 +54,13 @@ class LlamaCpp:
 
     @property
     def version(self) -> str:
-        """Of the package that holds llama.cpp, and what the library says about itself: the instructions it was compiled for."""
-        system = str(self._library.llama_print_system_info(), "utf-8")
-        return f"llama-cpp-python {self._library.__version__}; {' '.join(system.split())}"
+        """Of the package that holds llama.cpp."""
+        return f"llama-cpp-python {self._library.__version__}"
+
+    @property
+    def details(self) -> str:
+        """What the library says about itself: the instructions it was compiled for."""
+        return " ".join(str(self._library.llama_print_system_info(), "utf-8").split())
 
     @property
     def parameters(self) -> int:
@@ -94,7 +98,8 @@ def main() -> None:
     """Load what the arguments say, then answer commands."""
     answers = claim_output()
     runner = LlamaCpp(sys.argv[1], int(sys.argv[2]))
-    answer_commands(runner, OPERATIONS, answers, version=runner.version, parameters=runner.parameters)
+    about = {"version": runner.version, "details": runner.details, "parameters": runner.parameters}
+    answer_commands(runner, OPERATIONS, answers, **about)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ _SHORTEST_CACHE = 64
 class AgainstFigures:
     """One of the others: the median of its tokens per second, and the split model's over it (pads ready; above 1: the split one is faster).
 
-    `ways` are the ways to run it that were tried before the rounds, with the tokens per second reached there: `version` names the fastest,
-    which was measured. `decode_ratio_all_layers`: see `SlipBench`; the other's time per layer and for the head is not known apart, so that
-    its time is taken to grow with the bytes of its weights, which it reads once per token.
+    `details` is how it was compiled (llama.cpp), or which of the `ways` to run it was measured (torchao): the fastest of those that were
+    tried before the rounds, with the tokens per second that they reached at best. `decode_ratio_all_layers`: see `SlipBench`; the other's
+    time for the layers and for the head is not known apart, so that its time is taken to grow with its weights, which it reads once per
+    token.
     """
 
     name: str
     version: str
+    details: str
     tokens_per_s: float
     decode_ratio: float
     decode_ratio_all_layers: float
@@ -82,6 +84,7 @@ def against_figures(
     return AgainstFigures(
         name=name,
         version=str(ready["version"]),
+        details=str(ready["details"]),
         tokens_per_s=1 / seconds,
         decode_ratio=seconds / split_seconds,
         decode_ratio_all_layers=growth * seconds / split_all,

@@ -66,7 +66,7 @@ def print_slip(result: SlipBench) -> None:
     if result.against:
         print_rows(
             "decode against int8 models without protection, tokens/s; split: pads ready",
-            ("runtime", "it", "split / it", "all layers", "version", "ways tried"),
+            ("runtime", "it", "split / it", "all layers", "version", "ways tried before"),
             [
                 (
                     other.name,
