@@ -56,7 +56,9 @@ def test_help_is_quick(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["worker", "generate", "inspect", "keygen", "doctor", "demo", "prepare", "bench", "prepare slip", "bench slip", "bench rounds"],
+    ["worker", "generate", "inspect", "keygen", "doctor", "demo", "prepare", "bench"]
+    + [f"{group} slip" for group in ("prepare", "bench")]
+    + ["bench memory", "bench rounds"],
 )
 def test_every_command_explains_itself(command: str, cloven_here: Command) -> None:
     outcome = cloven_here(*command.split(), "--help")
@@ -562,27 +564,59 @@ def test_demo_errors(cloven_here: Command) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_bench_prints_what_was_measured(arguments: list[str], cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     from cloven.bench import slip
+    from cloven.bench.decoding import BatchFigures, RttFigures
+    from cloven.bench.matrix_rates import RateFigures
+    from cloven.bench.memory import MemoryFigures
+    from cloven.bench.other_runtimes import AgainstFigures
 
-    def threes(kind: Any) -> Any:
-        return kind(**dict.fromkeys(kind.__dataclass_fields__, 3))
+    def threes(kind: Any, **others: Any) -> Any:
+        return kind(**(dict.fromkeys(kind.__dataclass_fields__, 3) | others))
 
-    def measured(*_: object, rtts_ms: list[float], batches: list[int], **__: object) -> slip.SlipBench:
-        texts = {"shape": "tiny", "precision": "int8"}
-        more = {"simulated_rtts": [threes(slip.RttFigures) for _ in rtts_ms], "batches": [threes(slip.BatchFigures) for _ in batches]}
-        return slip.SlipBench(**{**dict.fromkeys(slip.SlipBench.__dataclass_fields__, 3), **texts, **more})
+    def measured(*_: object, rtts_ms: list[float], batches: list[int], against: list[str], **__: object) -> slip.SlipBench:
+        parts: dict[str, Any] = {"rates": threes(RateFigures), "memory": threes(MemoryFigures)}
+        parts["simulated_rtts"] = [threes(RttFigures) for _ in rtts_ms]
+        parts["batches"] = [threes(BatchFigures) for _ in batches]
+        texts = {"version": "it 1", "details": "fast"}
+        parts["against"] = [threes(AgainstFigures, name=name, ways={"fast": 3.0, "slow": 1.0}, **texts) for name in against]
+        report: slip.SlipBench = threes(slip.SlipBench, shape="tiny", precision="int8", layers_of_shape=4 if against else 3, **parts)
+        return report
 
     monkeypatch.setattr(slip, "bench_slip", measured)
-    for options in ((), ("--simulate-rtt", "1", "--simulate-rtt", "10", "--batch", "4")):
+    every = ("--simulate-rtt", "1", "--simulate-rtt", "10", "--batch", "4", "--against", "torchao", "--against", "llama.cpp")
+    for options in ((), every):
         outcome = cloven_here("bench", "slip", *arguments, *options)
         assert outcome.code == 0 and outcome.err == ""
         if arguments:
             report = json.loads(outcome.out)
-            assert report["decode_ratio"] == 3
+            assert report["decode_ratio"] == report["prefill_share_of_floor"] == report["memory"]["private_share"] == 3
             assert (len(report["simulated_rtts"]), len(report["batches"])) == ((2, 1) if options else (0, 0))
             assert all({"rtt_seconds_expected", "rtt_seconds_measured", "rtt_ratio"} <= set(link) for link in report["simulated_rtts"])
+            assert [(one["name"], one["version"], one["decode_ratio"]) for one in report["against"]] == (
+                [("torchao", "it 1", 3), ("llama.cpp", "it 1", 3)] if options else []
+            )
         else:
-            assert "SLIP, int8, tiny" in outcome.out
-            assert ("over a simulated link" in outcome.out) == ("of a batch" in outcome.out) == bool(options)
+            assert "SLIP, int8, tiny" in outcome.out and "private memory, pads on disk" in outcome.out
+            seen = [
+                text in outcome.out for text in ("over a simulated link", "of a batch", "without protection", "extrapolated to 4 layers")
+            ]
+            assert seen == [bool(options)] * 4
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_bench_memory_prints_what_was_measured(arguments: list[str], cloven_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloven.bench import memory
+
+    numbers = dict.fromkeys(memory.MemoryFigures.__dataclass_fields__, 7_000_000)
+    result = memory.MemoryFigures(**{**numbers, "shape": "tiny", "layers": 2, "layers_of_shape": 2, "private_share": 0.1234})  # type: ignore[arg-type]
+    monkeypatch.setattr(memory, "bench_memory", lambda *_, **__: result)
+    outcome = cloven_here("bench", "memory", *arguments)
+    assert outcome.code == 0 and outcome.err == ""
+    if arguments:
+        assert json.loads(outcome.out)["private_share"] == 0.1234
+    else:
+        assert (
+            all(text in outcome.out for text in ("tiny, 2 of 2 layers", "12.3 %", "KV cache", "14.0")) and "extrapolated" not in outcome.out
+        )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
@@ -623,6 +657,8 @@ def test_bench_errors(cloven_here: Command) -> None:
     one_line(cloven_here("bench", "slip", "--precision", "int4"), 2, "int8, int8x2")
     one_line(cloven_here("bench", "slip", "--simulate-rtt", "-1"), 2, "simulated round trip")
     one_line(cloven_here("bench", "slip", "--batch", "4", "--batch", "33"), 2, "a batch of 33: give 1 to 32")
+    one_line(cloven_here("bench", "slip", "--against", "vllm"), 2, "--against vllm: choose one of llama.cpp, torchao")
+    one_line(cloven_here("bench", "memory", "--shape", "gpt-5"), 2, "choose one of tiny")
     one_line(cloven_here("bench", "rounds", "--simulate-rtt", "nan"), 2, "simulated round trip")
     one_line(cloven_here("bench", "rounds", "/nowhere"), 2, "no such model directory")
     one_line(cloven_here("bench", "rounds", str(tiny_folder("llama"))), 2, "its tokenizer cannot be loaded")

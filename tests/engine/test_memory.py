@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cloven.engine import memory
-from cloven.engine.memory import anonymous_bytes, available_bytes
+from cloven.engine.memory import anonymous_bytes, available_bytes, file_mappings
 
 
 def test_private_memory_grows_with_what_is_allocated() -> None:
@@ -43,3 +44,19 @@ def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.Path, "read_text", missing)
     assert anonymous_bytes() == 0
     assert available_bytes() > 2**28
+    assert file_mappings() == []
+
+
+def test_what_a_file_backs(tmp_path: Path) -> None:
+    (tmp_path / "a b").write_bytes(bytes(8192))  # a space in its name
+    with (tmp_path / "a b").open("rb") as file:
+        mapped = np.memmap(file, dtype=np.uint8, mode="r")
+    anonymous = np.ones(2**22, dtype=np.uint8)
+
+    def is_mapped(array: np.ndarray) -> bool:
+        address = array.__array_interface__["data"][0]
+        return any(start <= address < end for start, end in file_mappings())
+
+    assert is_mapped(mapped) and not is_mapped(anonymous)
+    (tmp_path / "a b").unlink()
+    assert not is_mapped(mapped)  # what is deleted, and lives in memory only, counts as private

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cloven.cli.bench_tables import print_memory, print_rows, print_slip
+
 if TYPE_CHECKING:
     from cloven.bench.rounds import RoundsBench
-    from cloven.bench.slip import SlipBench
 
 app = typer.Typer(help="Measure: ratios from one interleaved run, medians.", no_args_is_help=True)
 
@@ -32,6 +32,9 @@ def slip(
         list[float] | None, typer.Option(metavar="MS", help="Also decode a few tokens over a link with this round trip; may be repeated.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(metavar="B", help="Also decode this many sequences at once; may be repeated.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="RUNTIME", help="Also decode the shape with llama.cpp or torchao, int8; may be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """A model split by SLIP against the unsplit bf16 model: decode, prefill, pads, traffic, memory."""
@@ -39,12 +42,32 @@ def slip(
     from cloven.cli.progress import progress_bars
 
     with progress_bars() as progress:
-        more: dict[str, Any] = {"rtts_ms": simulate_rtt or (), "batches": batch or ()}
+        more: dict[str, Any] = {"rtts_ms": simulate_rtt or (), "batches": batch or (), "against": against or ()}
         result = bench_slip(shape, progress, tokens=tokens, layers=layers, precision=precision, rounds=rounds, **more)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
-        _print(result)
+        print_slip(result)
+
+
+@app.command("memory")
+def memory(
+    shape: Annotated[str, typer.Option(help="tiny, llama-3.2-1b or llama-2-7b; weights are random.")] = "tiny",
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; default: all.")] = None,
+    precision: Annotated[str, typer.Option(help="int8 or int8x2.")] = "int8",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode before memory is read.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How much private memory the trusted process of SLIP needs, pads in a store on disk, against the unsplit bf16 model."""
+    from cloven.bench.memory import bench_memory
+    from cloven.cli.progress import progress_bars
+
+    with progress_bars() as progress:
+        result = bench_memory(shape, progress, layers=layers, precision=precision, tokens=tokens)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        print_memory(result)
 
 
 @app.command("prepare")
@@ -94,108 +117,9 @@ def exchange(
     lines = [(name, f"{microseconds:,.0f}") for name, microseconds in result.steps.items()]
     lines += [("the product alone", f"{result.product:,.0f}"), ("all steps but the product", f"{result.overhead:,.0f}")]
     lines += [("B (A x), while the worker works", f"{result.secret_part:,.0f}"), ("a whole call of the layer", f"{result.whole_call:,.0f}")]
-    _print_rows(
+    print_rows(
         f"one exchange, {result.rows} x {result.width}, {result.products}, medians of {result.rounds}", ("step", "microseconds"), lines
     )
-
-
-def _print(result: SlipBench) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    layers = f"{result.layers} of {result.layers_of_shape} layers"
-    table = Table(title=f"SLIP, {result.precision}, {result.shape}, {layers}; unsplit: bf16; {result.products}")
-    for column in ("", "unsplit", "split", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row(
-        "decode, tokens/s, pads ready",
-        f"{result.tokens_per_s_unsplit:.2f}",
-        f"{result.tokens_per_s_split:.2f}",
-        f"{result.decode_ratio:.2f}",
-    )
-    table.add_row(
-        "decode, tokens/s, pads inline", "", f"{result.tokens_per_s_split_pads_inline:.2f}", f"{result.decode_ratio_pads_inline:.2f}"
-    )
-    table.add_row(
-        "prefill of 512 tokens, s, pads ready",
-        f"{result.prefill_512_s_unsplit:.2f}",
-        f"{result.prefill_512_s_split:.2f}",
-        f"{result.prefill_ratio:.2f}",
-    )
-    table.add_row(
-        "pads / worker, ms per token",
-        "",
-        f"{1e3 * result.pad_seconds_per_token:.1f} / {1e3 * result.worker_seconds_per_token:.1f}",
-        f"{result.pad_ratio:.2f}",
-    )
-    table.add_row("exchanges per token", "", f"{result.exchanges_per_token:.0f}", "")
-    table.add_row("bytes up / down per token", "", f"{result.bytes_up_per_token:,.0f} / {result.bytes_down_per_token:,.0f}", "")
-    table.add_row(
-        "model in the process, MB",
-        f"{result.unsplit_parameter_bytes / 1e6:,.0f}",
-        f"{result.trusted_model_bytes / 1e6:,.0f}",
-        f"{result.trusted_memory_share:.3f}",
-    )
-    table.add_row(
-        "private memory, MB (worker: " + f"{result.worker_private_bytes / 1e6:,.0f})",
-        f"{result.unsplit_private_bytes / 1e6:,.0f}",
-        f"{result.trusted_private_bytes / 1e6:,.0f}",
-        "",
-    )
-    Console().print(table)
-    if result.simulated_rtts:
-        _print_rows(
-            "decode over a simulated link, pads ready",
-            ("round trip, ms", "ms per token", "without, ms", "exchanges × RTT, ms", "measured, ms", "measured / expected"),
-            [
-                (
-                    f"{link.rtt_ms:g}",
-                    f"{1e3 * link.seconds_per_token:.1f}",
-                    f"{1e3 * link.seconds_per_token_without:.1f}",
-                    f"{1e3 * link.rtt_seconds_expected:.1f}",
-                    f"{1e3 * link.rtt_seconds_measured:.1f}",
-                    f"{link.rtt_ratio:.3f}",
-                )
-                for link in result.simulated_rtts
-            ],
-        )
-    if result.batches:
-        _print_rows(
-            "decode of a batch, pads ready",
-            (
-                "sequences",
-                "unsplit, s per step",
-                "split, s per step",
-                "unsplit, tokens/s",
-                "split, tokens/s",
-                "ratio",
-                "exchanges per token",
-            ),
-            [
-                (
-                    str(figures.batch),
-                    f"{figures.step_seconds_unsplit:.3f}",
-                    f"{figures.step_seconds_split:.3f}",
-                    f"{figures.tokens_per_s_unsplit:.2f}",
-                    f"{figures.tokens_per_s_split:.2f}",
-                    f"{figures.decode_ratio:.2f}",
-                    f"{figures.exchanges_per_token:.1f}",
-                )
-                for figures in result.batches
-            ],
-        )
-
-
-def _print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 @app.command("rounds")
@@ -244,7 +168,7 @@ def rounds(
 def _print_rounds(result: RoundsBench) -> None:
     links = list(result.results[0].tokens_per_s)
     helper = f"assistant {result.assistant}" if result.assistant is not None else "no assistant"
-    _print_rows(
+    print_rows(
         f"SLIP, {result.precision}, {result.model}, {result.dtype}; prompt lookup of {result.prompt_lookup}; {helper}\n"
         "per generated token: exchanges, pads; tokens/s by simulated round trip",
         ("text", "drafts", "exchanges", "pads", "tokens", *(f"{link} ms" for link in links)),

@@ -30,3 +30,17 @@ def available_bytes() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def file_mappings() -> list[tuple[int, int]]:
+    """Address ranges of this process that a file on disk backs, from their first byte to that after their last."""
+    ranges = []
+    try:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, _, _, _, inode, *path = line.split(maxsplit=5)
+            if inode != "0" and path and not path[0].endswith(" (deleted)"):
+                start, end = addresses.split("-")
+                ranges.append((int(start, 16), int(end, 16)))
+    except OSError:
+        pass
+    return ranges
