@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from cloven.serving.replicas.front import Front
 
 
 def serve(
@@ -53,10 +57,22 @@ def serve(
     ] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that an answer of the worker may take.")] = 30.0,
+    engine: Annotated[
+        str,
+        typer.Option(help="process, or ray: several replicas, each a trusted process that holds this half; only inside one zone of trust."),
+    ] = "process",
+    replicas: Annotated[int, typer.Option(min=1, help="How many, with --engine ray; each has a session and pads of its own.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as one JSON object.")] = False,
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
     insecure_open: Annotated[
         bool, typer.Option("--insecure-open", help="Listen on the network without API keys: everybody can use the model. INSECURE.")
+    ] = False,
+    insecure_ray_cluster: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-ray-cluster",
+            help="With --engine ray: use the cluster at RAY_ADDRESS. Whoever reaches its network gets the secrets. INSECURE.",
+        ),
     ] = False,
 ) -> None:
     """Serve a protected model to OpenAI's clients, until SIGTERM or SIGINT: /v1/chat/completions, /v1/completions, /v1/models, /health."""
@@ -80,6 +96,10 @@ def serve(
     from cloven.serving.server import serve as answer
     from cloven.telemetry import logger
 
+    if engine not in ("process", "ray"):
+        raise BadInput(f"engine {engine!r}: choose process or ray")
+    if engine == "process" and (replicas > 1 or insecure_ray_cluster):
+        raise BadInput("--replicas and --insecure-ray-cluster belong to --engine ray")
     forbid_core_dumps()
     quiet_transformers()
     serving = ServeOptions(
@@ -117,13 +137,20 @@ def serve(
     api_keys = read_api_keys(api_key_file) if api_key_file is not None else None
     if api_keys is None and not serving.local:
         logger.warning(OPEN_BANNER)
-    with bind(serving) as listener:
-        served = load(found, how, runtime)
+    with bind(serving) as listener, contextlib.ExitStack() as stack:
+        made: Endpoint | Front
+        if engine == "ray":
+            from cloven.serving.replicas.serve import replicated
+
+            name, made = stack.enter_context(replicated(found, how, runtime, serving, replicas, forbid_core_dumps, insecure_ray_cluster))
+        else:
+            served = load(found, how, runtime)
+            name, made = served.name, Endpoint(served, serving)
         url = f"{serving.url}:{listener.getsockname()[1]}"
 
         def ready() -> None:
-            line = f"{served.name} ({found.scheme}): serving at {url}/v1"
-            typer.echo(json.dumps({"url": f"{url}/v1", "model": served.name, "scheme": found.scheme}) if as_json else line)
+            line = f"{name} ({found.scheme}): serving at {url}/v1"
+            typer.echo(json.dumps({"url": f"{url}/v1", "model": name, "scheme": found.scheme}) if as_json else line)
             sys.stdout.flush()
 
-        answer(Endpoint(served, serving).application(api_keys), listener, serving, ready)
+        answer(made.application(api_keys), listener, serving, ready)
