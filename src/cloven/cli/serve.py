@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cloven.cli.monitoring import METRICS_HOST, LogFormat, LogLevel, MetricsHost, MetricsPort
+
+if TYPE_CHECKING:
+    from cloven.serving.replicas.front import Front
 
 
 def serve(
@@ -63,6 +67,11 @@ def serve(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that an answer of the worker may take.")] = 30.0,
+    engine: Annotated[
+        str,
+        typer.Option(help="process, or ray: several replicas, each a trusted process that holds this half; only inside one zone of trust."),
+    ] = "process",
+    replicas: Annotated[int, typer.Option(min=1, help="How many, with --engine ray; each has a session and pads of its own.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as one JSON object.")] = False,
     insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
     log_level: LogLevel = None,
@@ -71,6 +80,13 @@ def serve(
     metrics_host: MetricsHost = METRICS_HOST,
     insecure_open: Annotated[
         bool, typer.Option("--insecure-open", help="Listen on the network without API keys: everybody can use the model. INSECURE.")
+    ] = False,
+    insecure_ray_cluster: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-ray-cluster",
+            help="With --engine ray: use the cluster at RAY_ADDRESS. Whoever reaches its network gets the secrets. INSECURE.",
+        ),
     ] = False,
 ) -> None:
     """Serve a protected model to OpenAI's clients, until SIGTERM or SIGINT: /v1/chat/completions, /v1/completions, /v1/models, /health."""
@@ -96,6 +112,12 @@ def serve(
     from cloven.telemetry import logger
 
     prepare_monitoring(log_level, log_format, metrics_port)
+    if engine not in ("process", "ray"):
+        raise BadInput(f"engine {engine!r}: choose process or ray")
+    if engine == "process" and (replicas > 1 or insecure_ray_cluster):
+        raise BadInput("--replicas and --insecure-ray-cluster belong to --engine ray")
+    if engine == "ray" and metrics_port is not None:
+        raise BadInput("--metrics-port publishes one process's numbers: leave it out with --engine ray")
     forbid_core_dumps()
     quiet_transformers()
     serving = ServeOptions(
@@ -135,15 +157,22 @@ def serve(
     api_keys = read_api_keys(api_key_file) if api_key_file is not None else None
     if api_keys is None and not serving.local:
         logger.warning(OPEN_BANNER)
-    with bind(serving) as listener:
-        served = load(found, how, runtime)
+    with bind(serving) as listener, contextlib.ExitStack() as stack:
+        made: Endpoint | Front
+        if engine == "ray":
+            from cloven.serving.replicas.serve import replicated
+
+            name, made = stack.enter_context(replicated(found, how, runtime, serving, replicas, forbid_core_dumps, insecure_ray_cluster))
+        else:
+            served = load(found, how, runtime)
+            name, made = served.name, Endpoint(served, serving)
         url = f"{serving.url}:{listener.getsockname()[1]}"
 
         def ready() -> None:
-            line = f"{served.name} ({found.scheme}): serving at {url}/v1"
-            typer.echo(json.dumps({"url": f"{url}/v1", "model": served.name, "scheme": found.scheme}) if as_json else line)
+            line = f"{name} ({found.scheme}): serving at {url}/v1"
+            typer.echo(json.dumps({"url": f"{url}/v1", "model": name, "scheme": found.scheme}) if as_json else line)
             sys.stdout.flush()
 
-        endpoint = Endpoint(served, serving)
-        with published_of("serve", endpoint.samples, metrics_host, metrics_port, served.close):
-            answer(endpoint.application(api_keys), listener, serving, ready)
+        if isinstance(made, Endpoint):
+            stack.enter_context(published_of("serve", made.samples, metrics_host, metrics_port, made.served.close))
+        answer(made.application(api_keys), listener, serving, ready)

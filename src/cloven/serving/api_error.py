@@ -53,6 +53,12 @@ def peer_away() -> ApiError:
     return ApiError(503, message, "peer_away", "server_error", retry_after=1)
 
 
+def replica_lost() -> ApiError:
+    """503: the process that computed this request has ended."""
+    message = "the replica that had this request has ended: try again; another one answers"
+    return ApiError(503, message, "replica_lost", "server_error", retry_after=1)
+
+
 def session_ended() -> ApiError:
     """503: nothing is served until the operator has decided."""
     message = "serving has stopped after an answer failed verification: the operator has to look at it and to start it again"

@@ -37,15 +37,16 @@ from cloven.serving.comparison import Compared, Comparison, checked_comparison
 from cloven.serving.counts import EndpointCounts
 from cloven.serving.engine import Engine
 from cloven.serving.events import events
-from cloven.serving.gate import Gate, refusal
+from cloven.serving.gate import refusal
 from cloven.serving.generation import Generation, log_failure
 from cloven.serving.handlers import ChatHandler, LoadedModel, TextHandler
 from cloven.serving.live import Live
 from cloven.serving.model import READY, ServedModel
-from cloven.serving.options import LOCAL_HOSTS, ServeOptions
+from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order, chat_order, completion_order
 from cloven.serving.original import Original
 from cloven.serving.page_files import PATHS, page_routes
+from cloven.serving.routes import REFUSALS, behind_gate, until_left
 from cloven.serving.turns import Turns
 from cloven.telemetry import logger
 
@@ -60,13 +61,16 @@ class Endpoint:
     Args:
         served: the model; closed when the application ends.
         options: limits.
+
+    `running` is how many requests are computed at once.
     """
 
     def __init__(self, served: ServedModel, options: ServeOptions) -> None:
         self.served, self._options = served, options
         self._original = Original(options.compare, served) if options.compare is not None else None
         self._batch = _batch_of(served, options)
-        self.turns = Turns(options.max_running if self._batch is not None else 1, options.max_queue)
+        self.running = options.max_running if self._batch is not None else 1
+        self.turns = Turns(self.running, options.max_queue)
         self.counts = EndpointCounts(lambda: self.turns.waiting)
         self._engine = Engine()
         self._models = LoadedModel(served)
@@ -86,11 +90,9 @@ class Endpoint:
         ]
         if self._options.with_page:
             routes += [*page_routes(), Route("/live", self._look, methods=["GET"]), Route("/compare", self._compare, methods=["POST"])]
-        refusals: Any = {ApiError: _refuse, HTTPException: _refuse_route}
-        app = Starlette(routes=routes, exception_handlers=refusals, lifespan=self._life)
-        hosts = frozenset((*LOCAL_HOSTS, "[::1]")) if self._options.local else None
         open_paths = PATHS if self._options.with_page else frozenset[str]()
-        return Gate(app, keys, hosts, self._options.max_body, open_paths, self.counts.answered)
+        app = Starlette(routes=routes, exception_handlers=REFUSALS, lifespan=self._life)
+        return behind_gate(app, keys, self._options, open_paths, self.counts.answered)
 
     def samples(self) -> Iterator[Sample]:
         """Numbers for Prometheus: see `cloven.metrics.catalog.Source`."""
@@ -151,7 +153,7 @@ class Endpoint:
     ) -> Response:
         order = parse(request.scope["cloven.body"], self.served.name, self._options.max_tokens)
         self.served.require_ready()
-        work, left = asyncio.create_task(self._answer(order, handler, made or self._generation)), asyncio.create_task(_left(request))
+        work, left = asyncio.create_task(self._answer(order, handler, made or self._generation)), asyncio.create_task(until_left(request))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             return work.result() if work.done() else Response(status_code=499)  # which nobody reads
@@ -235,22 +237,3 @@ def _batch_of(served: ServedModel, options: ServeOptions) -> Batch | None:
     except RunError as error:
         logger.warning("requests are computed one after the other: %s", error)
         return None
-
-
-async def _left(request: Request) -> None:
-    """Until the client has hung up; its body was read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _refuse(_request: Request, error: Exception) -> Response:
-    return refusal(of_exception(error))
-
-
-async def _refuse_route(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return refusal(ApiError(404, "there is nothing here", "not_found"))
-    if error.status_code == 405:
-        return refusal(ApiError(405, "not by this method", "method_not_allowed"))
-    return refusal(ApiError(error.status_code, "transformers refuses this request", "invalid_value"))

@@ -11,7 +11,7 @@ import inspect
 
 from cloven.errors import RunError
 
-PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic", "starlette")
+PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic", "starlette", "httpx")
 _INSTALL = "install it with pip install 'cloven[serve]'"
 _CB = "generation.continuous_batching"
 # class of transformers -> method -> parameters that are given or taken

@@ -78,15 +78,14 @@ def bind(options: ServeOptions) -> socket.socket:
     return listener
 
 
-def serve(app: ASGIApp, listener: socket.socket, options: ServeOptions, ready: Callable[[], None]) -> None:
-    """Answer requests until SIGTERM or SIGINT; answers in the making have some seconds to end.
+def configured(app: ASGIApp, options: ServeOptions, idle: int = _IDLE_SECONDS) -> uvicorn.Config:
+    """How uvicorn serves here: no log of requests, no name, bounded connections.
 
     Args:
-        listener: from `bind`.
-        ready: called when the first request would be answered.
+        idle: seconds that a connection may be without a request.
     """
     logging.getLogger("uvicorn.error").addFilter(_NoContents())
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -96,11 +95,21 @@ def serve(app: ASGIApp, listener: socket.socket, options: ServeOptions, ready: C
         http="h11",
         backlog=_BACKLOG,
         limit_concurrency=options.max_queue + _SPARE_CONNECTIONS,
-        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_keep_alive=idle,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         ssl_certfile=options.tls_certificate,
         ssl_keyfile=options.tls_key,
     )
+
+
+def serve(app: ASGIApp, listener: socket.socket, options: ServeOptions, ready: Callable[[], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT; answers in the making have some seconds to end.
+
+    Args:
+        listener: from `bind`.
+        ready: called when the first request would be answered.
+    """
+    config = configured(app, options)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
         signal.signal(number, lambda *_: None)
     _Announcing(config, ready).run(sockets=[listener])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
-from cloven.serving.api_error import stopping, too_many
+from cloven.serving.api_error import ApiError, stopping, too_many
 
 
 class Turns:
@@ -19,7 +20,12 @@ class Turns:
     def __init__(self, running: int, waiting: int) -> None:
         self._free, self._most_waiting = running, waiting
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._stopped = False
+        self._stopped: Callable[[], ApiError] | None = None
+
+    @property
+    def free(self) -> int:
+        """Turns that could be taken at once."""
+        return 0 if self._queue else self._free
 
     @property
     def waiting(self) -> int:
@@ -32,8 +38,8 @@ class Turns:
         Raises:
             ApiError: too many wait already, or the server is stopping.
         """
-        if self._stopped:
-            raise stopping()
+        if self._stopped is not None:
+            raise self._stopped()
         if self._free and not self._queue:
             self._free -= 1
             return
@@ -59,10 +65,10 @@ class Turns:
                 return
         self._free += 1
 
-    def stop(self) -> None:
-        """Nobody waits any longer."""
-        self._stopped = True
+    def stop(self, why: Callable[[], ApiError] = stopping) -> None:
+        """Nobody waits any longer: they are told why."""
+        self._stopped = why
         while self._queue:
             turn = self._queue.popleft()
             if not turn.done():
-                turn.set_exception(stopping())
+                turn.set_exception(why())

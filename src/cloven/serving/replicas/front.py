@@ -1,0 +1,173 @@
+"""The endpoint in front of replicas: who may ask, how many wait, where a request goes; the answer is the replica's, as it comes.
+
+    client ── TLS, API key, limits ──► front ── mutual TLS ──► replica ── masked ──► worker
+
+The front loads no model. It is a trusted process as well: prompts and answers pass through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cloven.serving.api_error import ApiError, of_exception
+from cloven.serving.api_keys import ApiKeys
+from cloven.serving.gate import refusal
+from cloven.serving.model import READY
+from cloven.serving.options import ServeOptions
+from cloven.serving.order import Order, chat_order, completion_order
+from cloven.serving.replicas.fleet import Fleet, Replica
+from cloven.serving.replicas.sticky import HEADER, Sessions
+from cloven.serving.routes import REFUSALS, behind_gate, until_left
+
+_EVENTS = "text/event-stream"
+_FAILED = ("verification_failed", "session_ended")
+_Parse = Callable[[Any, str, int], Order]
+
+
+class Front:
+    """The application in front of a fleet.
+
+    Args:
+        name: the model's.
+        fleet: looked after while the application lives.
+        options: limits; `max_queue` is for all replicas together.
+    """
+
+    def __init__(self, name: str, fleet: Fleet, options: ServeOptions) -> None:
+        self._name, self.fleet, self._options = name, fleet, options
+        self._sessions = Sessions()
+        self._started = int(time.time())
+
+    def application(self, keys: ApiKeys | None) -> ASGIApp:
+        """The ASGI application, behind its gate."""
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/models", self._list, methods=["GET"]),
+            Route("/v1/models/{name:path}", self._describe, methods=["GET"]),
+            Route("/health", self._health, methods=["GET"]),
+        ]
+        return behind_gate(Starlette(routes=routes, exception_handlers=REFUSALS, lifespan=self._life), keys, self._options)
+
+    @contextlib.asynccontextmanager
+    async def _life(self, _app: Any) -> AsyncIterator[None]:
+        self.fleet.begin()
+        try:
+            yield
+        finally:
+            await self.fleet.stop()
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._respond(request, chat_order)
+
+    async def _complete(self, request: Request) -> Response:
+        return await self._respond(request, completion_order)
+
+    async def _respond(self, request: Request, parse: _Parse) -> Response:
+        body = request.scope["cloven.body"]
+        parse(body, self._name, self._options.max_tokens)  # what is wrong does not wait
+        session = self._sessions.name(_header(request, "Authorization") or b"", _header(request, HEADER), body.get("user"))
+        work = asyncio.create_task(self._answer(request.url.path, body, session))
+        left = asyncio.create_task(until_left(request))
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            return work.result() if work.done() else Response(status_code=499)  # which nobody reads
+        except (ApiError, HTTPException):
+            raise
+        except Exception as error:
+            return refusal(of_exception(error))
+        finally:
+            for task in (work, left):
+                task.cancel()
+            await asyncio.gather(work, left, return_exceptions=True)
+
+    async def _answer(self, path: str, body: dict[str, Any], session: bytes | None) -> Response:
+        replica = await self.fleet.turn(session)
+        taken = contextlib.AsyncExitStack()
+        taken.callback(self.fleet.give_back, replica)
+        try:
+            asked = replica.client.build_request("POST", path, json=body)
+            answer = await replica.unless_lost(replica.client.send(asked, stream=True))
+            taken.push_async_callback(answer.aclose)
+            if answer.status_code == 200 and answer.headers.get("content-type", "").startswith(_EVENTS):
+                return _Piped(self._pieces(replica, answer), taken)
+            content = await replica.unless_lost(answer.aread())
+        except BaseException:
+            await taken.aclose()
+            raise
+        await taken.aclose()
+        self._look_at(answer.status_code, content)
+        kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
+        return Response(content, answer.status_code, kept, answer.headers.get("content-type"))
+
+    async def _pieces(self, replica: Replica, answer: httpx.Response) -> AsyncIterator[bytes]:
+        """The events; where the replica is lost on the way, the last one is an error."""
+        pieces = answer.aiter_bytes()
+        end = b"\n\n"
+        try:
+            while (piece := await replica.unless_lost(_next(pieces))) is not None:
+                end = (end + piece)[-2:]
+                yield piece
+        except ApiError as error:
+            yield (b"" if end == b"\n\n" else b"\n\n") + f"data: {json.dumps(error.body())}\n\n".encode()
+
+    def _look_at(self, status: int, content: bytes) -> None:
+        """A failed verification is noticed before the next request, not with the next look."""
+        if status < 500:
+            return
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(content)["error"]["code"] in _FAILED:
+                self.fleet.noticed_end()
+
+    async def _list(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _describe(self, request: Request) -> Response:
+        if request.path_params["name"] != self._name:
+            raise ApiError(404, f"there is one model here, {self._name}", "model_not_found", param="model")
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self._name, "object": "model", "created": self._started, "owned_by": "cloven"}
+
+    async def _health(self, _request: Request) -> Response:
+        state, live = self.fleet.state, [replica for replica in self.fleet.live if replica.answers]
+        told = {"status": "ok" if state == READY else state, "replicas": self.fleet.wanted, "live": len(live)}
+        return JSONResponse(told, 200 if state == READY else 503)
+
+
+class _Piped(StreamingResponse):
+    """A replica's events; whatever becomes of them, the turn is given back."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], taken: contextlib.AsyncExitStack) -> None:
+        super().__init__(pieces, media_type=_EVENTS, headers={"cache-control": "no-cache"})
+        self._taken = taken
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `StreamingResponse`."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._taken.aclose()
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(pieces, None)
+
+
+def _header(request: Request, name: str) -> bytes | None:
+    value = request.headers.get(name)
+    return value.encode("latin-1") if value is not None else None
