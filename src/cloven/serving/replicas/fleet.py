@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 class Replica:
     """One replica, while it lives; in the event loop's thread.
 
-    `lost` is done when its process has ended; `state` is a served model's, as it was half a second ago.
+    `lost` is done when it is there no longer, with the error that its requests get; `state` is a served model's, as it was half a second ago.
     """
 
     def __init__(self, number: int, started: Started, waiting: int) -> None:
@@ -47,7 +47,7 @@ class Replica:
         self.turns = Turns(started.running, waiting)
         self.busy = 0
         self.state, self.answers = READY, True
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[Callable[[], ApiError]] = asyncio.get_running_loop().create_future()
         self.client = httpx.AsyncClient(
             base_url=started.url,
             verify=started.tls if started.tls is not None else True,
@@ -62,12 +62,15 @@ class Replica:
         Raises:
             ApiError: 503, the replica has ended meanwhile, or its connection.
         """
+        if self.lost.done():
+            work.close()
+            raise self.lost.result()()
         task = asyncio.ensure_future(work)
         try:
             either: tuple[asyncio.Future[Any], ...] = (task, self.lost)
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise replica_lost()
+                raise self.lost.result()()
             return task.result()
         except httpx.TransportError:
             self.answers = False  # until it does again
@@ -129,11 +132,14 @@ class Fleet:
             replica.busy += 1
             try:
                 await replica.turns.take()
-                return replica
             except BaseException as error:
                 replica.busy -= 1
                 if not (isinstance(error, ApiError) and error.code == "replica_lost"):
                     raise  # who has only waited is sent elsewhere
+                continue
+            if replica in self.live and (replica.answers or not any(one.answers for one in self.live)):
+                return replica
+            self.give_back(replica)  # it has broken down meanwhile
 
     def give_back(self, replica: Replica) -> None:
         """The turn is over."""
@@ -219,9 +225,9 @@ class Fleet:
             self.live.remove(replica)
             self._places.forget(replica)
             ended.add_done_callback(lambda future: future.cancelled() or future.exception())  # which says only that it has ended
-            replica.turns.stop(stopping if self._stopping else replica_lost)
-            if not self._stopping:
-                replica.lost.set_result(None)
+            why = stopping if self._stopping else replica_lost
+            replica.turns.stop(why)
+            replica.lost.set_result(why)
             await replica.client.aclose()
 
     async def _look(self, replica: Replica) -> bool:
