@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cloven.serving.api_error import ApiError
+from cloven.serving.api_error import ApiError, replica_lost
 from cloven.serving.turns import Turns
 
 
@@ -110,5 +110,23 @@ def test_at_the_end_nobody_waits() -> None:
             with pytest.raises(ApiError) as caught:
                 await attempt
             assert caught.value.code == "stopping"
+
+    run(scenario())
+
+
+def test_free_turns_and_a_reason_for_the_end() -> None:
+    async def scenario() -> None:
+        turns = Turns(2, 5)
+        assert turns.free == 2
+        await turns.take()
+        await turns.take()
+        assert turns.free == 0
+        waits = asyncio.create_task(turns.take())
+        await settle()
+        turns.stop(replica_lost)
+        for late in (waits, turns.take()):
+            with pytest.raises(ApiError) as caught:
+                await late
+            assert caught.value.code == "replica_lost" and caught.value.status == 503
 
     run(scenario())

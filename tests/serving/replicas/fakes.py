@@ -26,8 +26,8 @@ PIECES = 3
 
 
 class FakeReplica:
-    """Answers as its prompt says: at once with its own name, "slow" when `released`, "stream" in pieces, "half" with half a piece, "fail …" with
-    an error. What it was asked stands in `asked`."""
+    """Answers as its prompt says: at once with its own name, "slow" when `released`, "stream" in pieces, "half" with half a piece,
+    "fail …" with an error. What it was asked stands in `asked`."""
 
     def __init__(self, name: str) -> None:
         self.name, self.state = name, READY
@@ -38,7 +38,9 @@ class FakeReplica:
         self.stopped = False
         self.released, self.begun = asyncio.Event(), asyncio.Event()
         self.ended: Future[None] = Future()
-        self._server = uvicorn.Server(uvicorn.Config(self._app, interface="asgi3", log_config=None, lifespan="off", ws="none", access_log=False))
+        self._server = uvicorn.Server(
+            uvicorn.Config(self._app, interface="asgi3", log_config=None, lifespan="off", ws="none", access_log=False)
+        )
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, running: int) -> Started:
@@ -92,7 +94,7 @@ class FakeReplica:
     async def _until(self, event: asyncio.Event, receive: Any) -> None:
         """Or until the front hangs up."""
         waits = {asyncio.ensure_future(event.wait()), asyncio.ensure_future(receive())}
-        done, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        _, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for one in rest:
             one.cancel()
         if not event.is_set():

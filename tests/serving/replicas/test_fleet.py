@@ -10,8 +10,8 @@ import pytest
 from cloven.serving.model import AWAY, ENDED, READY
 from cloven.serving.replicas import fleet as fleet_module
 from cloven.serving.replicas.fleet import Fleet
-from tests.serving.replicas.fakes import FakeLauncher, ask, by, front, until
 from tests.served import run
+from tests.serving.replicas.fakes import FakeLauncher, ask, by, front, until
 
 
 @pytest.fixture(autouse=True)

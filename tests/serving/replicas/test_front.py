@@ -61,7 +61,14 @@ def test_keys_are_asked_for_in_front_and_separate_sessions() -> None:
 def test_what_is_wrong_reaches_no_replica() -> None:
     async def test() -> None:
         async with front(max_body=2000, max_tokens=9) as (client, _, launcher):
-            wrong: list[dict[str, Any]] = [{"logprobs": 5}, {"max_tokens": 10}, {"nonsense": 1}, {"model": "other"}, {"user": 5}, {"user": "u" * 300}]
+            wrong: list[dict[str, Any]] = [
+                {"logprobs": 5},
+                {"max_tokens": 10},
+                {"nonsense": 1},
+                {"model": "other"},
+                {"user": 5},
+                {"user": "u" * 300},
+            ]
             for more in wrong:
                 assert (await ask(client, **more)).status_code in (400, 404), more
             assert (await ask(client, "x" * 3000)).status_code == 413
