@@ -39,7 +39,8 @@ _T = TypeVar("_T")
 class Replica:
     """One replica, while it lives; in the event loop's thread.
 
-    `lost` is done when it is there no longer, with the error that its requests get; `state` is a served model's, as it was half a second ago.
+    `lost` is done when it is there no longer, with the error that its requests get; `state` is a served model's, as it was half a second
+    ago.
     """
 
     def __init__(self, number: int, started: Started, waiting: int) -> None:
