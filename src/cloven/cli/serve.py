@@ -51,6 +51,14 @@ def serve(
         int,
         typer.Option(min=0, metavar="N", help="SLIP: every exchange has N rows, and every pass of the model N tokens at most; costs pads."),
     ] = 0,
+    page: Annotated[
+        bool | None,
+        typer.Option(help="A page for a browser at /: chat, and what the worker sees. Default: where only this machine can connect."),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL_DIR", help="The unprotected original, which the page compares with; loaded here when it is asked for."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that an answer of the worker may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as one JSON object.")] = False,
@@ -97,6 +105,8 @@ def serve(
         max_body=1024 * max_body,
         fixed_length=fixed_length,
         constant_rows=constant_rows,
+        page=page,
+        compare=compare,
     )
     how = LoadOptions(model_name, chat_template, dtype, base, pin)
     found = open_half(half, " ".join(worker or []) or None, enclave, server)

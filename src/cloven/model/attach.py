@@ -14,6 +14,13 @@ from cloven.model.registration import ClovenConfig, scheme_named
 from cloven.model.runtime import RuntimeOptions, Session
 
 
+def scheme_of(model: Any) -> str | None:
+    """The name of the scheme that protects a loaded model; None: it is no split model."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    name = config.description["scheme"] if isinstance(config, ClovenConfig) else getattr(model, "cloven_scheme", None)
+    return str(name) if name is not None else None
+
+
 def attach(
     model: PreTrainedModel,
     address: str | Sequence[str],
@@ -43,8 +50,7 @@ def attach(
     Guarantee: see the scheme's session: SLIP's worker receives one-time-padded integers only and a wrong answer is refused (≤ 2^-61 per
     session). Not hidden: the number, size and times of products.
     """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    scheme = config.description["scheme"] if isinstance(config, ClovenConfig) else getattr(model, "cloven_scheme", None)
+    scheme = scheme_of(model)
     if scheme is None:
         raise BadInput("this is no split model: load OUT/trusted of a bundle that `cloven prepare` made")
     if not isinstance(address, str):

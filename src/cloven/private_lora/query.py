@@ -123,6 +123,7 @@ class RemoteMatrix:
         alpha[~x_int.any(1)] = torch.inf  # a row of zeros is asked like any other, and its answer is noise: zero
         pads = self.masks.take(rows)
         c = pads.mask(torch.nn.functional.pad(x_int, (self.pad, 0)))  # 2
+        self.channel.show(self.name, c)
 
         def parse(message: Any, payload: memoryview | None) -> Tensor | None:
             if not isinstance(message, Answer) or message.rows != rows or payload is None:

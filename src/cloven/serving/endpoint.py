@@ -1,6 +1,7 @@
 """The routes: what a client may ask for, and nothing else.
 
     POST /v1/chat/completions   POST /v1/completions        GET /v1/models   GET /v1/models/NAME        GET /health
+    with a page: GET / and its files   GET /live   POST /compare
 
 transformers' own application has more (/load_model loads any directory, /reset unloads the model, for everybody): they do not exist here,
 only its handlers are used.
@@ -31,19 +32,24 @@ from cloven.errors import RunError
 from cloven.serving.api_error import ApiError, bad_request, of_exception
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.batching import Batch
+from cloven.serving.comparison import Compared, Comparison, checked_comparison
 from cloven.serving.engine import Engine
 from cloven.serving.events import events
 from cloven.serving.gate import Gate, refusal
 from cloven.serving.generation import Generation, log_failure
 from cloven.serving.handlers import ChatHandler, LoadedModel, TextHandler
+from cloven.serving.live import Live
 from cloven.serving.model import READY, ServedModel
 from cloven.serving.options import LOCAL_HOSTS, ServeOptions
 from cloven.serving.order import Order, chat_order, completion_order
+from cloven.serving.original import Original
+from cloven.serving.page_files import PATHS, page_routes
 from cloven.serving.turns import Turns
 from cloven.telemetry import logger
 
 _STOP_SECONDS = 4.0
-_Handler = Callable[[LoadedModel, Generation], ChatHandler | TextHandler]
+_Handler = Callable[[LoadedModel, Any], ChatHandler | TextHandler | Compared]
+_Made = Callable[[Order, Callable[[], None]], Generation]
 
 
 class Endpoint:
@@ -56,11 +62,13 @@ class Endpoint:
 
     def __init__(self, served: ServedModel, options: ServeOptions) -> None:
         self.served, self._options = served, options
+        self._original = Original(options.compare, served) if options.compare is not None else None
         self._batch = _batch_of(served, options)
         self.turns = Turns(options.max_running if self._batch is not None else 1, options.max_queue)
         self._engine = Engine()
         self._models = LoadedModel(served)
         self._running: set[Generation] = set()
+        self._live = Live(served, lambda: self._running, lambda: self.turns.waiting)
         self._started = int(time.time())
 
     def application(self, keys: ApiKeys | None) -> ASGIApp:
@@ -74,10 +82,12 @@ class Endpoint:
             Route("/v1/models/{name:path}", self._describe, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
         ]
+        if self._options.with_page:
+            routes += [*page_routes(), Route("/live", self._look, methods=["GET"]), Route("/compare", self._compare, methods=["POST"])]
         refusals: Any = {ApiError: _refuse, HTTPException: _refuse_route}
         app = Starlette(routes=routes, exception_handlers=refusals, lifespan=self._life)
         hosts = frozenset((*LOCAL_HOSTS, "[::1]")) if self._options.local else None
-        return Gate(app, keys, hosts, self._options.max_body)
+        return Gate(app, keys, hosts, self._options.max_body, PATHS if self._options.with_page else frozenset())
 
     @contextlib.asynccontextmanager
     async def _life(self, _app: Any) -> AsyncIterator[None]:
@@ -100,18 +110,40 @@ class Endpoint:
         ended = self._engine.stop(_STOP_SECONDS)
         return (self._batch is None or self._batch.join()) and ended
 
+    @property
+    def _chats(self) -> bool:
+        return bool(getattr(self.served.tokenizer, "chat_template", None))
+
     async def _chat(self, request: Request) -> Response:
-        if not getattr(self.served.tokenizer, "chat_template", None):
+        if not self._chats:
             raise bad_request("this model has no chat template: use /v1/completions", "no_chat_template")
         return await self._respond(request, chat_order, ChatHandler)
 
     async def _complete(self, request: Request) -> Response:
         return await self._respond(request, completion_order, TextHandler)
 
-    async def _respond(self, request: Request, parse: Callable[[Any, str, int], Order], handler: _Handler) -> Response:
+    async def _compare(self, request: Request) -> Response:
+        original, body = self._original, checked_comparison(request.scope["cloven.body"])
+        if original is None:
+            raise ApiError(404, "there is nothing to compare with: start `cloven serve` with --compare MODEL_DIR", "no_original")
+        chat = self._chats and isinstance(body, dict) and "messages" in body
+        kind: Any = ChatHandler if chat else TextHandler
+
+        def made(order: Order, over: Callable[[], None]) -> Generation:
+            return Comparison(self.served, self._engine, order, self._options, over, original, lambda: len(self._running) - 1)
+
+        parse = chat_order if chat else completion_order
+        return await self._respond(request, parse, lambda models, comparison: Compared(kind(models, comparison), comparison), made)
+
+    def _generation(self, order: Order, over: Callable[[], None]) -> Generation:
+        return Generation(self.served, self._engine, self._batch, order, self._options, over)
+
+    async def _respond(
+        self, request: Request, parse: Callable[[Any, str, int], Order], handler: _Handler, made: _Made | None = None
+    ) -> Response:
         order = parse(request.scope["cloven.body"], self.served.name, self._options.max_tokens)
         self.served.require_ready()
-        work, left = asyncio.create_task(self._answer(order, handler)), asyncio.create_task(_left(request))
+        work, left = asyncio.create_task(self._answer(order, handler, made or self._generation)), asyncio.create_task(_left(request))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             return work.result() if work.done() else Response(status_code=499)  # which nobody reads
@@ -125,18 +157,19 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(work, left, return_exceptions=True)
 
-    async def _answer(self, order: Order, handler: _Handler) -> Response:
+    async def _answer(self, order: Order, handler: _Handler, made: _Made) -> Response:
         await self.turns.take()
         generation: Generation | None = None
 
         def over() -> None:
             if generation is not None:
                 self._running.discard(generation)
+                self._live.ended(generation)
             self.turns.give_back()
 
         try:
             self.served.require_ready()  # it may have changed while this one waited
-            generation = Generation(self.served, self._engine, self._batch, order, self._options, over)
+            generation = made(order, over)
             self._running.add(generation)
             response: Any = await handler(self._models, generation).handle_request(order.body, f"cloven-{uuid.uuid4().hex}")
             if isinstance(response, StreamingResponse):
@@ -164,6 +197,16 @@ class Endpoint:
 
     def _card(self) -> dict[str, Any]:
         return {"id": self.served.name, "object": "model", "created": self._started, "owned_by": "cloven"}
+
+    async def _look(self, _request: Request) -> Response:
+        about = {
+            "model": self.served.name,
+            "chat": self._chats,
+            "compare": self._original is not None,
+            "max_tokens": self._options.max_tokens,
+        }
+        headers = {"cache-control": "no-store", "cross-origin-resource-policy": "same-origin"}
+        return JSONResponse({**about, **self._live.look()}, headers=headers)
 
     async def _health(self, _request: Request) -> Response:
         state = self.served.state

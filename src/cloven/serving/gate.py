@@ -1,7 +1,7 @@
 """Who may ask, and how much at once: in front of everything else.
 
 1. a Host that is this server's, where only this machine may connect (a web page cannot reach it by another name)
-2. an API key, where keys are set; /health alone needs none
+2. an API key, where keys are set; /health needs none, nor do the page's own files, which hold nothing
 3. JSON only: a browser does not send that to a foreign server without asking, and it is never answered
 4. a body of bounded size, within bounded time
 """
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cloven.serving.api_error import ApiError, bad_request
 from cloven.serving.api_keys import ApiKeys
 
-OPEN = "/health"
+OPEN = frozenset(("/health",))
 _BODY_SECONDS = 30.0
 
 
@@ -31,10 +31,14 @@ class Gate:
         keys: who may ask; None: everybody who can connect.
         hosts: names that a Host header may have; None: any.
         most: bytes of a body.
+        more_open: paths besides /health that need no key.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, hosts: frozenset[str] | None, most: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys | None, hosts: frozenset[str] | None, most: int, more_open: frozenset[str] = frozenset()
+    ) -> None:
         self._app, self._keys, self._hosts, self._most = app, keys, hosts, most
+        self._open = OPEN | more_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -60,7 +64,7 @@ class Gate:
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self._hosts is not None and name not in self._hosts:
             raise ApiError(421, "this server is not reached by that name", "unknown_host")
-        if self._keys is not None and scope["path"] != OPEN:
+        if self._keys is not None and scope["path"] not in self._open:
             self._keys.require(given.get(b"authorization", b""))
         if scope["method"] == "POST" and given.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
             raise ApiError(415, "send Content-Type: application/json", "unsupported_media_type")

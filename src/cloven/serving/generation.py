@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,14 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         self._text: Text | None = None
         self._pieces: asyncio.Queue[Any] | None = None
         self.failure: Exception | None = None
+        self._first_at = self._over_at = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens of the text per second, after the first one; None: there is no second one yet."""
+        if self._text is None or len(self._text.tokens) < 2 or not self._first_at:
+            return None
+        return (len(self._text.tokens) - 1) / ((self._over_at or time.monotonic()) - self._first_at)
 
     @property
     def started(self) -> bool:
@@ -118,7 +127,7 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
     def _start(self, tokenizer: Any, inputs: Any, config: Any, pieces: asyncio.Queue[Any] | None, parser: Any) -> Text:
         length = inputs["input_ids"].shape[-1]
         config.max_new_tokens = self.order.tokens(length, _context_of(self._served.model))
-        ends = _tokens(config.eos_token_id)
+        ends = end_tokens(config.eos_token_id)
         if self._fixed:
             config.eos_token_id = _NO_TOKEN  # for None, generate would take the model's
         text = Text(tokenizer, self._loop, pieces, ends=ends, stops=self.order.stops, fixed_length=self._fixed, parser=parser)
@@ -165,13 +174,14 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         self._in_loop(self._token)
 
     def _token(self) -> None:
+        self._first_at = self._first_at or time.monotonic()
         if not self._begun.done():
             self._begun.set_result(None)
 
     def _ended(self, error: Exception | None) -> None:
         """In the event loop, once: the computation is over."""
         assert self._text is not None
-        self.failure = error
+        self.failure, self._over_at = error, time.monotonic()
         if error is None:
             self._text.end()
         elif self._pieces is not None:
@@ -228,7 +238,8 @@ def _context_of(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _tokens(ids: Any) -> list[int]:
+def end_tokens(ids: Any) -> list[int]:
+    """Of a generation config: none, one or several."""
     if ids is None:
         return []
     return list(ids) if isinstance(ids, list | tuple) else [int(ids)]

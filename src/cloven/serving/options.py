@@ -31,6 +31,9 @@ class ServeOptions:
         constant_rows: rows of every exchange with the worker (SLIP), and of a pass of the model at most; 0: as many as there are.
             Sizes of exchanges then say nothing, and a pass over a piece of a prompt is the same exchanges as one over the next tokens
             of a batch. Not hidden: the number of passes and their times: without `fixed_length` prompt and answer together.
+        page: serve the page for a browser; None: where only this machine can connect. Not hidden by it: whoever has an API key sees
+            numbers of everybody's traffic (exchanges, bytes, tokens per second), from which the length of other clients' texts shows.
+        compare: the directory of the unprotected original, which the page then compares with; it is loaded into this process.
 
     Raises:
         BadInput: they contradict each other, or would serve the network without asking anybody for a key.
@@ -50,6 +53,8 @@ class ServeOptions:
     max_body: int = 2**20
     fixed_length: bool = False
     constant_rows: int = 0
+    page: bool | None = None
+    compare: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65_536:
@@ -62,6 +67,8 @@ class ServeOptions:
             raise BadInput(
                 f"constant_rows {self.constant_rows}: at least one row for each of the {self.max_running} requests of max_running"
             )
+        if self.compare is not None and not self.with_page:
+            raise BadInput("compare: it is the page that compares, and there is none: give --page")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise BadInput("TLS needs both a certificate and its key: give --tls-certificate FILE and --tls-key FILE")
         if not self.local and self.api_key_file is None and not self.insecure_open:
@@ -73,6 +80,11 @@ class ServeOptions:
     def rows(self) -> int:
         """Tokens of one pass of the model, at most."""
         return self.constant_rows or self.batch_rows
+
+    @property
+    def with_page(self) -> bool:
+        """Whether there is a page for a browser."""
+        return self.local if self.page is None else self.page
 
     @property
     def local(self) -> bool:

@@ -20,7 +20,7 @@ from cloven.bundle.placement import WHOLE, Part, parts
 from cloven.errors import BadInput, ClovenError, ForeignBundle, RunError, SecurityError, WorkerRefused, WorkerTimeout, WorkerUnreachable
 from cloven.field.freivalds import Freivalds
 from cloven.telemetry import logger
-from cloven.wire.channel import Channel, Exchanger
+from cloven.wire.channel import Channel, Exchanger, Watcher
 
 PLACEMENTS = ("replicas", "layers", "rows")
 PATIENCE = 1.0  # seconds that a lost connection may take to come back where there is a replica
@@ -109,6 +109,7 @@ class Seat:
                 continue
             logger.warning("%s is gone: its part of the bundle moves to %s", self.address, address)
             channel.timeout, channel.simulated_rtt = self._channel.timeout, self._channel.simulated_rtt
+            channel.watcher = self._channel.watcher
             self._channel.close()
             self._channel, self._position = channel, position
             return
@@ -206,6 +207,16 @@ class Workers:
     def timeout(self, seconds: float) -> None:
         for seat in self.seats:
             seat.channel().timeout = seconds
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """See `Channel`; of all connections."""
+        return self.seats[0].channel().watcher
+
+    @watcher.setter
+    def watcher(self, watcher: Watcher | None) -> None:
+        for seat in self.seats:
+            seat.channel().watcher = watcher
 
     def close(self) -> None:
         """Close all connections."""

@@ -48,6 +48,7 @@ from cloven.wire.messages import WORKER, Multiply, Product, Serve, Serving, resi
 from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Welcome
 
 Frame = bytes | memoryview
+Watcher = Callable[[str, Tensor], None]  # a group's name, and the masked rows int32 [M, K] that are sent for it
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
 _NEVER = -2  # no lane's generation or number
@@ -153,6 +154,7 @@ class Channel:
         self._schema, self._peer, self._spin = schema, peer, spin
         self._given_patience = patience
         self.part = ""
+        self.watcher: Watcher | None = None  # is shown the rows that leave, once they are masked; not to change them
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         if self.address.scheme == "tcp" and keys is None:
@@ -229,6 +231,7 @@ class Channel:
             layer: name for statistics and errors.
             meanwhile: trusted work to do while the worker computes.
         """
+        self.show(layer, c)
         rows, own = c.shape[0], _OwnWork(meanwhile)
         served = self._served(layer, group, c, columns_out, own)
         if served is not None:
@@ -241,6 +244,11 @@ class Channel:
             return residues_of_frame(payload, rows, columns_out)
 
         return self.exchange(layer, request, [residue_frame(c)], parse, own.do, expected=4 * rows * columns_out)
+
+    def show(self, layer: str, c: Tensor) -> None:
+        """Let the watcher, where there is one, see masked rows that are about to leave."""
+        if self.watcher is not None:
+            self.watcher(layer, c)
 
     def next_id(self) -> int:
         """The number of the next request."""
