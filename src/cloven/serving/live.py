@@ -17,7 +17,7 @@ from cloven.model.runtime import Session
 from cloven.serving.generation import Generation
 from cloven.serving.model import READY, ServedModel
 
-RESIDUES = 64  # of a row
+RESIDUES = 128  # of a row
 SHOWN = ("slip", "private-lora")  # whose queries are masked
 
 

@@ -1,8 +1,9 @@
 // Beside the chat: what the worker sees, what it costs, and the comparison's result. Text goes into the page as text only.
 
-const COLUMNS = 32; // of the strip's cells, one for each byte
+const COLUMNS = 32; // of the strip's cells, one for each number
+const HALF = 2 ** 30 - 1; // numbers are residues mod 2^31 - 1, from -HALF to HALF
 const BY_SCHEME = {
-  slip: "Each number is an activation plus a pad that is used once: uniform noise, whatever the text is. The worker gets nothing else.",
+  slip: "Each number is an activation plus a pad that is used once: uniform noise, whatever the text is. Besides these the worker learns how many rows there are, and when.",
   "private-lora": "Each number of the query is encrypted (LWE): noise to the adapter server, whatever the text is.",
   "kv-shield": "Not shown: KV-Shield's accelerator works on the text's own values, and only the cache that it keeps is keyed.",
 };
@@ -23,10 +24,15 @@ export function speed(rate) {
   return rate == null ? "–" : rate < 100 ? rate.toFixed(1) : String(Math.round(rate));
 }
 
-/** The costs of the answer begin here; `seen` is the last look. */
+/** The costs of an answer are counted from one look to another. */
 let base = null;
+let counting = false;
 export function beginAnswer(seen) {
   base = seen;
+  counting = true;
+}
+export function endAnswer() {
+  counting = false;
 }
 
 /** What the server does, in its place; written only where it has changed, or it would be read aloud with every look. */
@@ -47,9 +53,9 @@ function costs(seen) {
   const number = new Intl.NumberFormat("en");
   for (const [id, name, form] of [["rounds", "exchanges", number.format], ["up", "bytes_up", size], ["down", "bytes_down", size]]) {
     element(`${id}-all`).textContent = form(seen[name]);
-    if (base) element(id).textContent = form(seen[name] - (seen[name] < base[name] ? 0 : base[name])); // another session: counted anew
+    if (counting) element(id).textContent = form(seen[name] - (seen[name] < base[name] ? 0 : base[name])); // another session: counted anew
   }
-  element("rate").textContent = base ? speed(seen.tokens_per_s) : "–";
+  if (counting) element("rate").textContent = speed(seen.tokens_per_s);
   const others = seen.running > 1 ? ` ${seen.running} requests are being computed now.` : "";
   const waiting = seen.waiting ? ` ${seen.waiting} wait.` : "";
   element("shared").textContent = `Numbers of all clients together.${others}${waiting}`;
@@ -67,21 +73,23 @@ function strip(seen) {
   const content = sent.residues.join();
   if (content === drawn) return;
   drawn = content;
-  const bytes = new Uint8Array(Int32Array.from(sent.residues).buffer); // as they are on the wire, on a little-endian machine
-  draw(bytes);
-  element("bytes").textContent = [...bytes.subarray(0, 24)].map((byte) => byte.toString(16).padStart(2, "0")).join(" ") + " …";
+  draw(sent.residues);
+  const bytes = new Uint8Array(Int32Array.from(sent.residues.slice(0, 6)).buffer); // as they are on the wire
+  element("bytes").textContent = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join(" ") + " …";
   element("strip").setAttribute("aria-label", `The first ${sent.residues.length} of ${sent.width} masked numbers, drawn as coloured cells: noise.`);
-  element("seen").textContent = `The last row that was sent, for ${sent.layer}: ${sent.residues.length} of its ${sent.width} numbers. ${BY_SCHEME[scheme]}`;
+  element("row").textContent = `${sent.residues.length} of ${sent.width} numbers of the last row, for ${sent.layer.replaceAll(",", ", ")}.`;
+  element("seen").textContent = BY_SCHEME[scheme];
 }
 
-function draw(bytes) {
+function draw(residues) {
   const canvas = element("strip");
   const side = 16;
   canvas.width = COLUMNS * side;
-  canvas.height = (bytes.length / COLUMNS) * side;
+  canvas.height = Math.ceil(residues.length / COLUMNS) * side;
   const pen = canvas.getContext("2d");
-  bytes.forEach((byte, i) => {
-    pen.fillStyle = `hsl(${190 + byte * 0.55} ${45 + byte / 8}% ${28 + byte / 6}%)`;
+  residues.forEach((residue, i) => {
+    const place = (residue + HALF) / (2 * HALF); // 0 to 1: by the number's size the hue, by its last bits how light it is
+    pen.fillStyle = `hsl(${165 + place * 165} 60% ${30 + (residue & 255) / 7}%)`;
     pen.fillRect((i % COLUMNS) * side, Math.floor(i / COLUMNS) * side, side - 1, side - 1);
   });
 }

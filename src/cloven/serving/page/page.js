@@ -1,7 +1,7 @@
 // The page: asks for a key where the server wants one, sends what is written, shows what comes.
 
 import { Refused, events, json, useKey } from "/api.js";
-import { beginAnswer, compared, notCompared, show, state } from "/live.js";
+import { beginAnswer, compared, endAnswer, notCompared, show, state } from "/live.js";
 
 const LOOK_BUSY = 500; // milliseconds
 const LOOK_IDLE = 2000;
@@ -104,7 +104,7 @@ async function stoppable(work, fail) {
     return "failed";
   } finally {
     busy(null);
-    look();
+    await look();
   }
 }
 
@@ -128,6 +128,7 @@ async function send(prompt) {
       element("log").scrollTop = element("log").scrollHeight;
     }
   }, (text) => (element("error").textContent = text));
+  endAnswer();
   if (ended) place.parentElement.classList.add("cut");
   if (about?.chat && place.textContent) messages.push({ role: "user", content: prompt }, { role: "assistant", content: place.textContent });
   element("status").textContent = { stopped: "Stopped.", failed: "" }[ended] ?? (why === "length" ? "Complete: as many tokens as were asked for." : "Complete.");
