@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -14,6 +16,14 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("cloven", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("cloven")
 _numbers = itertools.count()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was skipped is counted and said, with the reason: a tool that is missing here must not be missed."""
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    reasons = Counter(str(where[2]).removeprefix("Skipped: ") for where in skipped if isinstance(where, tuple))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped: {count} x {reason}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -41,7 +41,13 @@ class HonestChannel:
         self.matrix, self.bits = matrix, bits
         self.seen: list[tuple[Query, Tensor]] = []
         self.order: list[str] = []
+        self.shown: list[Tensor] = []
         self.twist: Callable[[Any, bytes], tuple[Any, bytes]] = lambda message, payload: (message, payload)
+
+    def show(self, name: str, c: Tensor) -> None:
+        """What the real one lets its watcher see."""
+        assert name == "m"
+        self.shown.append(c.clone())
 
     def next_id(self) -> int:
         """The number of the next request."""
@@ -118,6 +124,7 @@ def test_what_is_sent() -> None:
     ((request, c),) = channel.seen
     assert request == Query(1, BUNDLE, 3, 3) and c.shape == (3, 1280 + K) and is_residue(c)
     assert codes.shape[0] == matrix.rows
+    assert len(channel.shown) == 1 and torch.equal(channel.shown[0], c)  # the query, and nothing before it was one
 
 
 def test_the_same_row_looks_different_every_time() -> None:

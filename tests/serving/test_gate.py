@@ -87,6 +87,14 @@ def test_keys() -> None:
     assert asked.ask("GET", "/health", ())[0] == asked.ask(authorization=f"Bearer {KEY}")[0] == 200
 
 
+def test_more_that_needs_no_key() -> None:
+    asked = Asked(ApiKeys([KEY]))
+    asked.gate = Gate(asked.app, ApiKeys([KEY]), LOCAL, 100, frozenset(("/", "/page.js")))
+    assert [asked.ask("GET", path, ())[0] for path in ("/", "/page.js", "/health")] == [200, 200, 200]
+    assert [asked.ask("GET", path, ())[0] for path in ("/live", "//", "/page.js/", "/v1/models", "")] == [401] * 5
+    assert asked.ask("GET", "/", (), host="evil.example")[0] == 421
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_what_a_foreign_web_page_could_send(kind: str) -> None:
     asked = Asked()

@@ -12,14 +12,14 @@ import pytest
 from cloven.errors import WorkerRefused
 from cloven.serving.api_error import ApiError, bad_request
 from cloven.serving.engine import Engine
-from cloven.serving.generation import Generation, _context_of, _tokens, log_failure
+from cloven.serving.generation import Generation, _context_of, end_tokens, log_failure
 from cloven.serving.options import ServeOptions
 from cloven.serving.order import completion_order
 from tests.served import NAME, generated, plain_model, run, served_model, text_of
 
 
 def test_tokens_and_contexts() -> None:
-    assert _tokens(None) == [] and _tokens(5) == [5] and _tokens([5, 6]) == [5, 6]
+    assert end_tokens(None) == [] and end_tokens(5) == [5] and end_tokens([5, 6]) == [5, 6]
 
     def context(**config: Any) -> int | None:
         return _context_of(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))))
@@ -53,8 +53,12 @@ def test_without_a_batch_by_the_engine() -> None:
 
         inputs = tokenizer("ROMEO:", return_tensors="pt")
         one = made("one", max_tokens=5)
+        assert one.rate is None
         text, length, tokens = await one.generate_non_streaming(model, tokenizer, inputs, config(), "id")
         assert (text, length, tokens) == (text_of(generated("ROMEO:", 5)), 2, generated("ROMEO:", 5)) and ended == ["one"]
+        rate = one.rate
+        await asyncio.sleep(0.05)
+        assert rate is not None and 1 < rate < 10**5 and one.rate == rate  # it does not go on after the end
         long = made("long", max_tokens=200)
         waiting = asyncio.create_task(long.generate_non_streaming(model, tokenizer, inputs, config(), "id"))
         await long.begun()

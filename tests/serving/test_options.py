@@ -25,6 +25,12 @@ def test_addresses() -> None:
     assert not ServeOptions(host="10.0.0.1", api_key_file=Path("keys")).local
 
 
+def test_a_page_where_only_this_machine_can_connect_or_where_it_is_asked_for() -> None:
+    network: dict[str, Any] = {"host": "10.0.0.1", "api_key_file": Path("keys")}
+    assert ServeOptions().with_page and not ServeOptions(page=False).with_page
+    assert not ServeOptions(**network).with_page and ServeOptions(page=True, compare=Path("model"), **network).with_page
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -40,6 +46,8 @@ def test_addresses() -> None:
         ({"constant_rows": 15}, "constant_rows 15: at least one row for each of the 16"),
         ({"tls_key": Path("k")}, "both a certificate and its key"),
         ({"host": "0.0.0.0"}, "--api-key-file FILE, or --insecure-open"),
+        ({"page": False, "compare": Path("model")}, "give --page"),
+        ({"host": "10.0.0.1", "api_key_file": Path("keys"), "compare": Path("model")}, "give --page"),
         ({"host": "::"}, "can be reached from the network"),
     ],
 )

@@ -26,6 +26,7 @@ class Connection:
     def __init__(self, network: Network, address: str, patience: float | None) -> None:
         self.network, self.address, self.patience = network, address, patience
         self.timeout, self.simulated_rtt, self.part, self.closed = 20.0, 0.0, "", False
+        self.watcher: object = None
 
     def hello(self) -> int:
         self.part = self.network.parts.get(self.address, "")
@@ -212,9 +213,16 @@ def test_moving_in_a_circle(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_what_was_set_on_the_connection_stays_set() -> None:
     workers = Network().workers("a,b")
+    assert workers.watcher is None
     workers.timeout, workers.simulated_rtt = 3.0, 0.01
+
+    def watcher(*_: object) -> None:
+        raise AssertionError("nothing is sent")
+
+    workers.watcher = watcher
     workers.seats[0].move(workers.seats[0].channel(), GONE)
     assert (workers.address, workers.timeout, workers.simulated_rtt) == ("b", 3.0, 0.01)
+    assert workers.watcher is watcher
 
 
 def test_without_a_replica_the_error_itself() -> None:

@@ -89,6 +89,18 @@ def test_a_product(session: Session) -> None:
     assert payload is not None and bytes(payload) == bytes(residue_frame(C))
 
 
+def test_a_watcher_is_shown_what_leaves(session: Session) -> None:
+    shown: list[tuple[str, Tensor]] = []
+    with fake(session.context, lambda request: [product(request.id)]) as worker:
+        session.multiply()
+        session.channel.watcher = lambda layer, c: shown.append((layer, c))
+        assert torch.equal(session.multiply(), Z)
+        session.channel.watcher = None
+        session.multiply()
+    ((layer, c),) = shown
+    assert layer == "layer-7" and bytes(residue_frame(c)) == worker.received[1][1]
+
+
 def test_statistics_count_every_byte(session: Session) -> None:
     with fake(session.context, lambda request: [product(request.id)]) as worker:
         session.multiply()

@@ -17,7 +17,7 @@ from cloven.model.runtime import Session
 from cloven.serving.generation import Generation
 from cloven.serving.model import READY, ServedModel
 
-RESIDUES = 128  # of a row
+RESIDUES = 128  # the last ones of a row: a query of private LoRA begins with columns that carry no input
 SHOWN = ("slip", "private-lora")  # whose queries are masked
 
 
@@ -72,4 +72,4 @@ class Live:
         if self._sent is None:
             return None
         layer, c = self._sent
-        return {"layer": layer, "width": c.shape[1], "residues": c[-1, :RESIDUES].tolist()}
+        return {"layer": layer, "width": c.shape[1], "residues": c[-1, -RESIDUES:].tolist()}

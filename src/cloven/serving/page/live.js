@@ -7,6 +7,7 @@ const BY_SCHEME = {
   "private-lora": "Each number of the query is encrypted (LWE): noise to the adapter server, whatever the text is.",
   "kv-shield": "Not shown: KV-Shield's accelerator works on the text's own values, and only the cache that it keeps is keyed.",
 };
+const TITLES = { "private-lora": "What the adapter server sees", "kv-shield": "What the accelerator sees" };
 const element = (id) => document.getElementById(id);
 
 const SIZES = ["B", "KB", "MB", "GB", "TB"];
@@ -66,6 +67,7 @@ function strip(seen) {
   const { sent, scheme } = seen;
   const possible = scheme in BY_SCHEME && scheme !== "kv-shield";
   element("strip").hidden = !possible;
+  element("seen-title").textContent = TITLES[scheme] ?? "What the worker sees";
   if (!sent) {
     element("seen").textContent = possible ? "Nothing has been sent yet. Ask something." : (BY_SCHEME[scheme] ?? "Not shown for this model.");
     return;
@@ -76,7 +78,7 @@ function strip(seen) {
   draw(sent.residues);
   const bytes = new Uint8Array(Int32Array.from(sent.residues.slice(0, 6)).buffer); // as they are on the wire
   element("bytes").textContent = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join(" ") + " …";
-  element("strip").setAttribute("aria-label", `The first ${sent.residues.length} of ${sent.width} masked numbers, drawn as coloured cells: noise.`);
+  element("strip").setAttribute("aria-label", `The last ${sent.residues.length} of ${sent.width} masked numbers, drawn as coloured cells: noise.`);
   element("row").textContent = `${sent.residues.length} of ${sent.width} numbers of the last row, for ${sent.layer.replaceAll(",", ", ")}.`;
   element("seen").textContent = BY_SCHEME[scheme];
 }
