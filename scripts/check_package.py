@@ -30,6 +30,8 @@ def main() -> None:
             "cloven/py.typed",
             "cloven/zoo/demo_model/model.safetensors",
             "cloven/zoo/demo_model/tokenizer.json",
+            "cloven/serving/page/index.html",
+            "cloven/serving/page/page.js",
             "cloven/zoo/demo_adapter/adapter_model.safetensors",
         ):
             assert needed in contents, f"{needed} is not in the wheel"

@@ -14,20 +14,26 @@ let running = null; // an AbortController
 let timer = 0;
 let looks = 0;
 
-/** Look again and again; whoever looked last goes on. */
+/** Look again and again; whoever looked last goes on. Gives the error, where there was one. */
 async function look() {
   clearTimeout(timer);
   const mine = ++looks;
+  let failure = null;
   try {
     const seen = await json("/live");
     if (!about) open(seen);
     about = seen;
     show(seen);
   } catch (error) {
-    if (error.status === 401) return askForKey();
+    failure = error;
+    if (error.status === 401) {
+      askForKey();
+      return failure;
+    }
     state("no answer from the server", "bad");
   }
   if (mine === looks && !document.hidden) timer = setTimeout(look, running ? LOOK_BUSY : LOOK_IDLE);
+  return failure;
 }
 
 function open(seen) {
@@ -59,10 +65,15 @@ function askForKey() {
 element("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   element("key-error").textContent = "";
-  useKey(element("key").value.trim());
+  const key = element("key").value.trim();
   element("key").value = "";
-  await look();
-  if (!about) element("key-error").textContent = "The server does not know this key.";
+  if (!/^[!-~]+$/.test(key)) {
+    element("key-error").textContent = "A key has letters, digits and signs of ASCII, and no blanks.";
+    return;
+  }
+  useKey(key);
+  const failure = await look();
+  if (failure) element("key-error").textContent = failure.message;
 });
 
 function turn(kind, text) {
