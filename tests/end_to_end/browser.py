@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
+import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 WANTED = "a browser: needs `pip install playwright` and Debian's package chromium"
 
@@ -21,14 +22,31 @@ def chromium() -> str | None:
 @contextlib.contextmanager
 def running(path: str) -> Iterator[Any]:
     """Playwright's browser. While it runs, this thread cannot run another event loop."""
-    from playwright.sync_api import sync_playwright  # type: ignore[import-not-found,unused-ignore]
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # of this process; five seconds are little on a machine that has much to do
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--disable-dev-shm-usage"])
         try:
             yield browser
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Fail, and say where, instead of waiting for ever for a browser that has gone; in the main thread."""
+
+    def late(*_: object) -> NoReturn:
+        raise TimeoutError(f"not done within {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 class Tab:
@@ -75,5 +93,5 @@ class Tab:
         """The last text of the model, when it is complete."""
         from playwright.sync_api import expect
 
-        expect(self.page.locator("#status")).to_contain_text("Complete", timeout=60_000)
+        expect(self.page.locator("#status")).to_contain_text("Complete")
         return str(self.page.locator(".turn.model p").last.text_content())

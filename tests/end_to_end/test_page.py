@@ -17,7 +17,7 @@ from cloven.cluster.worker_process import WorkerProcess
 from cloven.serving.live import RESIDUES
 from cloven.worker.transcript import read_transcript
 from cloven.zoo.demo import demo_model_path
-from tests.end_to_end.browser import WANTED, Tab, chromium, running
+from tests.end_to_end.browser import WANTED, Tab, at_most, chromium, running
 from tests.end_to_end.endpoint import TEMPLATE, EndpointProcess, endpoint, kv_demo, lora_demo, written
 from tests.lora_bundles import copied
 from tests.split_models import demo_bundle, demo_model, demo_tokenizer, greedy, scratch
@@ -30,6 +30,12 @@ MARKUP = "<img src=x onerror=\"document.title='hit'\">"
 def expected(prompt: str, tokens: int) -> str:
     """What the unsplit model writes."""
     return str(demo_tokenizer().decode(greedy(demo_model(), prompt, tokens, pad_token_id=0), skip_special_tokens=True))
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    with at_most(240):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -287,7 +287,7 @@ def test_routes_and_keys() -> None:
             models = (await client.get("/v1/models", headers=known)).json()
             assert [model["id"] for model in models["data"]] == [NAME] and models["data"][0]["object"] == "model"
             assert (await client.get(f"/v1/models/{NAME}", headers=known)).json() == models["data"][0]
-            for path in ("/v1/models/a/b", "/reset", "/load_model", "/metrics", "//health"):
+            for path in ("/v1/models/a/b", "/reset", "/load_model", "/metrics", "http://localhost//health"):
                 answer = await client.get(path, headers=known)
                 assert answer.status_code == 404 and answer.json()["error"]["type"] == "invalid_request_error"
             assert (await client.get(PATH, headers=known)).json()["error"]["code"] == "method_not_allowed"
