@@ -114,6 +114,7 @@ def test_text_is_never_markup_and_errors_are_words(browser: Any, served: Endpoin
         tab.send("thou " * 600, 5)
         tab.page.get_by_role("alert").filter(has_text="the model takes").wait_for()
         assert tab.page.locator(".turn").last.get_attribute("class") == "turn model cut"
+        assert tab.page.locator("#prompt").input_value() == "thou " * 600  # nothing that was typed is lost
         tab.page.route("**/v1/completions", lambda route: route.abort())
         tab.send("ROMEO:", 5)
         tab.page.get_by_role("alert").filter(has_text="The server cannot be reached").wait_for()

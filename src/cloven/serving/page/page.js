@@ -140,6 +140,7 @@ async function send(prompt) {
     }
   }, (text) => (element("error").textContent = text));
   endAnswer();
+  if (ended === "failed" && !place.textContent) element("prompt").value ||= prompt; // to be changed, or sent again
   if (ended) place.parentElement.classList.add("cut");
   if (about?.chat && place.textContent) messages.push({ role: "user", content: prompt }, { role: "assistant", content: place.textContent });
   element("status").textContent = { stopped: "Stopped.", failed: "" }[ended] ?? (why === "length" ? "Complete: as many tokens as were asked for." : "Complete.");
