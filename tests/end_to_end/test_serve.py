@@ -200,7 +200,7 @@ def test_bad_chat_requests(client: openai.OpenAI, more: dict[str, Any]) -> None:
 def test_what_is_not_there(served: tuple[EndpointProcess, openai.OpenAI]) -> None:
     """transformers' own server would load another model, or unload this one, for anybody."""
     process, client = served
-    for path in ("/load_model", "/reset", "/v1/responses", "/v1/systemone", "/v1/audio/transcriptions", "/docs", "/openapi.json", "/"):
+    for path in ("/load_model", "/reset", "/v1/responses", "/v1/systemone", "/v1/audio/transcriptions", "/docs", "/openapi.json", "/x"):
         for method in ("GET", "POST"):
             answer = httpx.request(method, process.root + path, json={"model": "gpt2"} if method == "POST" else None)
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found", path

@@ -583,7 +583,7 @@ def test_addresses_that_cannot_be(farm: Farm, cloven_here: Command) -> None:
         (["--part", "layers:1/22"], "can be spread over 21 at most"),
         (["--replicas", "2"], "--replicas and --placement belong to --engine ray"),
         (["--placement", "rows"], "--replicas and --placement belong to --engine ray"),
-        (["--engine", "ray", "--part", "rows:1/2"], "--part, --record and --threads belong to one process"),
+        (["--engine", "ray", "--part", "rows:1/2"], "--part, --record, --threads and --metrics-port belong to one process"),
         (["--engine", "dask"], "engine: choose process or ray"),
         (["--engine", "ray", "--placement", "tensor"], "placement: layers or rows"),
     ],

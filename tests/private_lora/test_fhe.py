@@ -417,7 +417,7 @@ def test_the_server_lives_on_whatever_it_is_sent(tmp_path: Path, socket_folder: 
             w = tensors(out / "server" / "adapter.safetensors")["0"][:, 1280:]
             assert CLIENT.result(answer, len(w), columns).tolist() == product(w, row(columns))
         assert not [record for record in caplog.records if record.levelname == "ERROR"]
-        assert isinstance(server, RecordingServer) and server.answered == 2  # hello and the last
+        assert isinstance(server, RecordingServer) and server.answered >= 2  # hello, perhaps once more, and the last
 
 
 def test_an_answer_of_another_size_ends_in_an_error(tmp_path: Path, socket_folder: Path) -> None:

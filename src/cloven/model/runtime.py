@@ -190,7 +190,7 @@ class Session:
         """End the session because of an error, the first of which is kept; a failed verification is counted and logged."""
         if isinstance(error, VerificationFailed):
             self.telemetry.verification_failed()
-            log_event(logging.ERROR, "verification_failed", "%s", error, peer=error.worker)
+            log_event(logging.INFO, "verification_failed", "%s", error, peer=error.worker)
         if self._reason is None:
             self.failure = self.failure or error
         self.close(str(error))
