@@ -16,7 +16,7 @@ from cloven.model.runtime import Session
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.endpoint import Endpoint
 from cloven.serving.loading import _settle
-from cloven.serving.model import ServedModel
+from cloven.serving.model import ServedModel, one_pass_at_a_time
 from cloven.serving.options import ServeOptions
 from cloven.telemetry import Telemetry
 from cloven.zoo.demo import demo_model_path
@@ -62,6 +62,7 @@ def plain_model() -> tuple[Any, Any]:
         "{% for m in messages %}{{ m['content'] }}{% if m['content'] == 'refuse' %}{{ raise_exception('Xyl') }}{% endif %}{% endfor %}"
     )
     _settle(model, tokenizer)
+    one_pass_at_a_time(model)
     return model, tokenizer
 
 

@@ -15,7 +15,7 @@ from cloven.demo.merged import merged_model
 from cloven.worker.transcript import read_transcript
 from cloven.zoo.demo import demo_adapter_path, demo_model_path
 from tests.end_to_end.commands import Command, one_line
-from tests.end_to_end.endpoint import PROMPTS, endpoint, kv_demo, lora_demo, streamed, written
+from tests.end_to_end.endpoint import PROMPTS, EndpointProcess, endpoint, kv_demo, lora_demo, streamed, written
 from tests.lora_bundles import copied
 from tests.split_models import demo_bundle, demo_model, demo_tokenizer, greedy
 
@@ -38,6 +38,17 @@ def texts(model: object = None, prompts: tuple[str, ...] = (*PROMPTS[:4], LONG))
     return {prompt: demo_tokenizer().decode(greedy(model, prompt, TOKENS, pad_token_id=0), skip_special_tokens=True) for prompt in prompts}  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOVEN_LOG", "INFO")
+
+
+def batched(process: EndpointProcess, cache: tuple[str, ...]) -> None:
+    """Nobody was computed alone, but who does not fit into the cache."""
+    assert "one after the other" not in process.log()
+    assert process.log().count("computed alone, for its length") == process.log().count("computed alone") == (1 if cache else 0)
+
+
 SMALL = ("--batch-rows", "32", "--max-running", "8")
 
 
@@ -50,7 +61,7 @@ def test_slip(cache: tuple[str, ...], demo_worker: WorkerProcess) -> None:
     assert len(demo_tokenizer()(LONG).input_ids) > 2 * 32
     with endpoint(demo_bundle("int8x2").trusted, "--worker", demo_worker.address, *F32, *SMALL, *cache) as (process, client):
         same_texts(client, texts())
-        assert "one after the other" not in process.log()
+        batched(process, cache)
 
 
 @CACHES
@@ -63,6 +74,10 @@ def test_kv_shield(mode: str, cache: tuple[str, ...]) -> None:
     ):
         assert process.ready["scheme"] == "kv-shield"
         same_texts(client, texts())
+        if mode == "permute":
+            batched(process, cache)
+        else:
+            assert "computed one after the other" in process.log()
 
 
 @CACHES
@@ -77,6 +92,7 @@ def test_private_lora(cache: tuple[str, ...], tmp_path: Path) -> None:
         expected = texts(merged_model(demo_model_path(), demo_adapter_path()))
         assert expected != texts()
         same_texts(client, expected)
+        batched(process, cache)
 
 
 def passes(recording: Path) -> list[list[tuple[int, int]]]:

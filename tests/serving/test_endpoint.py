@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -89,7 +90,31 @@ def test_a_fixed_length_computes_all_and_gives_the_same(running: int) -> None:
     run(scenario)
 
 
-def test_a_request_that_cannot_be_batched_goes_alone() -> None:
+def test_requests_at_once_share_passes() -> None:
+    """Four at once take hardly more passes of the model than one; one after the other four times as many."""
+
+    async def ask(running: int) -> int:
+        counted: list[int] = []
+        async with endpoint(max_running=running) as (client, _, _):
+            with passes(counted):
+                hot = [
+                    body(max_tokens=16),
+                    body(max_tokens=16, temperature=1),
+                    body(max_tokens=16, stream=True),
+                    body(max_tokens=16, top_p=0.5),
+                ]
+                answers = await asyncio.gather(*(client.post(PATH, json=one) for one in hot))
+        assert {answer.status_code for answer in answers} == {200}
+        return len(counted)
+
+    async def scenario() -> None:
+        assert await ask(1) >= 4 * 15
+        assert 15 <= await ask(4) <= 24
+
+    run(scenario)
+
+
+def test_a_request_that_cannot_be_batched_goes_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Too long for the common cache, or with a setting that the batch would drop: the text is still generate's, and beside others."""
     model, _ = plain_model()
 
@@ -98,14 +123,35 @@ def test_a_request_that_cannot_be_batched_goes_alone() -> None:
             assert made._batch is not None
             both = await asyncio.gather(client.post(PATH, json=body(max_tokens=60)), client.post(PATH, json=body(max_tokens=8)))
             assert [answer.json()["choices"][0]["text"] for answer in both] == [text_of(generated("ROMEO:", n)) for n in (60, 8)]
-            model.generation_config.repetition_penalty = 1.5
-            try:
-                expected = generated("ROMEO:", 16)
-                assert expected != generated("ROMEO:", 16, repetition_penalty=1.0)
-                answer = await client.post(PATH, json=body(max_tokens=16))
-                assert answer.json()["choices"][0]["text"] == text_of(expected)
-            finally:
-                model.generation_config.repetition_penalty = None
+            plain = text_of(generated("ROMEO:", 20))
+            for name, value in (("repetition_penalty", 1.5), ("no_repeat_ngram_size", 1)):
+                setattr(model.generation_config, name, value)
+                try:
+                    expected = text_of(generated("ROMEO:", 20))
+                    answer = await client.post(PATH, json=body(max_tokens=20))
+                finally:
+                    setattr(model.generation_config, name, None)
+                assert answer.json()["choices"][0]["text"] == expected != plain, name
+
+    with caplog.at_level(logging.INFO, "cloven"):
+        run(scenario)
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records if "computed alone" in record.getMessage()] == [
+        "length",
+        "no_repeat_ngram_size",
+    ]
+
+
+def test_who_goes_alone_holds_nobody_up() -> None:
+    """They take turns by passes of the model: a batch's short answers come before a long one ends, and both are right."""
+
+    async def scenario() -> None:
+        async with endpoint(max_running=4, cache_tokens=32, max_tokens=240) as (client, _, _):
+            long = asyncio.create_task(client.post(PATH, json=body(max_tokens=200)))
+            await asyncio.sleep(0.2)
+            short = await asyncio.gather(*(client.post(PATH, json=body()) for _ in range(3)))
+            assert not long.done()
+            assert {answer.json()["choices"][0]["text"] for answer in short} == {text_of(generated("ROMEO:", 8))}
+            assert (await long).json()["choices"][0]["text"] == text_of(generated("ROMEO:", 200))
 
     run(scenario)
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from cloven.errors import (
 from cloven.private_lora.query import CheckFailed
 from cloven.serving import model as model_module
 from cloven.serving.api_error import ApiError
-from cloven.serving.model import AWAY, ENDED, READY, ServedModel
+from cloven.serving.model import AWAY, ENDED, READY, ServedModel, one_pass_at_a_time
 from tests.served import Peer
 
 
@@ -144,6 +146,37 @@ def test_closing_is_no_suspicion() -> None:
     with pytest.raises(ClovenError):
         made.guarded(lambda: made.session.guarded(lambda: None))
     assert made.state == READY
+
+
+class Counting(torch.nn.Module):
+    """How many are in it at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = self.most = 0
+
+    def forward(self, input_ids: int, logits_to_keep: int = 0) -> int:
+        """Slowly."""
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.01)
+        self.inside -= 1
+        if input_ids < 0:
+            raise ValueError
+        return input_ids + logits_to_keep
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_passes_one_at_a_time(alone: bool) -> None:
+    """From several threads, and after an error. Without it they overlap, and transformers' batches do not survive that."""
+    model = Counting()
+    if alone:
+        one_pass_at_a_time(model)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(model, number, logits_to_keep=1) for number in (1, -1, 2, 3, 4, 5, 6, 7)]
+        assert [job.exception() is None and job.result() for job in jobs] == [2, False, 3, 4, 5, 6, 7, 8]
+    assert (model.most == 1) is alone
+    assert list(inspect.signature(model.forward).parameters) == ["input_ids", "logits_to_keep"]  # generate looks
 
 
 def test_the_first_session_must_open() -> None:

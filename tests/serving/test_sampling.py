@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from cloven.serving.sampling import KWARG, PerRequest, Sampler, can_be_batched, processors
+from cloven.serving.sampling import KWARG, PerRequest, Sampler, alone_for, processors, sampler_of
+from tests.served import plain_model
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
 
@@ -18,7 +19,7 @@ def config(**settings: Any) -> GenerationConfig:
 
 
 def shares(sampler: Sampler, logits: torch.Tensor = LOGITS, draws: int = 4000) -> torch.Tensor:
-    return torch.bincount(torch.tensor([sampler.choose(logits.clone()) for _ in range(draws)]), minlength=len(logits)) / draws
+    return torch.bincount(torch.tensor([sampler.choose([0], logits.clone()) for _ in range(draws)]), minlength=len(logits)) / draws
 
 
 def test_temperature_one_is_the_softmax() -> None:
@@ -37,7 +38,7 @@ def test_a_seed_and_none() -> None:
     flat = torch.zeros(1000)
 
     def chosen(sampler: Sampler) -> list[int]:
-        return [sampler.choose(flat.clone()) for _ in range(8)]
+        return [sampler.choose([0], flat.clone()) for _ in range(8)]
 
     assert chosen(Sampler(config(), 5)) == chosen(Sampler(config(), 5)) != chosen(Sampler(config(), 6))
     assert chosen(Sampler(config(), None)) != chosen(Sampler(config(), None))
@@ -54,7 +55,9 @@ def test_its_randomness_is_not_copied() -> None:
 
 
 def request(sampler: Sampler | None) -> Any:
-    return SimpleNamespace(state=SimpleNamespace(logit_processor_kwargs={} if sampler is None else {KWARG: sampler}), has_new_token=True)
+    wishes = {} if sampler is None else {KWARG: sampler}
+    state = SimpleNamespace(logit_processor_kwargs=wishes, initial_tokens=[4], generated_tokens=[0])
+    return SimpleNamespace(state=state, has_new_token=True)
 
 
 def test_rows_of_a_batch_each_by_its_own() -> None:
@@ -62,7 +65,8 @@ def test_rows_of_a_batch_each_by_its_own() -> None:
     chosen = processors()
     storage = torch.zeros(1, 8, dtype=torch.int32)
     rows = torch.stack([LOGITS, LOGITS.flip(0), LOGITS + 1])
-    waiting = SimpleNamespace(state=SimpleNamespace(logit_processor_kwargs={KWARG: Sampler(config(), 1)}), has_new_token=False)
+    waiting = request(Sampler(config(), 1))
+    waiting.has_new_token = False
     chosen.prepare_tensor_args([request(None), waiting, request(Sampler(config(temperature=1e-3), 1)), request(None)], storage)
     scores = chosen(torch.zeros(3, 1, dtype=torch.long), rows.clone(), storage)
     assert torch.equal(scores[0], rows[0]) and torch.equal(scores[2], rows[2])
@@ -77,17 +81,42 @@ def test_rows_that_are_not_there() -> None:
         processor(LOGITS[None], torch.zeros(2))
 
 
-def test_what_the_batch_cannot_do() -> None:
-    assert can_be_batched(
-        GenerationConfig(do_sample=True, temperature=0.3, top_p=0.4, top_k=7, max_new_tokens=5, eos_token_id=[1, 2], pad_token_id=0)
-    )
+def test_a_repetition_penalty_knows_prompt_and_answer() -> None:
+    """Tokens 0 (of the answer) and 4 (of the prompt) are the likeliest, and were there before."""
+    sampler = sampler_of(GenerationConfig(do_sample=False, repetition_penalty=1e6), None)
+    assert sampler is not None
+    chosen = processors()
+    storage = torch.zeros(1, 8, dtype=torch.int32)
+    chosen.prepare_tensor_args([request(sampler)], storage)
+    rows = torch.tensor([[5.0, 1.0, 2.0, 1.5, 6.0]])
+    assert int(chosen(torch.zeros(1, 1, dtype=torch.long), rows, storage).argmax()) == 2
+
+
+def test_who_needs_no_sampler() -> None:
+    assert sampler_of(GenerationConfig(do_sample=False), 1) is None
+    assert sampler_of(GenerationConfig(do_sample=False, repetition_penalty=1.0), 1) is None
+    assert sampler_of(GenerationConfig(do_sample=True), 1) is not None
+
+
+def test_what_the_batch_can_do() -> None:
+    """Among them what many models' files spell out."""
     for settings in (
-        {"repetition_penalty": 1.1},
+        {"do_sample": True, "temperature": 0.3, "top_p": 0.4, "top_k": 7, "max_new_tokens": 5, "eos_token_id": [1, 2], "pad_token_id": 0},
+        {"output_attentions": False, "output_hidden_states": False, "use_cache": True, "_from_model_config": True},
+        {"num_beams": 1, "min_length": 0, "repetition_penalty": 1.05, "length_penalty": 1.0, "no_repeat_ngram_size": 0},
+        plain_model()[0].generation_config.to_dict(),
+    ):
+        assert alone_for(GenerationConfig(**settings)) == [], settings
+
+
+def test_what_the_batch_cannot_do() -> None:
+    for settings in (
         {"min_p": 0.1},
         {"no_repeat_ngram_size": 3},
         {"min_new_tokens": 4},
         {"num_beams": 2},
         {"suppress_tokens": [3]},
         {"cache_implementation": "static"},
+        {"exponential_decay_length_penalty": (5, 1.1)},
     ):
-        assert not can_be_batched(GenerationConfig(**settings)), settings
+        assert alone_for(GenerationConfig(**settings)) == list(settings), settings

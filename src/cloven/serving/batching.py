@@ -153,7 +153,7 @@ class Batch:
         if self._stopped:
             raise stopping()
         self._served.require_ready()
-        if not self._manager.is_running():
+        if self._manager.error is not None or not self._manager.is_running():  # or still in its last words
             self._fail_all()
             self._manager.batch_processor = None  # its cache
             gc.collect()

@@ -69,7 +69,8 @@ class Endpoint:
 
     def application(self, keys: ApiKeys | None) -> ASGIApp:
         """The ASGI application, behind its gate."""
-        logging.getLogger("transformers").setLevel(logging.CRITICAL)  # its handlers log requests
+        for name in ("transformers", "ContinuousBatchingLogger"):  # they log requests, and errors with all they say
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),

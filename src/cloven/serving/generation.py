@@ -23,7 +23,7 @@ from cloven.serving.engine import Engine
 from cloven.serving.model import ServedModel
 from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order
-from cloven.serving.sampling import Sampler, can_be_batched
+from cloven.serving.sampling import alone_for, sampler_of
 from cloven.serving.stop_strings import cut
 from cloven.serving.text import Text, TextEnded
 from cloven.telemetry import logger
@@ -124,13 +124,16 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         text = Text(tokenizer, self._loop, pieces, ends=ends, stops=self.order.stops, fixed_length=self._fixed, parser=parser)
         self._text, self._pieces = text, pieces
         batch = self._batch
-        if batch is None or length + config.max_new_tokens > batch.cached or not can_be_batched(config):
+        alone = alone_for(config) or (["length"] if batch is not None and length + config.max_new_tokens > batch.cached else [])
+        if batch is None or alone:
+            if batch is not None:
+                logger.info("a request is computed alone, for its %s", ", ".join(alone))
             config.prefill_chunk_size = self._options.constant_rows or None  # a piece of the prompt is a pass like any other
             self._engine.submit(lambda: self._run(text, inputs, config))
             return text
         self._batched = True
         prompt, tokens = inputs["input_ids"][0].tolist(), config.max_new_tokens
-        sampler = Sampler(config, self.order.seed) if config.do_sample else None
+        sampler = sampler_of(config, self.order.seed)
         try:
             batch.add(
                 self._name, prompt, text, tokens=tokens, ends=ends, sampler=sampler, fixed=self._fixed, first=self._token, ended=self._ended

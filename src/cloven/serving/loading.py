@@ -14,7 +14,7 @@ from cloven.errors import BadInput
 from cloven.model.attach import attach
 from cloven.model.runtime import RuntimeOptions
 from cloven.serving.half import Half
-from cloven.serving.model import ServedModel
+from cloven.serving.model import ServedModel, one_pass_at_a_time
 from cloven.serving.peer import peer_is_there
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
@@ -66,6 +66,7 @@ def load(half: Half, how: LoadOptions, runtime: RuntimeOptions) -> ServedModel:
     if template is not None:
         tokenizer.chat_template = template
     _settle(model, tokenizer)
+    one_pass_at_a_time(model)
     passed = ("timeout", "insecure_plain_tcp", "pin", "placement", "pads", "on_empty", "constant_rows")
     options = {name: getattr(runtime, name) for name in passed}
     name = how.name or _default_name(half.folder)

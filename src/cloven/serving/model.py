@@ -10,6 +10,7 @@ suspicion. From `ended` there is no way back: a peer that lies must not get one 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,6 +24,22 @@ from cloven.telemetry import logger
 READY, AWAY, ENDED = "ready", "away", "ended"
 _LOOK_SECONDS = 0.5
 _T = TypeVar("_T")
+
+
+def one_pass_at_a_time(model: Any) -> None:
+    """Passes of the model, from whichever threads, one after the other.
+
+    transformers writes `config.is_causal` for the time of a batch's pass, and puts back what it found: a pass in another thread meanwhile
+    attends to what is to come, and can leave the setting behind for ever. The texts are wrong without any error (a test shows it).
+    """
+    forward, lock = model.forward, threading.Lock()
+
+    @functools.wraps(forward)
+    def alone(*arguments: Any, **more: Any) -> Any:
+        with lock:
+            return forward(*arguments, **more)
+
+    model.forward = alone
 
 
 class ServedModel:
