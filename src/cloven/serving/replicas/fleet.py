@@ -39,8 +39,7 @@ _T = TypeVar("_T")
 class Replica:
     """One replica, while it lives; in the event loop's thread.
 
-    `lost` is done when it is there no longer, with the error that its requests get; `state` is a served model's, as it was half a second
-    ago.
+    `lost` is done when it is there no longer, with the error that its requests get; `state` is a served model's, half a second ago.
     """
 
     def __init__(self, number: int, started: Started, waiting: int) -> None:
@@ -156,8 +155,12 @@ class Fleet:
                 self._places.put(session, own)
         return own
 
-    def noticed_end(self) -> None:
-        """A verification has failed: nothing is computed any longer."""
+    async def failed(self, replica: Replica) -> None:
+        """A verification has failed there: nothing is computed any longer, and what the replica says of it is in the log."""
+        self._end()
+        await self._look(replica)
+
+    def _end(self) -> None:
         if not self._ended:
             logger.error("a replica's session has ended: no replica serves any longer until this is looked at and started again")
         self._ended = True
@@ -243,7 +246,7 @@ class Fleet:
         for level, line in told["log"]:
             logger.log(level if level in _LEVELS else logging.WARNING, "replica %d: %s", replica.number, line)
         if replica.state == ENDED:
-            self.noticed_end()
+            self._end()
         return True
 
 

@@ -109,7 +109,8 @@ class Front:
             await taken.aclose()
             raise
         await taken.aclose()
-        self._look_at(answer.status_code, content)
+        if answer.status_code >= 500 and _code_of(content) in _FAILED:  # noticed before the next request, not with the next look
+            await self.fleet.failed(replica)
         kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
         return Response(content, answer.status_code, kept, answer.headers.get("content-type"))
 
@@ -123,14 +124,6 @@ class Front:
                 yield piece
         except ApiError as error:
             yield (b"" if end == b"\n\n" else b"\n\n") + f"data: {json.dumps(error.body())}\n\n".encode()
-
-    def _look_at(self, status: int, content: bytes) -> None:
-        """A failed verification is noticed before the next request, not with the next look."""
-        if status < 500:
-            return
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(content)["error"]["code"] in _FAILED:
-                self.fleet.noticed_end()
 
     async def _list(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -166,6 +159,13 @@ class _Piped(StreamingResponse):
 
 async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
     return await anext(pieces, None)
+
+
+def _code_of(content: bytes) -> object:
+    """Of an error in OpenAI's form."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return json.loads(content)["error"]["code"]
+    return None
 
 
 def _header(request: Request, name: str) -> bytes | None:
