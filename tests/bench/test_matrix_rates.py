@@ -19,10 +19,11 @@ def test_the_matrices_are_those_of_a_layer(shape: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_every_product_is_timed_twice(rows: int) -> None:
-    answer = Products(shape_config("tiny", 1)).products(rows)
-    assert set(answer) == NAMES
-    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in answer.values())
+def test_every_product_is_timed(rows: int) -> None:
+    products = Products(shape_config("tiny", 1))
+    for answer in (products.products(rows), products.products(rows)):
+        assert set(answer) == NAMES
+        assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in answer.values())
 
 
 def test_the_head_has_its_own_times() -> None:

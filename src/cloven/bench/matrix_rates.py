@@ -39,6 +39,7 @@ class Products:
         self._generator = torch.Generator().manual_seed(0)  # no secrets in here
         self._backend = select_backend("cpu")
         self.layer, self.head = [self._codes(*shape) for shape in layer_shapes(config)], self._codes(config.vocab_size, config.hidden_size)
+        self._scratch = torch.zeros(0, dtype=torch.int32)
         self._bf16 = [torch.nn.Parameter(codes.to(torch.bfloat16)) for codes in self.layer]  # without gradients, linear is slower
 
     def _codes(self, rows: int, columns: int) -> Tensor:
@@ -46,9 +47,11 @@ class Products:
 
     @torch.no_grad()
     def products(self, rows: int) -> dict[str, Any]:
-        """Seconds, by name."""
+        """Seconds, by name. The first call's are longer: its memory is fresh."""
         layer, head = self.layer, [self.head]
-        scratch = torch.zeros(rows * max(len(w) for w in (*layer, *head)), dtype=torch.int32)
+        if self._scratch.numel() < (most := rows * max(len(w) for w in (*layer, *head))):
+            self._scratch = torch.zeros(most, dtype=torch.int32)
+        scratch = self._scratch
         x = {k: torch.randn(rows, k, generator=self._generator).to(torch.bfloat16) for k in {w.shape[1] for w in layer}}
         small = {
             w.shape[1]: torch.randint(-128, 128, (rows, w.shape[1]), dtype=torch.int8, generator=self._generator) for w in (*layer, *head)
@@ -78,14 +81,10 @@ def layer_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
 
 
 def _seconds(product: Callable[[Tensor], object], matrices: Sequence[Tensor]) -> list[float]:
-    """Two times over all matrices, after one that warms up."""
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        for w in matrices:
-            product(w)
-        taken.append(time.perf_counter() - started)
-    return taken[1:]
+    started = time.perf_counter()
+    for w in matrices:
+        product(w)
+    return [time.perf_counter() - started]
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,6 @@ class TorchAo:
         if way == EAGER:
             eager: Callable[..., Any] = self.model.forward
             return eager
-        torch.compiler.reset()
         options: dict[str, Any] = {"freezing": True} if way == FROZEN else {}
         compiled: Callable[..., Any] = torch.compile(self.model.forward, dynamic=False, options=options)
         return compiled
