@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from cloven.errors import (
@@ -13,7 +15,7 @@ from cloven.errors import (
     WorkerTimeout,
     WorkerUnreachable,
 )
-from cloven.serving.api_error import ApiError, bad_request, of_exception, peer_away, session_ended, stopping, too_many
+from cloven.serving.api_error import ApiError, bad_request, log_failure, of_exception, peer_away, session_ended, stopping, too_many
 
 SECRET = "ipc:///run/secret/place: model.layers.3"
 
@@ -57,3 +59,14 @@ def test_errors_of_a_generation(error: Exception, status: int, code: str) -> Non
 def test_an_answer_is_its_own() -> None:
     error = ApiError(418, "tea", "teapot")
     assert of_exception(error) is error
+
+
+def test_a_failure_in_the_log_names_places_and_no_contents(caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        raise ValueError("Xylophone")
+    except ValueError as error:
+        with caplog.at_level(logging.DEBUG, "cloven"):
+            log_failure(error)
+            log_failure(bad_request("Xylophone: no"))
+            log_failure(WorkerRefused("layer 3: no"))
+    assert "ValueError at test_api_error.py:" in caplog.text and "layer 3: no" in caplog.text and "Xylophone" not in caplog.text

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cloven.errors import WorkerRefused
-from cloven.serving.api_error import ApiError, bad_request
+from cloven.serving.api_error import ApiError
 from cloven.serving.engine import Engine
-from cloven.serving.generation import Generation, _context_of, end_tokens, log_failure
+from cloven.serving.generation import Generation, _context_of, end_tokens
 from cloven.serving.options import ServeOptions
 from cloven.serving.order import completion_order
 from tests.served import NAME, generated, plain_model, run, served_model, text_of
@@ -26,17 +24,6 @@ def test_tokens_and_contexts() -> None:
 
     assert context(max_position_embeddings=512) == 512
     assert context() is None and context(max_position_embeddings=None) is None and context(max_position_embeddings=0) is None
-
-
-def test_a_failure_in_the_log_names_places_and_no_contents(caplog: pytest.LogCaptureFixture) -> None:
-    try:
-        raise ValueError("Xylophone")
-    except ValueError as error:
-        with caplog.at_level(logging.DEBUG, "cloven"):
-            log_failure(error)
-            log_failure(bad_request("Xylophone: no"))
-            log_failure(WorkerRefused("layer 3: no"))
-    assert "ValueError at test_generation.py:" in caplog.text and "layer 3: no" in caplog.text and "Xylophone" not in caplog.text
 
 
 def test_without_a_batch_by_the_engine() -> None:

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
+import pytest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cloven.serving.api_error import replica_lost
+from cloven.serving.api_error import ApiError, replica_lost
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.options import ServeOptions
-from cloven.serving.routes import REFUSALS, behind_gate, until_left
+from cloven.serving.routes import REFUSALS, answered, behind_gate, model_routes
 from tests.served import run
 
 KEY = "k" * 32
@@ -60,14 +62,63 @@ def test_the_gate_stands_in_front() -> None:
     run(test)
 
 
-def test_a_client_that_leaves() -> None:
+def asked(*messages: str) -> Request:
+    """A request whose client sends these, and then nothing more."""
+    left = list(messages)
+
+    async def receive() -> dict[str, Any]:
+        if not left:
+            await asyncio.Event().wait()
+        return {"type": left.pop(0)}
+
+    return Request({"type": "http", "headers": []}, receive)
+
+
+def test_a_client_that_leaves_ends_the_work() -> None:
     async def test() -> None:
-        messages = [{"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}]
+        ended = list[str]()
 
-        async def receive() -> dict[str, Any]:
-            return messages.pop(0)
+        async def work() -> Response:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append("work")
+            raise AssertionError
 
-        await until_left(Request({"type": "http", "headers": []}, receive))
-        assert not messages
+        assert (await answered(asked("http.request", "http.disconnect"), work())).status_code == 499
+        assert ended == ["work"]
+
+    run(test)
+
+
+def test_work_ends_in_a_response(caplog: pytest.LogCaptureFixture) -> None:
+    """Its own, or a refusal; an error that nobody foresaw is logged without what it says, and nobody is told more."""
+
+    async def fine() -> Response:
+        return JSONResponse("fine")
+
+    async def wrong() -> Response:
+        raise ValueError("with a prompt")
+
+    async def test() -> None:
+        assert (await answered(asked(), fine())).body == b'"fine"'
+        failed = await answered(asked(), wrong())
+        assert failed.status_code == 500 and b"internal_error" in failed.body and b"prompt" not in failed.body
+        for work, error in ((lost, ApiError), (refused, HTTPException)):
+            with pytest.raises(error):
+                await answered(asked(), work(asked()))
+
+    run(test)
+    assert "ValueError at test_routes.py:" in caplog.text and "prompt" not in caplog.text
+
+
+def test_there_is_one_model() -> None:
+    async def test() -> None:
+        app: Any = Starlette(routes=model_routes("me/bard"), exception_handlers=REFUSALS)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as asking:
+            listed = (await asking.get("/v1/models")).json()
+            assert listed["object"] == "list" and [one["id"] for one in listed["data"]] == ["me/bard"]
+            assert (await asking.get("/v1/models/me/bard")).json() == listed["data"][0]
+            assert (await asking.get("/v1/models/other")).json()["error"]["code"] == "model_not_found"
 
     run(test)

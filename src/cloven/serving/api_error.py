@@ -5,6 +5,7 @@ What a client is told names neither addresses nor layers: those are the operator
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from cloven.errors import (
@@ -16,6 +17,7 @@ from cloven.errors import (
     WorkerTimeout,
     WorkerUnreachable,
 )
+from cloven.telemetry import logger
 
 
 class ApiError(Exception):
@@ -89,3 +91,15 @@ def of_exception(error: BaseException) -> ApiError:
         message = "the model's other half did not answer this request as it should: try again; its operator's log says more"
         return ApiError(502, message, "peer_failed", "server_error")
     return ApiError(500, "this request failed in the server, whose log says where", "internal_error", "server_error")
+
+
+def log_failure(error: Exception) -> None:
+    """One line, without what an unknown exception says: it might quote the prompt."""
+    if isinstance(error, ApiError):
+        return
+    if isinstance(error, ClovenError):
+        logger.warning("a request failed: %s", error)
+        return
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
+    logger.error("a request failed: %s at %s", type(error).__name__, where)

@@ -15,14 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from jinja2 import TemplateError
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -30,15 +28,14 @@ from starlette.types import ASGIApp
 
 from cloven.errors import RunError
 from cloven.metrics.catalog import Sample
-from cloven.serving.api_error import ApiError, bad_request, of_exception
+from cloven.serving.api_error import ApiError, bad_request
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.batching import Batch
 from cloven.serving.comparison import Compared, Comparison, checked_comparison
 from cloven.serving.counts import EndpointCounts
 from cloven.serving.engine import Engine
 from cloven.serving.events import events
-from cloven.serving.gate import refusal
-from cloven.serving.generation import Generation, log_failure
+from cloven.serving.generation import Generation
 from cloven.serving.handlers import ChatHandler, LoadedModel, TextHandler
 from cloven.serving.live import Live
 from cloven.serving.model import READY, ServedModel
@@ -46,7 +43,7 @@ from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order, chat_order, completion_order
 from cloven.serving.original import Original
 from cloven.serving.page_files import PATHS, page_routes
-from cloven.serving.routes import REFUSALS, behind_gate, until_left
+from cloven.serving.routes import REFUSALS, answered, behind_gate, model_routes
 from cloven.serving.turns import Turns
 from cloven.telemetry import logger
 
@@ -76,7 +73,6 @@ class Endpoint:
         self._models = LoadedModel(served)
         self._running: set[Generation] = set()
         self._live = Live(served, lambda: self._running, lambda: self.turns.waiting)
-        self._started = int(time.time())
 
     def application(self, keys: ApiKeys | None) -> ASGIApp:
         """The ASGI application, behind its gate."""
@@ -85,8 +81,7 @@ class Endpoint:
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
-            Route("/v1/models", self._list, methods=["GET"]),
-            Route("/v1/models/{name:path}", self._describe, methods=["GET"]),
+            *model_routes(self.served.name),
             Route("/health", self._health, methods=["GET"]),
         ]
         if self._options.with_page:
@@ -154,19 +149,7 @@ class Endpoint:
     ) -> Response:
         order = parse(request.scope["cloven.body"], self.served.name, self._options.max_tokens)
         self.served.require_ready()
-        work, left = asyncio.create_task(self._answer(order, handler, made or self._generation)), asyncio.create_task(until_left(request))
-        try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            return work.result() if work.done() else Response(status_code=499)  # which nobody reads
-        except (ApiError, HTTPException):
-            raise
-        except Exception as error:
-            log_failure(error)
-            return refusal(of_exception(error))
-        finally:
-            for task in (work, left):
-                task.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
+        return await answered(request, self._answer(order, handler, made or self._generation))
 
     async def _answer(self, order: Order, handler: _Handler, made: _Made) -> Response:
         await self.turns.take()
@@ -199,17 +182,6 @@ class Endpoint:
         finally:
             if generation is None or not generation.started:
                 over()
-
-    async def _list(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
-
-    async def _describe(self, request: Request) -> Response:
-        if request.path_params["name"] != self.served.name:
-            raise ApiError(404, f"there is one model here, {self.served.name}", "model_not_found", param="model")
-        return JSONResponse(self._card())
-
-    def _card(self) -> dict[str, Any]:
-        return {"id": self.served.name, "object": "model", "created": self._started, "owned_by": "cloven"}
 
     async def _look(self, _request: Request) -> Response:
         about = {

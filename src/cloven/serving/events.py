@@ -7,8 +7,8 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from cloven.serving.api_error import of_exception
-from cloven.serving.generation import FAILED, Generation, log_failure
+from cloven.serving.api_error import log_failure, of_exception
+from cloven.serving.generation import FAILED, Generation
 
 _FAILURE = f'data: {{"error": "{FAILED}"}}\n\n'  # transformers' form, which OpenAI's clients take for an error without a message
 

@@ -10,15 +10,13 @@ import asyncio
 import contextlib
 import secrets
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, _StreamError
 
-from cloven.errors import ClovenError
-from cloven.serving.api_error import ApiError, stopping
+from cloven.serving.api_error import stopping
 from cloven.serving.batching import Batch
 from cloven.serving.engine import Engine
 from cloven.serving.model import ServedModel
@@ -247,15 +245,3 @@ def end_tokens(ids: Any) -> list[int]:
     if ids is None:
         return []
     return list(ids) if isinstance(ids, list | tuple) else [int(ids)]
-
-
-def log_failure(error: Exception) -> None:
-    """One line, without what an unknown exception says: it might quote the prompt."""
-    if isinstance(error, ApiError):
-        return
-    if isinstance(error, ClovenError):
-        logger.warning("a request failed: %s", error)
-        return
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    where = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
-    logger.error("a request failed: %s at %s", type(error).__name__, where)

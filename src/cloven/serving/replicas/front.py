@@ -7,30 +7,26 @@ The front loads no model. It is a trusted process as well: prompts and answers p
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cloven.serving.api_error import ApiError, of_exception
+from cloven.serving.api_error import ApiError
 from cloven.serving.api_keys import ApiKeys
-from cloven.serving.gate import refusal
 from cloven.serving.model import READY
 from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order, chat_order, completion_order
 from cloven.serving.replicas.fleet import Fleet, Replica
 from cloven.serving.replicas.sticky import HEADER, Sessions
-from cloven.serving.routes import REFUSALS, behind_gate, until_left
+from cloven.serving.routes import REFUSALS, answered, behind_gate, model_routes
 
 _EVENTS = "text/event-stream"
 _FAILED = ("verification_failed", "session_ended")
@@ -49,15 +45,13 @@ class Front:
     def __init__(self, name: str, fleet: Fleet, options: ServeOptions) -> None:
         self._name, self.fleet, self._options = name, fleet, options
         self._sessions = Sessions()
-        self._started = int(time.time())
 
     def application(self, keys: ApiKeys | None) -> ASGIApp:
         """The ASGI application, behind its gate."""
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
-            Route("/v1/models", self._list, methods=["GET"]),
-            Route("/v1/models/{name:path}", self._describe, methods=["GET"]),
+            *model_routes(self._name),
             Route("/health", self._health, methods=["GET"]),
         ]
         return behind_gate(Starlette(routes=routes, exception_handlers=REFUSALS, lifespan=self._life), keys, self._options)
@@ -80,19 +74,7 @@ class Front:
         body = request.scope["cloven.body"]
         parse(body, self._name, self._options.max_tokens)  # what is wrong does not wait
         session = self._sessions.name(_header(request, "Authorization") or b"", _header(request, HEADER), body.get("user"))
-        work = asyncio.create_task(self._answer(request.url.path, body, session))
-        left = asyncio.create_task(until_left(request))
-        try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            return work.result() if work.done() else Response(status_code=499)  # which nobody reads
-        except (ApiError, HTTPException):
-            raise
-        except Exception as error:
-            return refusal(of_exception(error))
-        finally:
-            for task in (work, left):
-                task.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
+        return await answered(request, self._answer(request.url.path, body, session))
 
     async def _answer(self, path: str, body: dict[str, Any], session: bytes | None) -> Response:
         replica = await self.fleet.turn(session)
@@ -124,17 +106,6 @@ class Front:
                 yield piece
         except ApiError as error:
             yield (b"" if end == b"\n\n" else b"\n\n") + f"data: {json.dumps(error.body())}\n\n".encode()
-
-    async def _list(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
-
-    async def _describe(self, request: Request) -> Response:
-        if request.path_params["name"] != self._name:
-            raise ApiError(404, f"there is one model here, {self._name}", "model_not_found", param="model")
-        return JSONResponse(self._card())
-
-    def _card(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "created": self._started, "owned_by": "cloven"}
 
     async def _health(self, _request: Request) -> Response:
         state, live = self.fleet.state, [replica for replica in self.fleet.live if replica.answers]
