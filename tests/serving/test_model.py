@@ -59,8 +59,13 @@ def test_work_is_done(served: tuple[ServedModel, Peer]) -> None:
     assert served[0].guarded(lambda: 5) == 5 and served[0].state == READY
 
 
+def events_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a program that reads the log would act on."""
+    return [event for record in caplog.records if (event := getattr(record, "event", None)) and record.levelno >= logging.WARNING]
+
+
 @pytest.mark.parametrize("error", [WorkerUnreachable("gone"), WorkerTimeout("silent")])
-def test_away_and_back(served: tuple[ServedModel, Peer], error: ClovenError) -> None:
+def test_away_and_back(served: tuple[ServedModel, Peer], error: ClovenError, caplog: pytest.LogCaptureFixture) -> None:
     """While nobody answers nothing is tried; then the session, which is still open, goes on."""
     made, peer = served
     peer.there = False
@@ -77,6 +82,7 @@ def test_away_and_back(served: tuple[ServedModel, Peer], error: ClovenError) -> 
         made.guarded(failing(error))
     peer.there = True
     until(made, READY)  # and again
+    assert events_of(caplog) == 2 * ["peer_away", "peer_back"]
 
 
 @pytest.mark.parametrize("error", [VerificationFailed("lie"), ForeignBundle("another"), CheckFailed("one of ours")])
@@ -89,6 +95,7 @@ def test_suspicion_is_the_end(served: tuple[ServedModel, Peer], error: ClovenErr
     made.noticed(WorkerUnreachable("and now it is gone"))
     time.sleep(0.1)
     assert made.state == ENDED and peer.attached == 1
+    assert events_of(caplog) == ["serving_ended"]
 
 
 def test_a_session_that_a_lie_ended_elsewhere(served: tuple[ServedModel, Peer]) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloven.cli.peer_options import Exposed, InsecurePlainTcp, Keys, Timeout
+
 if TYPE_CHECKING:
     from cloven.audit.evaluate import Evaluation
 
@@ -21,17 +23,17 @@ def evaluate(
     worker: Annotated[
         str | None, typer.Option(envvar="CLOVEN_WORKER", help="The worker's address; without it one is started on this machine.")
     ] = None,
-    keys: Annotated[Path | None, typer.Option(envvar="CLOVEN_KEYS", help="This side's folder of keys; needed for tcp.")] = None,
-    exposed: Annotated[Path | None, typer.Option(envvar="CLOVEN_EXPOSED", help="The trusted side's own copy of OUT/exposed.")] = None,
+    keys: Keys = None,
+    exposed: Exposed = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of the text at most.")] = 4096,
     context: Annotated[int | None, typer.Option(help="Tokens of a window; default: 512, or the model's limit if smaller.")] = None,
     exposed_only: Annotated[bool, typer.Option(help="Also what a thief of OUT/exposed would have.")] = True,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or auto (the bundle's). float32 shows the split's own error best.")
     ] = "float32",
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
+    timeout: Timeout = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
+    insecure_plain_tcp: InsecurePlainTcp = False,
 ) -> None:
     """Perplexity of a split model through the real protocol, of the original and of the exposed half alone, and how often they agree."""
     from cloven.cli.threads import let_threads_sleep

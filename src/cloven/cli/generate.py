@@ -5,34 +5,41 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cloven.cli.peer_options import (
+    AdapterServer,
+    Base,
+    Dtype,
+    Enclave,
+    Exposed,
+    Half,
+    InsecurePlainTcp,
+    Keys,
+    OnEmpty,
+    Pads,
+    Pin,
+    Placement,
+    Timeout,
+    Workers,
+)
+
 
 def generate(
-    half: Annotated[Path, typer.Argument(help="OUT/trusted (SLIP), OUT/exposed (KV-Shield) or OUT/client (private LoRA).")],
+    half: Half,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input (arguments are visible to other users of the machine).")],
-    worker: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="CLOVEN_WORKER", help="SLIP: the worker's address, ipc://PATH or tcp://HOST:PORT; several times for several workers."
-        ),
-    ] = None,
-    placement: Annotated[
-        str, typer.Option(help="SLIP, several workers: replicas, layers or rows (A,B: B is a replica of A; see `cloven worker --part`).")
-    ] = "replicas",
-    pads: Annotated[Path | None, typer.Option(envvar="CLOVEN_PADS", help="SLIP: a pad store, from `cloven pads fill`.")] = None,
-    on_empty: Annotated[str, typer.Option(help="SLIP: when the store has run dry: fail, wait, or compute.")] = "fail",
-    enclave: Annotated[str | None, typer.Option(envvar="CLOVEN_ENCLAVE", help="KV-Shield: the enclave's address.")] = None,
-    server: Annotated[str | None, typer.Option(envvar="CLOVEN_SERVER", help="Private LoRA: the adapter server's address.")] = None,
-    base: Annotated[
-        str | None, typer.Option(envvar="CLOVEN_BASE", help="Private LoRA: the base model's directory, where it is not on the Hub.")
-    ] = None,
-    pin: Annotated[str | None, typer.Option(envvar="CLOVEN_PIN", help="Private LoRA: the fingerprint that OUT/client must have.")] = None,
-    keys: Annotated[Path | None, typer.Option(envvar="CLOVEN_KEYS", help="This side's folder of keys; needed for tcp.")] = None,
-    exposed: Annotated[Path | None, typer.Option(envvar="CLOVEN_EXPOSED", help="SLIP: the trusted side's own copy of OUT/exposed.")] = None,
+    worker: Workers = None,
+    placement: Placement = "replicas",
+    pads: Pads = None,
+    on_empty: OnEmpty = "fail",
+    enclave: Enclave = None,
+    server: AdapterServer = None,
+    base: Base = None,
+    pin: Pin = None,
+    keys: Keys = None,
+    exposed: Exposed = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
@@ -46,11 +53,11 @@ def generate(
         str | None,
         typer.Option(metavar="MODEL", help="Draft with this small, unprotected model, in this process. Accepted tokens can be counted."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30.0,
+    dtype: Dtype = "auto",
+    timeout: Timeout = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")] = False,
     backend: Annotated[str, typer.Option(help="Private LoRA: lwe, or fhe for comparison.")] = "lwe",
-    insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
+    insecure_plain_tcp: InsecurePlainTcp = False,
     insecure_fhe_semi_honest: Annotated[
         bool, typer.Option("--insecure-fhe-semi-honest", help="Allow --backend fhe, which protects the input only.")
     ] = False,

@@ -11,32 +11,39 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cloven.cli.monitoring import METRICS_HOST, LogFormat, LogLevel, MetricsHost, MetricsPort
+from cloven.cli.peer_options import (
+    AdapterServer,
+    Base,
+    Dtype,
+    Enclave,
+    Exposed,
+    Half,
+    InsecurePlainTcp,
+    Keys,
+    OnEmpty,
+    Pads,
+    Pin,
+    Placement,
+    Timeout,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from cloven.serving.replicas.front import Front
 
 
 def serve(
-    half: Annotated[Path, typer.Argument(help="OUT/trusted (SLIP), OUT/exposed (KV-Shield) or OUT/client (private LoRA).")],
-    worker: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="CLOVEN_WORKER", help="SLIP: the worker's address, ipc://PATH or tcp://HOST:PORT; several times for several workers."
-        ),
-    ] = None,
-    placement: Annotated[
-        str, typer.Option(help="SLIP, several workers: replicas, layers or rows (A,B: B is a replica of A; see `cloven worker --part`).")
-    ] = "replicas",
-    pads: Annotated[Path | None, typer.Option(envvar="CLOVEN_PADS", help="SLIP: a pad store, from `cloven pads fill`.")] = None,
-    on_empty: Annotated[str, typer.Option(help="SLIP: when the store has run dry: fail, wait, or compute.")] = "fail",
-    enclave: Annotated[str | None, typer.Option(envvar="CLOVEN_ENCLAVE", help="KV-Shield: the enclave's address.")] = None,
-    server: Annotated[str | None, typer.Option(envvar="CLOVEN_SERVER", help="Private LoRA: the adapter server's address.")] = None,
-    base: Annotated[
-        str | None, typer.Option(envvar="CLOVEN_BASE", help="Private LoRA: the base model's directory, where it is not on the Hub.")
-    ] = None,
-    pin: Annotated[str | None, typer.Option(envvar="CLOVEN_PIN", help="Private LoRA: the fingerprint that OUT/client must have.")] = None,
-    keys: Annotated[Path | None, typer.Option(envvar="CLOVEN_KEYS", help="This side's folder of keys; needed for tcp.")] = None,
-    exposed: Annotated[Path | None, typer.Option(envvar="CLOVEN_EXPOSED", help="SLIP: the trusted side's own copy of OUT/exposed.")] = None,
+    half: Half,
+    worker: Workers = None,
+    placement: Placement = "replicas",
+    pads: Pads = None,
+    on_empty: OnEmpty = "fail",
+    enclave: Enclave = None,
+    server: AdapterServer = None,
+    base: Base = None,
+    pin: Pin = None,
+    keys: Keys = None,
+    exposed: Exposed = None,
     host: Annotated[str, typer.Option(help="Where to listen; another one than this machine's own needs --api-key-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="API keys that clients may use, one per line; mode 0600.")] = None,
@@ -65,15 +72,15 @@ def serve(
         Path | None,
         typer.Option(metavar="MODEL_DIR", help="The unprotected original, which the page compares with; loaded here when it is asked for."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: what the trusted process computes in.")] = "auto",
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer of the worker may take.")] = 30.0,
+    dtype: Dtype = "auto",
+    timeout: Timeout = 30.0,
     engine: Annotated[
         str,
         typer.Option(help="process, or ray: several replicas, each a trusted process that holds this half; only inside one zone of trust."),
     ] = "process",
     replicas: Annotated[int, typer.Option(min=1, help="How many, with --engine ray; each has a session and pads of its own.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as one JSON object.")] = False,
-    insecure_plain_tcp: Annotated[bool, typer.Option("--insecure-plain-tcp", help="Use tcp without keys. INSECURE.")] = False,
+    insecure_plain_tcp: InsecurePlainTcp = False,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
     metrics_port: MetricsPort = None,

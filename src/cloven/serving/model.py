@@ -11,6 +11,7 @@ suspicion. From `ended` there is no way back: a peer that lies must not get one 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from cloven.metrics.session import SessionMetrics
 from cloven.model.runtime import Session
 from cloven.private_lora.query import CheckFailed
 from cloven.serving.api_error import peer_away, session_ended
-from cloven.telemetry import logger
+from cloven.telemetry import log_event, logger
 
 READY, AWAY, ENDED = "ready", "away", "ended"
 _LOOK_SECONDS = 0.5
@@ -111,7 +112,8 @@ class ServedModel:
     def _end(self, error: ClovenError) -> None:
         with self._lock:
             if self._state != ENDED:
-                logger.error("nothing is served any longer until this is looked at and started again: %s", error)
+                message = "nothing is served any longer until this is looked at and started again: %s"
+                log_event(logging.ERROR, "serving_ended", message, error, model=self.name)
             self._state = ENDED
         self.session.close(str(error))
 
@@ -120,7 +122,7 @@ class ServedModel:
             if self._state != READY:
                 return
             self._state = AWAY
-        logger.warning("requests are refused until the other half answers again: %s", error)
+        log_event(logging.WARNING, "peer_away", "requests are refused until the other half answers again: %s", error, model=self.name)
         self._wake.set()
 
     def _watch(self) -> None:
@@ -154,7 +156,7 @@ class ServedModel:
         with self._lock:
             if self._state == AWAY:
                 self._state = READY
-                logger.warning("the other half answers again")
+                log_event(logging.WARNING, "peer_back", "the other half answers again", model=self.name)
         return True
 
     def close(self) -> None:
