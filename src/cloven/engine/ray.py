@@ -36,6 +36,7 @@ def start_ray(processes: int | None = None) -> Any:
     own = address in (None, "", "local")
     if own:  # Ray replaces 127.0.0.1 by an address that others reach, and then listens everywhere, unless this says that it is alone
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own, 15, starves what it runs beside anything that is busy
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:

@@ -27,7 +27,7 @@ CLUSTER_BANNER = (
     "its machines and its network must belong to one zone of trust."
 )
 _OWN = (None, "", "local")
-_SETTINGS = ("RAY_TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_worker_niceness")
+_SETTINGS = ("RAY_TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextlib.contextmanager
@@ -69,7 +69,6 @@ def _closed_folder() -> Iterator[None]:
         token.write_text(secrets.token_hex(32), encoding="ascii")
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(RAY_TMPDIR=str(folder), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-        os.environ["RAY_worker_niceness"] = "0"  # Ray's own, 15, starves replicas beside a worker of this machine that is busy
         yield
     finally:
         for name, value in kept.items():
