@@ -42,7 +42,7 @@ def raw(endpoint: MetricsEndpoint, request: bytes) -> bytes:
     """What the endpoint says before it hangs up; nothing where it resets the connection."""
     with connected(endpoint) as peer:
         answer = b""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # reset, or hung up already
             peer.sendall(request)
             peer.shutdown(socket.SHUT_WR)
             while piece := peer.recv(65536):
