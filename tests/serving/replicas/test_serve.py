@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -19,12 +20,14 @@ import psutil
 import pytest
 
 from cloven.cluster.worker_process import WorkerProcess
+from cloven.engine.ray import start_ray
 from cloven.errors import BadInput, RunError, StoreUnusable
 from cloven.model.runtime import RuntimeOptions
 from cloven.serving.half import open_half
 from cloven.serving.loading import LoadOptions
 from cloven.serving.options import ServeOptions
 from cloven.serving.replicas import serve as serve_module
+from cloven.serving.replicas import zone as zone_module
 from cloven.serving.replicas.front import Front
 from cloven.serving.replicas.serve import MOST, replicated
 from cloven.serving.replicas.zone import zone
@@ -43,9 +46,23 @@ def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray leaves files open and warns of its own deprecations
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(zone_module, "start_ray", fresh_ray)
         with zone(2, insecure_ray_cluster=False) as module:
             yield module
         assert not module.is_initialized()
+    forget_tokens()
+
+
+def fresh_ray(processes: int | None) -> Any:
+    forget_tokens()
+    return start_ray(processes)
+
+
+def forget_tokens() -> None:
+    """Ray reads its settings once in a process: other tests of this one start Rays that ask for no token."""
+    if "ray" in sys.modules:
+        test_utils: Any = importlib.import_module("ray._private.authentication_test_utils")
+        test_utils.reset_auth_token_state()
 
 
 @pytest.fixture(scope="module")
