@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/cloven demo slip
 
 test: install lint
-	$(BIN)/python -m pytest -m "not long" -n 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not long" -n 4 --dist loadfile
 	$(BIN)/python scripts/check_package.py
 
 test-long: install lint

@@ -226,6 +226,7 @@ def test_what_is_shown_is_what_the_worker_received(tmp_path: Path) -> None:
         assert 0.4 < float((together > 0).double().mean()) < 0.6 and float(together.abs().max()) > 0.9 * 2**30
 
 
+@pytest.mark.long
 def test_private_lora_and_kv_shield(tmp_path: Path) -> None:
     """The encrypted query of the one is shown; of the other, whose enclave gets plaintext, nothing."""
     out = copied(lora_demo(), tmp_path / "out")
@@ -248,6 +249,7 @@ def test_private_lora_and_kv_shield(tmp_path: Path) -> None:
         assert seen["scheme"] == "kv-shield" and seen["sent"] is None and seen["exchanges"] > 0
 
 
+@pytest.mark.long
 def test_without_a_page(demo_worker: WorkerProcess) -> None:
     with endpoint(demo_bundle("int8x2").trusted, "--worker", demo_worker.address, *F32, "--no-page") as (process, client):
         assert [httpx.get(f"{process.root}{path}", timeout=20).status_code for path in ("/", "/page.js", "/live")] == [404] * 3

@@ -309,7 +309,7 @@ def test_keys_and_tls(demo_worker: WorkerProcess, tmp_path: Path) -> None:
         assert "key-0123456789abcdef" not in process.log()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_ends_it_in_the_middle_of_an_answer(number: int, demo_worker: WorkerProcess) -> None:
     """Exit code 0 within seconds; who was being answered gets an end, not silence."""
     with endpoint(demo_bundle("int8x2").trusted, "--worker", demo_worker.address, "--dtype", "float32") as (process, client):

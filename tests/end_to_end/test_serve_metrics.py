@@ -6,6 +6,7 @@ import json
 import socket
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cloven.cluster.worker_process import WorkerProcess
@@ -50,6 +51,7 @@ def test_counts_agree_with_what_was_asked(demo_worker: WorkerProcess) -> None:
         assert PROMPT not in log and "hippogriff" not in log
 
 
+@pytest.mark.long
 def test_a_port_that_is_taken_is_named(demo_worker: WorkerProcess) -> None:
     half = str(demo_bundle("int8x2").trusted)
     with socket.socket() as taken:

@@ -65,7 +65,7 @@ def test_slip(cache: tuple[str, ...], demo_worker: WorkerProcess) -> None:
 
 
 @CACHES
-@pytest.mark.parametrize("mode", ["permute", "session"])
+@pytest.mark.parametrize("mode", ["permute", pytest.param("session", marks=pytest.mark.long)])
 def test_kv_shield(mode: str, cache: tuple[str, ...]) -> None:
     out = kv_demo(mode)
     with (
@@ -102,7 +102,8 @@ def passes(recording: Path) -> list[list[tuple[int, int]]]:
     return [seen[start : start + groups] for start in range(0, len(seen), groups)]
 
 
-@pytest.mark.parametrize("running", ["4", pytest.param("1", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("running", ["4", "1"])
 def test_what_a_worker_sees_with_constant_rows_and_a_fixed_length(running: str, tmp_path: Path) -> None:
     """A text that ends early and one that does not, and others at once: every pass is the same exchanges, and both take as many."""
     bundle, rows, tokens = demo_bundle("int8x2"), 8, 16

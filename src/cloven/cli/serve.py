@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,9 +27,6 @@ from cloven.cli.peer_options import (
     Timeout,
     Workers,
 )
-
-if TYPE_CHECKING:
-    from cloven.serving.replicas.front import Front
 
 
 def serve(
@@ -101,23 +98,11 @@ def serve(
 
     if enclave is None or worker:  # see `cloven generate`
         let_threads_sleep()
+    from cloven.cli.monitoring import prepare_monitoring, published_of
+    from cloven.errors import BadInput
     from cloven.serving.requirements import require_serving
 
     require_serving()
-    from cloven.cli.hardening import forbid_core_dumps
-    from cloven.cli.monitoring import prepare_monitoring, published_of
-    from cloven.errors import BadInput
-    from cloven.model.quiet import quiet_transformers
-    from cloven.model.runtime import RuntimeOptions
-    from cloven.serving.api_keys import read_api_keys
-    from cloven.serving.endpoint import Endpoint
-    from cloven.serving.half import open_half
-    from cloven.serving.loading import LoadOptions, load
-    from cloven.serving.options import ServeOptions
-    from cloven.serving.server import OPEN_BANNER, bind
-    from cloven.serving.server import serve as answer
-    from cloven.telemetry import logger
-
     prepare_monitoring(log_level, log_format, metrics_port)
     if engine not in ("process", "ray"):
         raise BadInput(f"engine {engine!r}: choose process or ray")
@@ -125,6 +110,18 @@ def serve(
         raise BadInput("--replicas and --insecure-ray-cluster belong to --engine ray")
     if engine == "ray" and metrics_port is not None:
         raise BadInput("--metrics-port publishes one process's numbers: leave it out with --engine ray")
+
+    from cloven.cli.hardening import forbid_core_dumps
+    from cloven.model.quiet import quiet_transformers
+    from cloven.model.runtime import RuntimeOptions
+    from cloven.serving.api_keys import read_api_keys
+    from cloven.serving.half import open_half
+    from cloven.serving.loading import LoadOptions, load
+    from cloven.serving.options import ServeOptions
+    from cloven.serving.server import OPEN_BANNER, bind
+    from cloven.serving.server import serve as answer
+    from cloven.telemetry import logger
+
     forbid_core_dumps()
     quiet_transformers()
     serving = ServeOptions(
@@ -165,14 +162,18 @@ def serve(
     if api_keys is None and not serving.local:
         logger.warning(OPEN_BANNER)
     with bind(serving) as listener, contextlib.ExitStack() as stack:
-        made: Endpoint | Front
         if engine == "ray":
             from cloven.serving.replicas.serve import replicated
 
-            name, made = stack.enter_context(replicated(found, how, runtime, serving, replicas, forbid_core_dumps, insecure_ray_cluster))
+            name, front = stack.enter_context(replicated(found, how, runtime, serving, replicas, forbid_core_dumps, insecure_ray_cluster))
+            application = front.application(api_keys)
         else:
+            from cloven.serving.endpoint import Endpoint  # takes seconds: what is wrong has been said before
+
             served = load(found, how, runtime)
             name, made = served.name, Endpoint(served, serving)
+            application = made.application(api_keys)
+            stack.enter_context(published_of("serve", made.samples, metrics_host, metrics_port, served.close))
         url = f"{serving.url}:{listener.getsockname()[1]}"
 
         def ready() -> None:
@@ -180,6 +181,4 @@ def serve(
             typer.echo(json.dumps({"url": f"{url}/v1", "model": name, "scheme": found.scheme}) if as_json else line)
             sys.stdout.flush()
 
-        if isinstance(made, Endpoint):
-            stack.enter_context(published_of("serve", made.samples, metrics_host, metrics_port, made.served.close))
-        answer(made.application(api_keys), listener, serving, ready)
+        answer(application, listener, serving, ready)

@@ -64,6 +64,7 @@ def only(monkeypatch: pytest.MonkeyPatch, name: str, wanted: set[str]) -> None:
     monkeypatch.setattr(module, name, lambda subject: {one: start for one, start in given(subject).items() if one in wanted})
 
 
+@pytest.mark.long
 def test_the_exposed_half_is_a_better_start_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: with the scramble undone, training gets further than from random matrices; and inside the secret's rows
     further than elsewhere."""
