@@ -61,7 +61,7 @@ def test_a_scrape(endpoint: MetricsEndpoint) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/metrics/", "/metricsx", "/../etc/passwd", "/%2e%2e/metrics"])
 def test_there_is_nothing_else(endpoint: MetricsEndpoint, path: str) -> None:
-    assert raw(endpoint, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()).startswith(b"HTTP/1.0 404")
+    assert raw(endpoint, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).startswith(b"HTTP/1.0 404")
 
 
 HOSTILE = {
@@ -165,3 +165,10 @@ def test_ipv6() -> None:
         pytest.skip("no IPv6 loopback here")
     with endpoint:
         assert endpoint.address.startswith("http://[::1]:") and get(endpoint.address).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("evil.example", 421), ("evil.example:80", 421), ("localhost:9", 200), ("127.0.0.1", 200), ("[::1]:9", 200)]
+)
+def test_a_web_page_cannot_ask_by_a_name_of_its_own(endpoint: MetricsEndpoint, host: str, status: int) -> None:
+    assert raw(endpoint, f"GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).startswith(f"HTTP/1.0 {status}".encode())

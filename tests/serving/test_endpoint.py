@@ -308,6 +308,9 @@ def test_when_it_stops_everybody_gets_an_end() -> None:
                 await stopping
                 assert {answer.status_code for answer in answers} <= {200, 503}
                 assert sum(answer.status_code == 503 for answer in answers) >= 2
+                for answer in answers:  # a text is whole, or none
+                    told = answer.json()
+                    assert told["usage"]["completion_tokens"] == 240 if answer.status_code == 200 else told["error"]["code"] == "stopping"
                 assert made.served.session.closed
                 assert (await client.post(PATH, json=body())).json()["error"]["code"] == "stopping"
 

@@ -84,3 +84,20 @@ async def written(*pieces: str, closed: list[bool] | None = None) -> AsyncGenera
     finally:
         if closed is not None:
             closed.append(True)
+
+
+def test_what_it_took_in_a_piece_of_its_own() -> None:
+    """As OpenAI's API has it, for who has asked; nothing else is touched, whatever a text looks like."""
+    end = {"id": "1", "choices": [{"finish_reason": "length"}], "usage": {"total_tokens": 3}}
+    last = f"data: {json.dumps(end, separators=(',', ':'))}\n\n"
+    looks = 'data: {"choices":[{"text":"\\"usage\\":{"}]}\n\n'
+
+    async def scenario() -> None:
+        for usage in (False, True):
+            told = [piece async for piece in events(written("a", looks, "data: {}\n\n" + last), Generation(), usage)]  # type: ignore[arg-type]
+            assert told[:2] == ["a", looks] and told[3:] == ["data: [DONE]\n\n"]
+            found = [json.loads(event.removeprefix("data: ")) for event in told[2].split("\n\n")[:-1]]
+            without = {name: value for name, value in end.items() if name != "usage"}
+            assert found == ([{}, without, {**end, "choices": []}] if usage else [{}, end])
+
+    run(scenario)

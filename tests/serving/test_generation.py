@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers.cli.serving.utils import _StreamError
 
-from cloven.serving.api_error import ApiError
+from cloven.serving.api_error import ApiError, stopping
 from cloven.serving.engine import Engine
-from cloven.serving.generation import Generation, _context_of, end_tokens
+from cloven.serving.generation import Generation, context_of, end_tokens
 from cloven.serving.options import ServeOptions
 from cloven.serving.order import completion_order
+from cloven.serving.text import Text
 from tests.served import NAME, generated, plain_model, run, served_model, text_of
 
 
@@ -20,7 +22,7 @@ def test_tokens_and_contexts() -> None:
     assert end_tokens(None) == [] and end_tokens(5) == [5] and end_tokens([5, 6]) == [5, 6]
 
     def context(**config: Any) -> int | None:
-        return _context_of(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))))
+        return context_of(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))))
 
     assert context(max_position_embeddings=512) == 512
     assert context() is None and context(max_position_embeddings=None) is None and context(max_position_embeddings=0) is None
@@ -75,3 +77,54 @@ def config() -> Any:
 async def drained(pieces: asyncio.Queue[Any]) -> Any:
     while (piece := await pieces.get()) is not None:
         yield piece
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_whatever_is_wrong_with_the_text_the_turn_is_given_back(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = plain_model()
+
+    def broken(self: Text) -> None:
+        raise KeyError("with a prompt")
+
+    monkeypatch.setattr(Text, "end", broken)
+
+    async def scenario() -> None:
+        served, _ = served_model()
+        engine, ended = Engine(), list[str]()
+        order = completion_order({"prompt": "x", "temperature": 0, "max_tokens": 3}, NAME, 10)
+        made = Generation(served, engine, None, order, ServeOptions(), lambda: ended.append("one"))
+        inputs = tokenizer("ROMEO:", return_tensors="pt")
+        if streamed:
+            pieces, _ = made.generate_streaming(model, tokenizer, inputs, config(), "id")
+            await made._done
+            told = [pieces.get_nowait() for _ in range(pieces.qsize())]
+            assert isinstance(told[-1], _StreamError) and None not in told
+        else:
+            with pytest.raises(KeyError):
+                await made.generate_non_streaming(model, tokenizer, inputs, config(), "id")
+        assert ended == ["one"] and isinstance(made.failure, KeyError)
+        assert engine.stop(5)
+        served.close()
+
+    run(scenario)
+
+
+def test_an_end_with_an_error() -> None:
+    """What there is of the text is no answer."""
+    model, tokenizer = plain_model()
+
+    async def scenario() -> None:
+        served, _ = served_model()
+        engine, ended = Engine(), list[str]()
+        order = completion_order({"prompt": "x", "temperature": 0, "max_tokens": 400}, NAME, 400)
+        made = Generation(served, engine, None, order, ServeOptions(), lambda: ended.append("one"))
+        asked = asyncio.create_task(made.generate_non_streaming(model, tokenizer, tokenizer("ROMEO:", return_tensors="pt"), config(), "id"))
+        await made.begun()
+        made.end_with(stopping())
+        with pytest.raises(ApiError, match="stopping"):
+            await asked
+        assert ended == ["one"] and made.length() < 400
+        assert engine.stop(5)
+        served.close()
+
+    run(scenario)

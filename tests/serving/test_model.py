@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -191,3 +192,24 @@ def test_the_first_session_must_open() -> None:
     peer.refusal = WorkerUnreachable("nobody")
     with pytest.raises(WorkerUnreachable):
         ServedModel(peer.model, None, "bard", peer.attach, peer.is_there, True)
+
+
+def test_a_session_that_is_opened_while_another_thread_meets_a_lie(served: tuple[ServedModel, Peer]) -> None:
+    """It is closed again: nobody computes with it."""
+    made, peer = served
+    opened: list[Any] = []
+    attach = peer.attach
+
+    def slowly() -> Any:
+        made.noticed(VerificationFailed("a lie"))
+        opened.append(attach())
+        return opened[-1]
+
+    made._attach = slowly
+    made.session.fail(StoreUnusable("locked for a moment"))
+    with pytest.raises(ClovenError):
+        made.guarded(lambda: made.session.guarded(lambda: None))
+    deadline = time.monotonic() + 10
+    while not (opened and opened[0].closed) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made.state == ENDED and opened[0].closed and made.session is not opened[0]

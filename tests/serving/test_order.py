@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -187,3 +188,29 @@ def test_nothing_else_than_an_order_or_a_refusal(body: dict[str, Any]) -> None:
             assert error.status in (400, 404)
         else:
             assert set(order.body) <= {"prompt", "messages", "tools", "chat_template_kwargs", "stream"}
+
+
+@pytest.mark.parametrize(
+    ("parse", "more", "place", "words"),
+    [
+        (completion_order, {"prompt": "x", "stop": ["a", "b", "c", "d", "e"]}, "stop", "up to 4"),
+        (completion_order, {"prompt": "x", "stop": [""]}, "stop", "1 to 64"),
+        (completion_order, {"prompt": "x", "stop": 5}, "stop", "a string"),
+        (completion_order, {"prompt": ["a", "b"]}, "prompt", "several requests"),
+        (completion_order, {"prompt": [1, 2]}, "prompt", "one string"),
+        (chat_order, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "nothing but text"),
+        (chat_order, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "give text"),
+    ],
+)
+def test_what_may_be_one_thing_or_another(parse: Any, more: dict[str, Any], place: str, words: str) -> None:
+    with pytest.raises(ApiError, match=words) as caught:
+        parse(more, "bard", 10)
+    assert caught.value.param == place and caught.value.message.startswith(f"{place}: ")
+
+
+def test_many_wrong_parts_are_refused_as_quickly_as_one() -> None:
+    body = {"messages": [{"role": "user", "content": [0] * 15_000}]}
+    started = time.process_time()
+    with pytest.raises(ApiError):
+        chat_order(body, "bard", 10)
+    assert time.process_time() - started < 0.5

@@ -26,6 +26,30 @@ async def answering(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": scope["path"].encode()})
 
 
+class Counted:
+    """See `Application`."""
+
+    refused = ended = 0
+
+    def refuse(self) -> None:
+        """Counted."""
+        self.refused += 1
+
+    def end_answers(self) -> None:
+        """Counted."""
+        self.ended += 1
+
+
+def test_another_process_was_quicker() -> None:
+    """Both have bound the address before one of them listens."""
+    with bind(ServeOptions(port=0)) as first:
+        port = first.getsockname()[1]
+        with bind(ServeOptions(port=port)) as second:
+            first.listen()
+            with pytest.raises(RunError, match=f"port {port}: .*in use"):
+                serve(answering, Counted(), second, ServeOptions(port=port), lambda: None)
+
+
 def test_a_socket_that_is_taken() -> None:
     with bind(ServeOptions(port=0)) as first:
         first.listen()
@@ -57,6 +81,7 @@ def test_ipv6() -> None:
 def test_it_answers_until_a_signal_and_returns(number: int) -> None:
     """In this process: uvicorn raises the signal again when it has ended, which must not end us."""
     told: list[str] = []
+    counted = Counted()
     with bind(ServeOptions(port=0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/path"
 
@@ -70,13 +95,13 @@ def test_it_answers_until_a_signal_and_returns(number: int) -> None:
 
         kept = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
         try:
-            serve(answering, listener, ServeOptions(), ready)
+            serve(answering, counted, listener, ServeOptions(), ready)
         finally:
             for one, handler in kept.items():
                 signal.signal(one, handler)
             for one in logging.getLogger("uvicorn.error").filters[:]:
                 logging.getLogger("uvicorn.error").removeFilter(one)
-    assert told == ["/path"]
+    assert told == ["/path"] and counted.refused == 1
 
 
 def test_certificates(tmp_path: Path) -> None:
@@ -96,5 +121,12 @@ def test_a_log_without_contents() -> None:
     assert _NoContents().filter(record)
     written = logging.Formatter().format(record)
     assert "ValueError" in written and "Xylophone" not in written
-    plain = logging.LogRecord("uvicorn.error", logging.INFO, "x.py", 1, "started %s", ("here",), None)
-    assert _NoContents().filter(plain) and plain.getMessage() == "started here"
+
+
+def test_what_anybody_can_have_logged_is_bounded() -> None:
+    found = _NoContents()
+    plain = [logging.LogRecord("uvicorn.error", level, "x.py", 1, "so %s", ("be it",), None) for level in (logging.WARNING, logging.INFO)]
+    assert found.filter(plain[0]) and plain[0].getMessage() == "so be it"
+    assert not any(found.filter(record) for record in plain)
+    found._said -= 1
+    assert found.filter(plain[1])

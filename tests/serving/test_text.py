@@ -9,6 +9,7 @@ import torch
 from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS, ReasoningText, ToolCall
 from transformers.utils.chat_parsing import ResponseParser
 
+from cloven.serving.api_error import ApiError
 from cloven.serving.text import Text, TextEnded
 from tests.served import generated, plain_model, text_of
 
@@ -115,3 +116,32 @@ def test_without_a_queue_the_tokens_are_kept() -> None:
     text.put(torch.tensor(TOKENS))
     text.end()
     assert text.tokens == TOKENS
+
+
+BROKEN = ("<tool_call>\n{}\n</tool_call>", "<tool_call>\n[1]\n</tool_call>", "<tool_call>\n{}")
+
+
+@pytest.mark.parametrize("written", BROKEN)
+def test_a_tool_call_that_nobody_can_read(written: str) -> None:
+    """The model wrote it: an error of the answer's own, whenever it shows."""
+    template = next(kept for types, kept in _RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen3" in types)
+    text = made(asyncio.Queue(), parser=ResponseParser(template, prefix="<|im_start|>assistant\n", tools=None))
+
+    def all_of_it() -> None:
+        for token in plain_model()[1](written).input_ids:
+            text.put(torch.tensor([token]))
+        text.end()
+
+    with pytest.raises(ApiError) as caught:
+        all_of_it()
+    assert caught.value.code == "unreadable_tool_call"
+
+
+def test_a_tool_call_that_is_cut_off_is_dropped() -> None:
+    template = next(kept for types, kept in _RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen3" in types)
+    pieces: asyncio.Queue[Any] = asyncio.Queue()
+    text = made(pieces, parser=ResponseParser(template, prefix="<|im_start|>assistant\n", tools=None))
+    for token in plain_model()[1]('<tool_call>\n{"name": "wea').input_ids:
+        text.put(torch.tensor([token]))
+    text.end()
+    assert all_of(pieces)[-1] is None

@@ -76,5 +76,6 @@ def published_of(role: str, samples: Source, host: str, port: int | None, close:
         close()
         raise
     with endpoint:
-        typer.echo(f"metrics at {endpoint.address}", err=role == "serve")  # there, standard output says where the endpoint is
+        if role != "serve":  # there, standard output says where the endpoint is
+            typer.echo(f"metrics at {endpoint.address}")
         yield

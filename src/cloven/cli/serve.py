@@ -108,8 +108,8 @@ def serve(
         raise BadInput(f"engine {engine!r}: choose process or ray")
     if engine == "process" and (replicas > 1 or insecure_ray_cluster):
         raise BadInput("--replicas and --insecure-ray-cluster belong to --engine ray")
-    if engine == "ray" and metrics_port is not None:
-        raise BadInput("--metrics-port publishes one process's numbers: leave it out with --engine ray")
+    if metrics_port is not None and metrics_port == port:
+        raise BadInput(f"--port and --metrics-port are both {port}: two servers need two ports")
 
     from cloven.cli.hardening import forbid_core_dumps
     from cloven.model.quiet import quiet_transformers
@@ -118,7 +118,7 @@ def serve(
     from cloven.serving.half import open_half
     from cloven.serving.loading import LoadOptions, load
     from cloven.serving.options import ServeOptions
-    from cloven.serving.server import OPEN_BANNER, bind
+    from cloven.serving.server import OPEN_BANNER, Application, bind
     from cloven.serving.server import serve as answer
     from cloven.telemetry import logger
 
@@ -166,14 +166,17 @@ def serve(
             from cloven.serving.replicas.serve import replicated
 
             name, front = stack.enter_context(replicated(found, how, runtime, serving, replicas, forbid_core_dumps, insecure_ray_cluster))
-            application = front.application(api_keys)
+            application: Application = front
+            app = front.application(api_keys)
+            stack.enter_context(published_of("serve", front.samples, metrics_host, metrics_port, lambda: None))
         else:
             from cloven.serving.endpoint import Endpoint  # takes seconds: what is wrong has been said before
 
             served = load(found, how, runtime)
+            stack.callback(served.close)  # however this ends: its threads must not meet the end of the interpreter
             name, made = served.name, Endpoint(served, serving)
-            application = made.application(api_keys)
-            stack.enter_context(published_of("serve", made.samples, metrics_host, metrics_port, served.close))
+            application, app = made, made.application(api_keys)
+            stack.enter_context(published_of("serve", made.samples, metrics_host, metrics_port, lambda: None))
         url = f"{serving.url}:{listener.getsockname()[1]}"
 
         def ready() -> None:
@@ -181,4 +184,4 @@ def serve(
             typer.echo(json.dumps({"url": f"{url}/v1", "model": name, "scheme": found.scheme}) if as_json else line)
             sys.stdout.flush()
 
-        answer(application, listener, serving, ready)
+        answer(app, application, listener, serving, ready)

@@ -29,6 +29,7 @@ MOST_OPEN = 8
 SECONDS = 5.0  # for a request to come, and for its answer to go
 _SPACING_SECONDS = 0.05
 _PATH = "/metrics"
+LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 class MetricsEndpoint:
@@ -134,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
+        if not self._by_its_name():
+            self.send_error(421)
+            return
         if self.path.partition("?")[0] != _PATH:
             self.send_error(404)
             return
@@ -148,6 +152,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
+
+    def _by_its_name(self) -> bool:
+        """Where only this machine can connect, a web page in its browser could, by a name of its own."""
+        host = self.headers.get("Host")
+        if host is None or self.server.server_address[0] not in LOCAL:
+            return True
+        return (host if host.endswith("]") else host.rpartition(":")[0] or host).lower().strip("[]") in LOCAL
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The code's own words: what a stranger sent is not said again."""

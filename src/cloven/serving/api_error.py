@@ -67,6 +67,12 @@ def session_ended() -> ApiError:
     return ApiError(503, message, "session_ended", "server_error")
 
 
+def unreadable_tool_call() -> ApiError:
+    """502: the model's text is no answer."""
+    message = "the model wrote a tool call that cannot be read: ask again, or otherwise; too few max_tokens cut it off"
+    return ApiError(502, message, "unreadable_tool_call", "server_error")
+
+
 def stopping() -> ApiError:
     """503: the server is being stopped."""
     return ApiError(503, "the server is stopping", "stopping", "server_error")

@@ -28,14 +28,14 @@ from starlette.types import ASGIApp
 
 from cloven.errors import RunError
 from cloven.metrics.catalog import Sample
-from cloven.serving.api_error import ApiError, bad_request
+from cloven.serving.api_error import ApiError, bad_request, stopping
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.batching import Batch
 from cloven.serving.comparison import Compared, Comparison, checked_comparison
 from cloven.serving.counts import EndpointCounts
 from cloven.serving.engine import Engine
 from cloven.serving.events import events
-from cloven.serving.generation import Generation
+from cloven.serving.generation import Generation, context_of
 from cloven.serving.handlers import ChatHandler, LoadedModel, TextHandler
 from cloven.serving.live import Live
 from cloven.serving.model import READY, ServedModel
@@ -43,6 +43,7 @@ from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order, chat_order, completion_order
 from cloven.serving.original import Original
 from cloven.serving.page_files import PATHS, page_routes
+from cloven.serving.prompt_length import require_fitting
 from cloven.serving.routes import REFUSALS, answered, behind_gate, model_routes
 from cloven.serving.turns import Turns
 from cloven.telemetry import logger
@@ -100,11 +101,19 @@ class Endpoint:
         yield
         await self._stop()
 
+    def refuse(self) -> None:
+        """See `server.Application`."""
+        self.turns.stop()
+
+    def end_answers(self) -> None:
+        """See `server.Application`."""
+        for generation in list(self._running):
+            generation.end_with(stopping())
+
     async def _stop(self) -> None:
         """Everybody who waits or is being answered gets an end; then the session is closed."""
-        self.turns.stop()
-        for generation in list(self._running):
-            generation.cancel()
+        self.refuse()
+        self.end_answers()
         if self._batch is not None:
             self._batch.stop()
         if await asyncio.to_thread(self._threads_end):
@@ -164,13 +173,14 @@ class Endpoint:
 
         try:
             self.served.require_ready()  # it may have changed while this one waited
+            await require_fitting(self.served.tokenizer, order.body, context_of(self.served.model))
             generation = made(order, over)
             self._running.add(generation)
             self.counts.begun(generation, generation.length)
             response: Any = await handler(self._models, generation).handle_request(order.body, f"cloven-{uuid.uuid4().hex}")
             if isinstance(response, StreamingResponse):
                 await generation.begun()  # until here an error has a status of its own
-                response.body_iterator = events(response.body_iterator, generation)
+                response.body_iterator = events(response.body_iterator, generation, order.usage)
             assert isinstance(response, Response)
             return response
         except TemplateError:

@@ -3,13 +3,12 @@
 1. a Host that is this server's, where only this machine may connect (a web page cannot reach it by another name)
 2. an API key, where keys are set; /health needs none, nor do the page's own files, which hold nothing
 3. JSON only: a browser does not send that to a foreign server without asking, and it is never answered
-4. a body of bounded size, within bounded time
+4. a body of bounded size and shape, within bounded time
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cloven.serving.api_error import ApiError, bad_request
+from cloven.serving.api_error import ApiError
 from cloven.serving.api_keys import ApiKeys
+from cloven.serving.body import parsed
 
 OPEN = frozenset(("/health",))
 _BODY_SECONDS = 30.0
@@ -98,10 +98,7 @@ class Gate:
                 data = await self._read(receive)
         except TimeoutError:
             raise ApiError(408, "the request did not arrive in time", "request_timeout") from None
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            raise bad_request("the body is no JSON", "invalid_json") from None
+        return parsed(data)
 
     async def _read(self, receive: Receive) -> bytes:
         data = bytearray()

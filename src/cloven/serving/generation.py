@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, _StreamError
 
-from cloven.serving.api_error import stopping
+from cloven.serving.api_error import ApiError, stopping
 from cloven.serving.batching import Batch
 from cloven.serving.engine import Engine
 from cloven.serving.model import ServedModel
@@ -63,6 +63,7 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         self._text: Text | None = None
         self._pieces: asyncio.Queue[Any] | None = None
         self.failure: Exception | None = None
+        self._refused: ApiError | None = None
         self._first_at = self._over_at = 0.0
 
     @property
@@ -90,6 +91,11 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         await self._begun
         if self.failure is not None:
             raise self.failure
+
+    def end_with(self, error: ApiError) -> None:
+        """End it with an error, at the next token."""
+        self._refused = error
+        self.cancel()
 
     def cancel(self) -> None:
         """Nobody wants the text any longer: end at the next token."""
@@ -128,7 +134,7 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
 
     def _start(self, tokenizer: Any, inputs: Any, config: Any, pieces: asyncio.Queue[Any] | None, parser: Any) -> Text:
         length = inputs["input_ids"].shape[-1]
-        config.max_new_tokens = self.order.tokens(length, _context_of(self._served.model))
+        config.max_new_tokens = self.order.tokens(length, context_of(self._served.model))
         ends = end_tokens(config.eos_token_id)
         if self._fixed:
             config.eos_token_id = _NO_TOKEN  # for None, generate would take the model's
@@ -183,10 +189,14 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
     def _ended(self, error: Exception | None) -> None:
         """In the event loop, once: the computation is over."""
         assert self._text is not None
-        self.failure, self._over_at = error, time.monotonic()
-        if error is None:
-            self._text.end()
-        elif self._pieces is not None:
+        self._over_at, error = time.monotonic(), error or self._refused
+        try:
+            if error is None:
+                self._text.end()
+        except Exception as failure:  # of the text; whatever it is, the turn is given back
+            error = failure
+        self.failure = error
+        if error is not None and self._pieces is not None:
             self._pieces.put_nowait(_StreamError(FAILED))
         for future in (self._begun, self._done):
             if not future.done():
@@ -234,7 +244,7 @@ class OneGeneration(GenerationState):  # type: ignore[misc]
         return False
 
 
-def _context_of(model: Any) -> int | None:
+def context_of(model: Any) -> int | None:
     """Tokens that the model was made for."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -8,6 +8,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 
+from cloven.serving.api_error import unreadable_tool_call
 from cloven.serving.generation import Generation, OneGeneration
 from cloven.serving.model import ServedModel
 from cloven.serving.order import Order
@@ -52,10 +53,18 @@ class ChatHandler(ChatCompletionHandler):  # type: ignore[misc]
 
     def __init__(self, models: LoadedModel, generation: Generation) -> None:
         super().__init__(models, OneGeneration(generation))
-        self._order = generation.order
+        self._order, self._generation = generation.order, generation
 
     def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
         return _sampling(super()._build_generation_config(body, model_generation_config, use_cb=use_cb), self._order)
+
+    async def _non_streaming(self, *arguments: Any, **more: Any) -> Any:
+        try:
+            return await super()._non_streaming(*arguments, **more)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+            if self._order.body.get("tools") and self._generation.failure is None and self._generation.length():
+                raise unreadable_tool_call() from None  # transformers reads the whole text when it is complete
+            raise
 
     def _build_completion(self, request_id: str, content: str, model_id: str, finish_reason: str, **more: Any) -> Any:
         content, stopped = cut(content, self._order.stops)

@@ -144,7 +144,12 @@ class ServedModel:
             if not self._peer_is_there():
                 return False
             if self.session.closed:
-                self.session = self._opened()
+                opened = self._opened()
+                with self._lock:
+                    if self._state == AWAY:
+                        self.session = opened
+                if self.session is not opened:  # meanwhile another thread has met a lie
+                    opened.close()
         except (WorkerUnreachable, WorkerTimeout):
             return False
         except ClovenError as error:

@@ -31,6 +31,12 @@ _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "modalities": ((None, ["text"]), "answers are text"),
     "store": ((None, False), "nothing is stored"),
 }
+# what may be one thing or another: pydantic would name the first of them
+_EITHER = {
+    "stop": f"give a string of 1 to {_LONGEST_STOP} characters, or up to {_MOST_STOPS} of them",
+    "prompt": "give one string; for several prompts send several requests",
+    "content": 'give text, or a list of {"type": "text", "text": …}: there is nothing but text here',
+}
 _Text = Annotated[str, StringConstraints(strict=True)]
 _Name = Annotated[str, StringConstraints(strict=True, max_length=256)]
 _Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=_LONGEST_STOP)]
@@ -73,7 +79,7 @@ class _ToolCall(_Strict):
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Text | list[_Part] | None = None
+    content: _Text | Annotated[list[_Part], Field(fail_fast=True)] | None = None
     name: _Name | None = None
     tool_calls: Annotated[list[_ToolCall], Field(max_length=_MOST_TOOLS)] | None = None
     tool_call_id: _Name | None = None
@@ -102,7 +108,7 @@ class _Common(_Strict):
 
 
 class _Chat(_Common):
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[_Message], Field(fail_fast=True, min_length=1, max_length=_MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: Annotated[list[_Tool], Field(max_length=_MOST_TOOLS)] | None = None
     chat_template_kwargs: _TemplateArguments | None = None
@@ -119,7 +125,7 @@ class Order:
 
     Args:
         body: what transformers' handler gets: fields that it honours.
-        stream: whether the answer comes in pieces.
+        stream: whether the answer comes in pieces; usage: and a last one says what it took.
         max_tokens: of the answer, None: not said.
         limit: of any answer.
         temperature, top_p: None: not said.
@@ -129,6 +135,7 @@ class Order:
 
     body: dict[str, Any]
     stream: bool
+    usage: bool
     max_tokens: int | None
     limit: int
     temperature: float | None
@@ -195,12 +202,18 @@ def _order(kind: type[_Common], body: Any, name: str, limit: int) -> Order:
     if isinstance(passed.get("prompt"), list):
         passed["prompt"] = passed["prompt"][0]
     stream = bool(request.stream)
-    return Order({**passed, "stream": stream}, stream, most, limit, request.temperature, request.top_p, request.seed, stops)
+    usage = request.stream_options is not None and bool(request.stream_options.include_usage)
+    return Order({**passed, "stream": stream}, stream, usage, most, limit, request.temperature, request.top_p, request.seed, stops)
 
 
 def _of(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"][:4])[:100]
+    path = first["loc"][:4]
+    place = ".".join(str(part) for part in path)[:100]
+    for depth, part in enumerate(path):
+        if part in _EITHER and any((isinstance(inner, str) and not inner.isidentifier()) or inner == "str" for inner in path[depth + 1 :]):
+            place = ".".join(str(part) for part in path[: depth + 1])
+            return bad_request(f"{place}: {_EITHER[str(part)]}", param=place)
     if first["type"] == "extra_forbidden":
         return bad_request(f"{place}: this server knows no such field", "unknown_parameter", place)
     return bad_request(f"{place}: {first['msg']}", param=place)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from cloven.errors import BadInput, RunError
+from cloven.serving.connections import TimelyProtocol
 from cloven.serving.options import ServeOptions
+from cloven.telemetry import logger
 
-_GRACE_SECONDS = 5  # for answers in the making, when the server is stopped
+_ANSWER_SECONDS, _GRACE_SECONDS = 4.0, 6  # for answers in the making, when the server is stopped; until what is left is cut off
 _IDLE_SECONDS = 30  # of a connection without a request
 _BACKLOG = 128
 _SPARE_CONNECTIONS = 256  # besides those that compute or wait
@@ -25,10 +30,18 @@ OPEN_BANNER = (
 
 
 class _NoContents(logging.Filter):
-    """uvicorn logs what an unexpected exception says, and that may quote a request: its type is enough."""
+    """uvicorn logs what an unexpected exception says, and that may quote a request: its type is enough. What anybody who connects can
+    make it say, as often as he likes, it says once a second at most."""
+
+    _said = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """See `logging.Filter`."""
+        if record.levelno < logging.ERROR:
+            now = time.monotonic()
+            if now - self._said < 1:
+                return False
+            self._said = now
         if record.exc_info:
             kind = record.exc_info[0]
             record.msg, record.args = f"a request failed: {kind.__name__ if kind else 'unknown'}", ()
@@ -36,14 +49,29 @@ class _NoContents(logging.Filter):
         return True
 
 
-class _Announcing(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+class Application(Protocol):
+    """What is served, and how its answers end when the server is stopped; called in the server's event loop."""
+
+    def refuse(self) -> None:
+        """Nobody gets a turn any longer."""
+
+    def end_answers(self) -> None:
+        """Who is being answered is told that the server is stopping."""
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, application: Application, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._application, self._ready = application, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._application.refuse()
+        asyncio.get_running_loop().call_later(_ANSWER_SECONDS, self._application.end_answers)
+        await super().shutdown(sockets)
 
 
 def bind(options: ServeOptions) -> socket.socket:
@@ -84,7 +112,8 @@ def configured(app: ASGIApp, options: ServeOptions, idle: int = _IDLE_SECONDS) -
     Args:
         idle: seconds that a connection may be without a request.
     """
-    logging.getLogger("uvicorn.error").addFilter(_NoContents())
+    log = logging.getLogger("uvicorn.error")
+    log.handlers, log.filters, log.propagate = list(logger.handlers), [_NoContents()], False
     return uvicorn.Config(
         app,
         log_config=None,
@@ -92,7 +121,7 @@ def configured(app: ASGIApp, options: ServeOptions, idle: int = _IDLE_SECONDS) -
         server_header=False,
         ws="none",
         loop="asyncio",
-        http="h11",
+        http=TimelyProtocol,
         backlog=_BACKLOG,
         limit_concurrency=options.max_queue + _SPARE_CONNECTIONS,
         timeout_keep_alive=idle,
@@ -102,14 +131,21 @@ def configured(app: ASGIApp, options: ServeOptions, idle: int = _IDLE_SECONDS) -
     )
 
 
-def serve(app: ASGIApp, listener: socket.socket, options: ServeOptions, ready: Callable[[], None]) -> None:
+def serve(app: ASGIApp, application: Application, listener: socket.socket, options: ServeOptions, ready: Callable[[], None]) -> None:
     """Answer requests until SIGTERM or SIGINT; answers in the making have some seconds to end.
 
     Args:
+        app: of the application, behind its gate.
         listener: from `bind`.
         ready: called when the first request would be answered.
+
+    Raises:
+        RunError: another process has begun to listen at the address since it was bound.
     """
     config = configured(app, options)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
         signal.signal(number, lambda *_: None)
-    _Announcing(config, ready).run(sockets=[listener])
+    try:
+        _Server(config, application, ready).run(sockets=[listener])
+    except OSError as error:
+        raise RunError(f"cannot listen at {options.host}, port {options.port}: {error.strerror or error}") from error

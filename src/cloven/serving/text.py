@@ -7,11 +7,13 @@ string, a client that has left. With a fixed length the text ends, and the token
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers.cli.serving.utils import DirectStreamer, response_events_to_chunks
 
+from cloven.serving.api_error import unreadable_tool_call
 from cloven.serving.stop_strings import StopStrings
 
 
@@ -88,12 +90,19 @@ class Text(DirectStreamer):  # type: ignore[misc]
         return self._stops.found
 
     def end(self) -> None:
-        """Write what was held back, and say that this was all; once."""
+        """Write what was held back, and say that this was all; once.
+
+        Raises:
+            ApiError: the text ends with a tool call that nobody can read.
+        """
         if self._closed:
             return
         self._closed = True
         self._write(self._stops.flush())
-        super().end()
+        if self._parser is not None:
+            with contextlib.suppress(ValueError, RuntimeError):  # it was cut off in the middle of a tool call, which is dropped
+                self._read(self._parser.finalize()[1])
+        self._enqueue(None)
 
     def _write(self, piece: str) -> None:
         if not piece or self._silent:
@@ -101,8 +110,15 @@ class Text(DirectStreamer):  # type: ignore[misc]
         if self._parser is None:
             self._enqueue(piece)
         else:
-            for item in response_events_to_chunks(self._parser.feed(piece)):
-                self._enqueue(item)
+            self._read(self._parser.feed(piece))
+
+    def _read(self, events: Any) -> None:
+        try:
+            items = response_events_to_chunks(events)
+        except (KeyError, TypeError, AttributeError):
+            raise unreadable_tool_call() from None
+        for item in items:
+            self._enqueue(item)
 
     def _enqueue(self, item: Any) -> None:
         if not self._silent:

@@ -32,6 +32,7 @@ class FakeReplica:
     def __init__(self, name: str) -> None:
         self.name, self.state = name, READY
         self.log: list[tuple[int, str]] = []
+        self.samples: list[Any] = []
         self.asked: list[str] = []
         self.left = 0
         self.silent = False
@@ -69,7 +70,7 @@ class FakeReplica:
             if self.silent:
                 await asyncio.sleep(3600)
             lines, self.log = self.log, []
-            await self._json(send, {"state": self.state, "log": lines})
+            await self._json(send, {"state": self.state, "log": lines, "samples": self.samples})
             return
         data = b""
         while True:
@@ -122,6 +123,7 @@ class FakeLauncher:
         self._loop, self._running = asyncio.get_running_loop(), running
         self.replicas: list[FakeReplica] = []
         self.refusals, self.tries = 0, 0
+        self.front: Front | None = None
 
     async def make(self) -> Started:
         """In the event loop."""
@@ -150,7 +152,7 @@ async def front(
     launcher = FakeLauncher(running)
     serving = ServeOptions(**options)
     fleet = Fleet(launcher, [await launcher.make() for _ in range(replicas)], serving.max_queue)
-    made = Front(NAME, fleet, serving)
+    made = launcher.front = Front(NAME, fleet, serving)
     app: Any = made.application(keys)
     transport = httpx.ASGITransport(app=app)
     async with made._life(None), httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from cloven.cli.hardening import forbid_core_dumps
+from cloven.metrics.catalog import Sample
 from cloven.model.runtime import RuntimeOptions
 from cloven.serving.half import Half
 from cloven.serving.loading import LoadOptions
@@ -43,9 +44,15 @@ def test_its_own_route() -> None:
     async def test() -> None:
         kept = KeptLog()
         kept.emit(record("hello"))
-        app = _with_state(behind, lambda: "ready", kept)
+        app = _with_state(
+            behind, lambda: "ready", kept, lambda: [Sample("cloven_tokens_total", 3.0), Sample("cloven_answers_total", 1.0, ("200",))]
+        )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
-            assert (await client.get(STATE)).json() == {"state": "ready", "log": [[logging.WARNING, "hello"]]}
+            assert (await client.get(STATE)).json() == {
+                "state": "ready",
+                "log": [[logging.WARNING, "hello"]],
+                "samples": [["cloven_tokens_total", 3.0, []]],
+            }
             assert (await client.get("/health")).text == "/health"
 
     run(test)

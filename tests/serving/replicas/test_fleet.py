@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import pytest
 
+from cloven.metrics.catalog import Sample
 from cloven.serving.model import AWAY, ENDED, READY
 from cloven.serving.replicas import fleet as fleet_module
 from cloven.serving.replicas.fleet import Fleet
@@ -260,5 +262,51 @@ def test_the_end() -> None:
         await until(lambda: launcher.tries == 1)
         await fleet.stop()
         assert not fleet.live and all(replica.stopped for replica in launcher.replicas[1:])
+
+    run(test)
+
+
+def test_a_front_that_was_late_blames_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that keeps the front itself busy must not end all replicas."""
+    for name, seconds in (("_ANSWER_SECONDS", 0.2), ("_SILENT_SECONDS", 0.6), ("_LATE_SECONDS", 0.1)):
+        monkeypatch.setattr(fleet_module, name, seconds)
+
+    async def test() -> None:
+        async with front(replicas=2) as (client, fleet, launcher):
+            for _ in range(5):
+                time.sleep(0.5)
+                await asyncio.sleep(0.03)
+            assert len(fleet.live) == 2 and len(launcher.replicas) == 2
+            assert (await ask(client)).status_code == 200
+
+    run(test)
+
+
+def test_when_the_server_stops() -> None:
+    """Nobody gets a turn; who is being answered is told so in the end."""
+
+    async def test() -> None:
+        async with front() as (client, fleet, launcher):
+            slow = asyncio.create_task(ask(client, "slow"))
+            await until(lambda: bool(launcher.replicas[0].asked))
+            fleet.refuse()
+            assert (await ask(client)).json()["error"]["code"] == "stopping"
+            await asyncio.sleep(0.05)
+            assert not slow.done()
+            fleet.end_answers()
+            assert (await slow).json()["error"]["code"] == "stopping"
+
+    run(test)
+
+
+def test_counts_of_all_replicas() -> None:
+    async def test() -> None:
+        async with front(replicas=2) as (_, fleet, launcher):
+            for number, replica in enumerate(launcher.replicas):
+                replica.samples = [["cloven_tokens_total", 10 + number, []]]
+            await until(lambda: list(fleet.totals.samples()) == [Sample("cloven_tokens_total", 21.0)])
+            await launcher.replicas[0].die()
+            await until(lambda: len(launcher.replicas) == 3)
+            assert list(fleet.totals.samples()) == [Sample("cloven_tokens_total", 21.0)]
 
     run(test)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ import pytest
 
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.replicas import fleet as fleet_module
+from cloven.serving.replicas.front import _Piped
 from tests.served import run
 from tests.serving.replicas.fakes import NAME, PIECES, ask, by, front, until
 
@@ -215,5 +218,73 @@ def test_errors_are_told_without_what_they_say(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(fleet, "turn", broken)
             answer: httpx.Response = await ask(client)
             assert answer.status_code == 500 and "Xylophone" not in answer.text
+
+    run(test)
+
+
+def test_who_does_not_read_keeps_no_turn() -> None:
+    """The answer is fetched as it is computed; the turn is given back when that is over, and once."""
+
+    async def test() -> None:
+        given_back, reads = list[bool](), asyncio.Event()
+        taken = contextlib.AsyncExitStack()
+        taken.callback(given_back.append, True)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for number in range(100):
+                yield b"%d" % number
+
+        got = list[bytes]()
+
+        async def send(message: Any) -> None:
+            await reads.wait()
+            got.append(message.get("body", b""))
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        answering = asyncio.create_task(_Piped(pieces(), taken)({"type": "http"}, receive, send))
+        await until(lambda: bool(given_back))
+        assert not answering.done()
+        reads.set()
+        await answering
+        assert b"".join(got) == b"".join(b"%d" % number for number in range(100)) and given_back == [True]
+
+    run(test)
+
+
+def test_a_turn_is_given_back_whatever_happens() -> None:
+    async def test() -> None:
+        given_back = list[bool]()
+        taken = contextlib.AsyncExitStack()
+        taken.callback(given_back.append, True)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            await asyncio.Event().wait()
+            yield b""
+
+        answering = asyncio.create_task(_Piped(pieces(), taken)({"type": "http"}, asyncio.Event().wait, asyncio.Queue[Any]().put))
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        answering = asyncio.create_task(_Piped(pieces(), taken)({"type": "http"}, asyncio.Event().wait, asyncio.Queue[Any]().put))
+        await asyncio.sleep(0.01)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        assert given_back == [True]
+
+    run(test)
+
+
+def test_numbers_for_prometheus() -> None:
+    async def test() -> None:
+        async with front(replicas=2) as (client, fleet, launcher):
+            await ask(client)
+            await ask(client, nonsense=1)
+            assert launcher.front is not None
+            counts = {(one.name, one.labels): one.value for one in launcher.front.samples()}
+            assert counts["cloven_replicas", ()] == counts["cloven_replicas_live", ()] == 2 and counts["cloven_waiting_requests", ()] == 0
+            assert counts["cloven_answers_total", ("200",)] == counts["cloven_answers_total", ("400",)] == 1
+            assert "cloven_tokens_total" not in {name for name, _ in counts}
+            assert fleet.live
 
     run(test)

@@ -1,7 +1,7 @@
 """A replica: the endpoint in a process of its own, which Ray starts. A trusted process: it holds the secret half, prompts and answers.
 
-It serves the front alone (`pinned_tls`), and one more route, /replica: how it does, and what it has logged meanwhile. Ray is told paths,
-numbers and certificates; requests never pass through it.
+It serves the front alone (`pinned_tls`), and one more route, /replica: how it does, what it counts, and what it has logged meanwhile. Ray
+is told paths, numbers and certificates; requests never pass through it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cloven.metrics.catalog import Source
 from cloven.serving.half import Half
 from cloven.serving.loading import LoadOptions
 from cloven.serving.options import ServeOptions
@@ -118,7 +119,7 @@ class Replica:
         served = load(given.half, given.how, given.runtime)
         endpoint = Endpoint(served, serving)
         identity = Identity()
-        app = _with_state(endpoint.application(None), lambda: served.state, kept)
+        app = _with_state(endpoint.application(None), lambda: served.state, kept, endpoint.samples)
         self._serve(app, listener, identity.context(given.front, server=True), serving)
         return Told(served.name, given.half.scheme, endpoint.running, host, listener.getsockname()[1], identity.certificate)
 
@@ -145,12 +146,14 @@ class Replica:
         self._thread.start()
 
 
-def _with_state(app: Any, state: Callable[[], str], kept: KeptLog) -> Any:
+def _with_state(app: Any, state: Callable[[], str], kept: KeptLog, samples: Source) -> Any:
     from starlette.responses import JSONResponse
+
+    from cloven.serving.replicas.totals import told_of
 
     async def asked(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] == STATE:
-            await JSONResponse({"state": state(), "log": kept.fetch()})(scope, receive, send)
+            await JSONResponse({"state": state(), "log": kept.fetch(), "samples": told_of(samples())})(scope, receive, send)
         else:
             await app(scope, receive, send)
 

@@ -25,12 +25,14 @@ from cloven.serving.model import AWAY, ENDED, READY
 from cloven.serving.replicas.actor import STATE
 from cloven.serving.replicas.launching import Launcher, Started
 from cloven.serving.replicas.sticky import Places
+from cloven.serving.replicas.totals import Totals
 from cloven.serving.turns import Turns
 from cloven.telemetry import logger
 
 _LOOK_SECONDS = 0.5
 _ANSWER_SECONDS = 5.0
 _SILENT_SECONDS = 30.0  # until a replica that does not answer is replaced
+_LATE_SECONDS = 1.0
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # before the next try to start one
 _CONNECT_SECONDS, _IDLE_SECONDS = 10.0, 600.0
 _T = TypeVar("_T")
@@ -94,6 +96,7 @@ class Fleet:
         self._launcher, self._first, self._max_queue = launcher, list(first), max_queue
         self.wanted = len(first)
         self.live: list[Replica] = []
+        self.totals = Totals()
         self._places: Places[Replica] = Places()
         self._numbers = 0
         self._keepers: list[asyncio.Task[None]] = []
@@ -169,11 +172,21 @@ class Fleet:
         """Look after the replicas from now on."""
         self._keepers = [asyncio.create_task(self._keep(started)) for started in self._first]
 
-    async def stop(self) -> None:
-        """End all replicas, those too that are being started."""
+    def refuse(self) -> None:
+        """Nobody gets a turn any longer."""
         self._stopping = True
         for replica in self.live:
             replica.turns.stop()
+
+    def end_answers(self) -> None:
+        """Who is being answered is told that the server is stopping."""
+        for replica in self.live:
+            if not replica.lost.done():
+                replica.lost.set_result(stopping)
+
+    async def stop(self) -> None:
+        """End all replicas, those too that are being started."""
+        self.refuse()
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -219,19 +232,24 @@ class Fleet:
             logger.warning("replica %d serves in its place", replica.number)
         ended = asyncio.wrap_future(started.ended)
         try:
-            heard = time.monotonic()
-            while not ended.done() and time.monotonic() - heard < _SILENT_SECONDS:
-                if await self._look(replica):
-                    heard = time.monotonic()
+            silent = 0.0  # seconds; a front that was late itself knows nothing of its replicas
+            while not ended.done() and silent < _SILENT_SECONDS:
+                began = time.monotonic()
+                silent = 0.0 if await self._look(replica) else silent + min(time.monotonic() - began, _ANSWER_SECONDS) + _LOOK_SECONDS
+                began = time.monotonic()
                 await asyncio.wait({ended}, timeout=_LOOK_SECONDS)
+                if time.monotonic() - began > _LOOK_SECONDS + _LATE_SECONDS:
+                    silent = 0.0
             logger.error("replica %d %s: its requests have failed", replica.number, "has ended" if ended.done() else "does not answer")
         finally:
             self.live.remove(replica)
+            self.totals.gone(replica.number)
             self._places.forget(replica)
             ended.add_done_callback(lambda future: future.cancelled() or future.exception())  # which says only that it has ended
             why = stopping if self._stopping else replica_lost
             replica.turns.stop(why)
-            replica.lost.set_result(why)
+            if not replica.lost.done():
+                replica.lost.set_result(why)
             await replica.client.aclose()
 
     async def _look(self, replica: Replica) -> bool:
@@ -243,6 +261,7 @@ class Fleet:
             replica.answers = replica.answers and isinstance(error, httpx.TimeoutException)  # busy, as far as anybody knows
             return False
         replica.state, replica.answers = told["state"], True
+        self.totals.heard(replica.number, told["samples"])
         for level, line in told["log"]:
             logger.log(level if level in _LEVELS else logging.WARNING, "replica %d: %s", replica.number, line)
         if replica.state == ENDED:

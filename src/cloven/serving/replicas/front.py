@@ -7,9 +7,10 @@ The front loads no model. It is a trusted process as well: prompts and answers p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -19,8 +20,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cloven.metrics.catalog import Sample
 from cloven.serving.api_error import ApiError
 from cloven.serving.api_keys import ApiKeys
+from cloven.serving.counts import EndpointCounts
 from cloven.serving.model import READY
 from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order, chat_order, completion_order
@@ -45,6 +48,7 @@ class Front:
     def __init__(self, name: str, fleet: Fleet, options: ServeOptions) -> None:
         self._name, self.fleet, self._options = name, fleet, options
         self._sessions = Sessions()
+        self._counts = EndpointCounts(lambda: sum(replica.turns.waiting for replica in list(fleet.live)))
 
     def application(self, keys: ApiKeys | None) -> ASGIApp:
         """The ASGI application, behind its gate."""
@@ -54,7 +58,23 @@ class Front:
             *model_routes(self._name),
             Route("/health", self._health, methods=["GET"]),
         ]
-        return behind_gate(Starlette(routes=routes, exception_handlers=REFUSALS, lifespan=self._life), keys, self._options)
+        app = Starlette(routes=routes, exception_handlers=REFUSALS, lifespan=self._life)
+        return behind_gate(app, keys, self._options, answered=self._counts.answered)
+
+    def samples(self) -> Iterator[Sample]:
+        """Numbers for Prometheus: the front's own, and those of its replicas, added up."""
+        yield from (one for one in self._counts.samples() if one.name in ("cloven_answers_total", "cloven_waiting_requests"))
+        yield Sample("cloven_replicas", float(self.fleet.wanted))
+        yield Sample("cloven_replicas_live", float(sum(replica.answers for replica in list(self.fleet.live))))
+        yield from self.fleet.totals.samples()
+
+    def refuse(self) -> None:
+        """See `server.Application`."""
+        self.fleet.refuse()
+
+    def end_answers(self) -> None:
+        """See `server.Application`."""
+        self.fleet.end_answers()
 
     @contextlib.asynccontextmanager
     async def _life(self, _app: Any) -> AsyncIterator[None]:
@@ -114,18 +134,37 @@ class Front:
 
 
 class _Piped(StreamingResponse):
-    """A replica's events; whatever becomes of them, the turn is given back."""
+    """A replica's events, fetched as they come, however slowly the client reads: the turn lasts as long as the computation, no longer.
+
+    Whatever becomes of them, it is given back. What a client has not read is at most one answer.
+    """
 
     def __init__(self, pieces: AsyncIterator[bytes], taken: contextlib.AsyncExitStack) -> None:
-        super().__init__(pieces, media_type=_EVENTS, headers={"cache-control": "no-cache"})
-        self._taken = taken
+        super().__init__(self._read(), media_type=_EVENTS, headers={"cache-control": "no-cache"})
+        self._pieces, self._taken = pieces, taken
+        self._fetched: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `StreamingResponse`."""
+        fetching = asyncio.create_task(self._fetch())
         try:
             await super().__call__(scope, receive, send)
         finally:
+            fetching.cancel()
+            await asyncio.gather(fetching, return_exceptions=True)
+            await self._taken.aclose()  # nothing is left to do, unless the task had not begun
+
+    async def _fetch(self) -> None:
+        try:
+            async for piece in self._pieces:
+                self._fetched.put_nowait(piece)
+        finally:
             await self._taken.aclose()
+            self._fetched.put_nowait(None)
+
+    async def _read(self) -> AsyncIterator[bytes]:
+        while (piece := await self._fetched.get()) is not None:
+            yield piece
 
 
 async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
