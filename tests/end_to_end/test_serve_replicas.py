@@ -116,7 +116,7 @@ def test_what_does_not_go_together(cloven_here: Command, tmp_path: Path, monkeyp
     one_line(cloven_here(*given, "--insecure-ray-cluster"), 2, "belong to --engine ray")
     one_line(cloven_here(*given, "--engine", "cuda"), 2, "engine 'cuda': choose process or ray")
     one_line(cloven_here(*given, "--engine", "ray", "--replicas", "65"), 2, "replicas 65: give 1 to 64")
-    one_line(cloven_here(*given, "--engine", "ray", "--metrics-port", "9400"), 2, "publishes one process's numbers")
+    one_line(cloven_here(*given[:-1], "9400", "--metrics-port", "9400"), 2, "--port and --metrics-port are both 9400")
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     one_line(cloven_here(*given, "--engine", "ray"), 3, "RAY_ADDRESS names a Ray cluster")
 

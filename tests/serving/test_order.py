@@ -214,3 +214,10 @@ def test_many_wrong_parts_are_refused_as_quickly_as_one() -> None:
     with pytest.raises(ApiError):
         chat_order(body, "bard", 10)
     assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "{", '{"a": ' + "[" * 900 + "]" * 900 + "}", '{"a": NaN}'])
+def test_arguments_of_a_tool_call_are_as_simple_as_a_body(arguments: str) -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(ApiError, match="JSON object"):
+        chat_order({"messages": [{"role": "assistant", "tool_calls": [call]}]}, "bard", 10)

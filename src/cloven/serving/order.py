@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import PydanticCustomError
 
 from cloven.serving.api_error import ApiError, bad_request
+from cloven.serving.body import parsed
 
 _MOST_MESSAGES, _MOST_TOOLS, _MOST_STOPS, _LONGEST_STOP = 1024, 128, 4, 64
 _LOGITS = "whoever sees full logits can compute the output layer: they are not offered"
@@ -58,11 +59,9 @@ class _Part(_Strict):
 
 def _json_object(text: str) -> str:
     """transformers parses it for the chat template."""
-    try:
-        if isinstance(json.loads(text), dict):
+    with contextlib.suppress(ApiError):
+        if isinstance(parsed(text.encode("utf-8", "surrogatepass")), dict):
             return text
-    except (ValueError, RecursionError):
-        pass
     raise PydanticCustomError("json_object", "should be a JSON object")
 
 

@@ -1,4 +1,6 @@
-"""Whether a long text can fit the model at all, found out in a thread: transformers' handlers tokenize where all requests share one."""
+"""Whether a long text can fit the model at all, found out piece by piece: transformers' handlers tokenize all of it at once, in the one
+thread that all requests share, and a million characters take a second.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from typing import Any
 
 from cloven.serving.api_error import bad_request
 
-_SHORT = 2**14  # characters that are tokenized in some milliseconds, wherever that is
-_MERGED = 2  # tokens of a message that its neighbours could save
+_PIECE = 2**12  # characters
+_MERGED = 16  # tokens that a piece might have less, or its neighbours, if it were not cut
 
 
 async def require_fitting(tokenizer: Any, body: dict[str, Any], context: int | None) -> None:
-    """Refuse what is longer than the model's context, before a handler looks at it.
+    """Refuse what is longer than the model's context, before a handler looks at it. What is hardly longer, the handler refuses.
 
     Args:
         tokenizer: of transformers.
@@ -23,16 +25,16 @@ async def require_fitting(tokenizer: Any, body: dict[str, Any], context: int | N
     Raises:
         ApiError: 400, context_length_exceeded.
     """
-    texts = list(_texts(body))
-    if context is None or sum(map(len, texts)) <= _SHORT:
+    if context is None:
         return
-    tokens = await asyncio.to_thread(_tokens, tokenizer, texts)
-    if tokens - _MERGED * len(texts) > context:
-        raise bad_request(f"{tokens} tokens: the model takes {context} together with the answer", "context_length_exceeded")
-
-
-def _tokens(tokenizer: Any, texts: list[str]) -> int:
-    return sum(len(tokenizer._tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    tokens = 0
+    for text in _texts(body):
+        for start in range(0, len(text), _PIECE) if len(text) > _PIECE else ():
+            found = tokenizer._tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False)
+            tokens += max(0, len(found) - _MERGED)
+            if tokens > context:
+                raise bad_request(f"the prompt is too long: the model takes {context} tokens with the answer", "context_length_exceeded")
+            await asyncio.sleep(0)  # others go on
 
 
 def _texts(body: dict[str, Any]) -> Iterator[str]:
