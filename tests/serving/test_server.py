@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from cloven.errors import BadInput, RunError
 from cloven.serving.options import ServeOptions
-from cloven.serving.server import _NoContents, bind, serve
+from cloven.serving.server import _allow_files, _NoContents, bind, serve
 
 
 async def answering(scope: Any, receive: Any, send: Any) -> None:
@@ -130,3 +131,17 @@ def test_what_anybody_can_have_logged_is_bounded() -> None:
     assert not any(found.filter(record) for record in plain)
     found._said -= 1
     assert found.filter(plain[1])
+
+
+@pytest.mark.parametrize(
+    ("limits", "after"),
+    [((1024, 4096), 4096), ((1024, 10**6), 65_536), ((1024, -1), 65_536), ((10**6, 10**6), None), ((-1, -1), None), ((4096, 4096), None)],
+)
+def test_open_files(limits: tuple[int, int], after: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never fewer than before."""
+    assert resource.RLIM_INFINITY == -1
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: given.append(pair))
+    _allow_files()
+    assert given == ([] if after is None else [(after, limits[1])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -23,6 +24,7 @@ _ANSWER_SECONDS, _GRACE_SECONDS = 4.0, 6  # for answers in the making, when the 
 _IDLE_SECONDS = 30  # of a connection without a request
 _BACKLOG = 128
 _SPARE_CONNECTIONS = 256  # besides those that compute or wait
+_FILES = 65_536
 
 OPEN_BANNER = (
     "INSECURE: this endpoint listens on the network and asks nobody for a key: everybody can use the model. Give it --api-key-file FILE."
@@ -131,6 +133,14 @@ def configured(app: ASGIApp, options: ServeOptions, idle: int = _IDLE_SECONDS) -
     )
 
 
+def _allow_files() -> None:
+    """As many open files as this process may have: sockets whose TLS has not begun count too, and there are a thousand by default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(app: ASGIApp, application: Application, listener: socket.socket, options: ServeOptions, ready: Callable[[], None]) -> None:
     """Answer requests until SIGTERM or SIGINT; answers in the making have some seconds to end.
 
@@ -143,6 +153,7 @@ def serve(app: ASGIApp, application: Application, listener: socket.socket, optio
         RunError: another process has begun to listen at the address since it was bound.
     """
     config = configured(app, options)
+    _allow_files()
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
         signal.signal(number, lambda *_: None)
     try:
