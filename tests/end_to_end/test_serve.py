@@ -28,7 +28,7 @@ from cloven.cluster.worker_process import WorkerProcess
 from tests.end_to_end.commands import Command, one_line
 from tests.end_to_end.endpoint import PROMPTS, TEMPLATE, EndpointProcess, endpoint, streamed, written
 from tests.helpers import free_port
-from tests.split_models import demo_bundle, demo_model, demo_tokenizer, greedy, scratch
+from tests.split_models import demo_bundle, demo_model, demo_tokenizer, greedy, run_cloven, scratch
 
 CHAT: Any = [{"role": "user", "content": "Good morrow."}]
 TOKENS = 12
@@ -388,3 +388,11 @@ def test_nothing_of_a_request_is_logged(demo_worker: WorkerProcess, monkeypatch:
             answer = httpx.post(f"{process.root}/v1/completions", json={"prompt": "Xylophone", **more})
             assert answer.status_code == 400 and "ylophone" not in json.dumps(answer.json())
         assert "ylophone" not in process.log()
+
+
+@pytest.mark.long
+def test_an_error_after_the_session_was_opened(demo_worker: WorkerProcess, tmp_path: Path) -> None:
+    """One line and its exit code, whatever the session's threads are at: several times, for it was a race."""
+    given = ("serve", str(demo_bundle("int8x2").trusted), "--worker", demo_worker.address, "--port", "0", "--compare", str(tmp_path))
+    for _ in range(4):
+        one_line(run_cloven(*given), 2, "no model directory")

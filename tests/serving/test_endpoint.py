@@ -26,7 +26,7 @@ def pieces_of(text: str) -> tuple[str, list[Any]]:
     """The joined text of a stream, and its events."""
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     events = [json.loads(line) if line != "[DONE]" else line for line in lines]
-    return "".join(event["choices"][0].get("text", "") for event in events if isinstance(event, dict) and "choices" in event), events
+    return "".join(event["choices"][0].get("text", "") for event in events if isinstance(event, dict) and event.get("choices")), events
 
 
 @pytest.mark.parametrize("running", RUNNING)
@@ -41,6 +41,10 @@ def test_texts_are_those_of_generate(running: int) -> None:
                 text, events = pieces_of(stream.text)
                 assert text == expected and events[-1] == "[DONE]" and stream.headers["content-type"].startswith("text/event-stream")
                 assert events[-2]["choices"][0]["finish_reason"] == "length"
+                asked = body(prompt=prompt, stream=True, stream_options={"include_usage": True})
+                *_, end, used, done = pieces_of((await client.post(PATH, json=asked)).text)[1]
+                assert end["choices"][0]["finish_reason"] == "length" and "usage" not in end and done == "[DONE]"
+                assert used["choices"] == [] and used["usage"]["completion_tokens"] == 8
 
     run(scenario)
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import GenerationConfig
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
 
+from cloven.errors import WorkerTimeout
+from cloven.serving.api_error import ApiError
 from cloven.serving.handlers import ChatHandler, LoadedModel, TextHandler, _sampling
-from cloven.serving.order import Order, completion_order
+from cloven.serving.order import Order, chat_order, completion_order
 from tests.served import NAME, plain_model, served_model
 
 
@@ -55,3 +59,28 @@ def test_a_handler_takes_no_model_from_the_request(kind: Any) -> None:
     config = handler._build_generation_config({}, model.generation_config)
     assert not config.do_sample and config is not model.generation_config
     served.close()
+
+
+@pytest.mark.parametrize(
+    ("tools", "failure", "length", "mine"),
+    [(True, None, 3, True), (False, None, 3, False), (True, WorkerTimeout("gone"), 3, False), (True, None, 0, False)],
+)
+def test_a_whole_text_with_a_tool_call_that_nobody_can_read(
+    tools: bool, failure: Exception | None, length: int, mine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's fault, if the text was written and tools were offered; other errors stay what they are."""
+
+    async def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("name")
+
+    monkeypatch.setattr(ChatCompletionHandler, "_non_streaming", broken)
+    offered = {"tools": [{"type": "function", "function": {"name": "f"}}]} if tools else {}
+    asked = chat_order({"messages": [{"role": "user", "content": "x"}], **offered}, NAME, 10)
+    generation: Any = SimpleNamespace(order=asked, failure=failure, length=lambda: length)
+    served, _ = served_model()
+    try:
+        handler = ChatHandler(LoadedModel(served), generation)
+        with pytest.raises(ApiError if mine else KeyError):
+            asyncio.run(handler._non_streaming())
+    finally:
+        served.close()

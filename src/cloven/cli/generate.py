@@ -9,37 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from cloven.cli.peer_options import (
-    AdapterServer,
-    Base,
-    Dtype,
-    Enclave,
-    Exposed,
-    Half,
-    InsecurePlainTcp,
-    Keys,
-    OnEmpty,
-    Pads,
-    Pin,
-    Placement,
-    Timeout,
-    Workers,
-)
+from cloven.cli import peer_options as peer
 
 
 def generate(
-    half: Half,
+    half: peer.Half,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input (arguments are visible to other users of the machine).")],
-    worker: Workers = None,
-    placement: Placement = "replicas",
-    pads: Pads = None,
-    on_empty: OnEmpty = "fail",
-    enclave: Enclave = None,
-    server: AdapterServer = None,
-    base: Base = None,
-    pin: Pin = None,
-    keys: Keys = None,
-    exposed: Exposed = None,
+    worker: peer.Workers = None,
+    placement: peer.Placement = "replicas",
+    pads: peer.Pads = None,
+    on_empty: peer.OnEmpty = "fail",
+    enclave: peer.Enclave = None,
+    server: peer.AdapterServer = None,
+    base: peer.Base = None,
+    pin: peer.Pin = None,
+    keys: peer.Keys = None,
+    exposed: peer.Exposed = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
@@ -53,11 +38,11 @@ def generate(
         str | None,
         typer.Option(metavar="MODEL", help="Draft with this small, unprotected model, in this process. Accepted tokens can be counted."),
     ] = None,
-    dtype: Dtype = "auto",
-    timeout: Timeout = 30.0,
+    dtype: peer.Dtype = "auto",
+    timeout: peer.Timeout = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")] = False,
     backend: Annotated[str, typer.Option(help="Private LoRA: lwe, or fhe for comparison.")] = "lwe",
-    insecure_plain_tcp: InsecurePlainTcp = False,
+    insecure_plain_tcp: peer.InsecurePlainTcp = False,
     insecure_fhe_semi_honest: Annotated[
         bool, typer.Option("--insecure-fhe-semi-honest", help="Allow --backend fhe, which protects the input only.")
     ] = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,17 +50,21 @@ def prepare_monitoring(level: str | None, form: str, metrics_port: int | None) -
         require_installed("--metrics-port", "prometheus_client")
 
 
-def published(service: Server, host: str, port: int | None) -> contextlib.AbstractContextManager[None]:
-    """Publish a server's metrics while it serves: see `published_of`."""
-    return published_of(service.role, service.samples, host, port, service.close)
+@contextlib.contextmanager
+def published(service: Server, host: str, port: int | None) -> Iterator[None]:
+    """Publish a server's metrics while it serves, or close it where they cannot be published: see `published_of`."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(published_of(service.role, service.samples, host, port))
+        except BaseException:
+            service.close()
+            raise
+        yield
 
 
 @contextlib.contextmanager
-def published_of(role: str, samples: Source, host: str, port: int | None, close: Callable[[], object]) -> Iterator[None]:
+def published_of(role: str, samples: Source, host: str, port: int | None) -> Iterator[None]:
     """Publish a process's metrics while it serves.
-
-    Args:
-        close: called where they cannot be published.
 
     Raises:
         BadInput, RunError: see `MetricsEndpoint`.
@@ -70,12 +74,7 @@ def published_of(role: str, samples: Source, host: str, port: int | None, close:
         return
     from cloven.metrics.endpoint import MetricsEndpoint
 
-    try:
-        endpoint = MetricsEndpoint(host, port, role, [samples])
-    except BaseException:
-        close()
-        raise
-    with endpoint:
+    with MetricsEndpoint(host, port, role, [samples]) as endpoint:
         if role != "serve":  # there, standard output says where the endpoint is
             typer.echo(f"metrics at {endpoint.address}")
         yield

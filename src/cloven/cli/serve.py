@@ -10,37 +10,22 @@ from typing import Annotated
 
 import typer
 
+from cloven.cli import peer_options as peer
 from cloven.cli.monitoring import METRICS_HOST, LogFormat, LogLevel, MetricsHost, MetricsPort
-from cloven.cli.peer_options import (
-    AdapterServer,
-    Base,
-    Dtype,
-    Enclave,
-    Exposed,
-    Half,
-    InsecurePlainTcp,
-    Keys,
-    OnEmpty,
-    Pads,
-    Pin,
-    Placement,
-    Timeout,
-    Workers,
-)
 
 
 def serve(
-    half: Half,
-    worker: Workers = None,
-    placement: Placement = "replicas",
-    pads: Pads = None,
-    on_empty: OnEmpty = "fail",
-    enclave: Enclave = None,
-    server: AdapterServer = None,
-    base: Base = None,
-    pin: Pin = None,
-    keys: Keys = None,
-    exposed: Exposed = None,
+    half: peer.Half,
+    worker: peer.Workers = None,
+    placement: peer.Placement = "replicas",
+    pads: peer.Pads = None,
+    on_empty: peer.OnEmpty = "fail",
+    enclave: peer.Enclave = None,
+    server: peer.AdapterServer = None,
+    base: peer.Base = None,
+    pin: peer.Pin = None,
+    keys: peer.Keys = None,
+    exposed: peer.Exposed = None,
     host: Annotated[str, typer.Option(help="Where to listen; another one than this machine's own needs --api-key-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="API keys that clients may use, one per line; mode 0600.")] = None,
@@ -69,15 +54,15 @@ def serve(
         Path | None,
         typer.Option(metavar="MODEL_DIR", help="The unprotected original, which the page compares with; loaded here when it is asked for."),
     ] = None,
-    dtype: Dtype = "auto",
-    timeout: Timeout = 30.0,
+    dtype: peer.Dtype = "auto",
+    timeout: peer.Timeout = 30.0,
     engine: Annotated[
         str,
         typer.Option(help="process, or ray: several replicas, each a trusted process that holds this half; only inside one zone of trust."),
     ] = "process",
     replicas: Annotated[int, typer.Option(min=1, help="How many, with --engine ray; each has a session and pads of its own.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as one JSON object.")] = False,
-    insecure_plain_tcp: InsecurePlainTcp = False,
+    insecure_plain_tcp: peer.InsecurePlainTcp = False,
     log_level: LogLevel = None,
     log_format: LogFormat = "text",
     metrics_port: MetricsPort = None,
@@ -168,7 +153,7 @@ def serve(
             name, front = stack.enter_context(replicated(found, how, runtime, serving, replicas, forbid_core_dumps, insecure_ray_cluster))
             application: Application = front
             app = front.application(api_keys)
-            stack.enter_context(published_of("serve", front.samples, metrics_host, metrics_port, lambda: None))
+            stack.enter_context(published_of("serve", front.samples, metrics_host, metrics_port))
         else:
             from cloven.serving.endpoint import Endpoint  # takes seconds: what is wrong has been said before
 
@@ -176,7 +161,7 @@ def serve(
             stack.callback(served.close)  # however this ends: its threads must not meet the end of the interpreter
             name, made = served.name, Endpoint(served, serving)
             application, app = made, made.application(api_keys)
-            stack.enter_context(published_of("serve", made.samples, metrics_host, metrics_port, lambda: None))
+            stack.enter_context(published_of("serve", made.samples, metrics_host, metrics_port))
         url = f"{serving.url}:{listener.getsockname()[1]}"
 
         def ready() -> None:

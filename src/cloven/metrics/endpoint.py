@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from cloven.errors import BadInput, RunError
+from cloven.local_host import LOCAL_HOSTS, named
 from cloven.metrics.catalog import Source
 from cloven.metrics.collector import registry_of
 from cloven.telemetry import logger
@@ -29,7 +30,6 @@ MOST_OPEN = 8
 SECONDS = 5.0  # for a request to come, and for its answer to go
 _SPACING_SECONDS = 0.05
 _PATH = "/metrics"
-LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 class MetricsEndpoint:
@@ -156,9 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _by_its_name(self) -> bool:
         """Where only this machine can connect, a web page in its browser could, by a name of its own."""
         host = self.headers.get("Host")
-        if host is None or self.server.server_address[0] not in LOCAL:
-            return True
-        return (host if host.endswith("]") else host.rpartition(":")[0] or host).lower().strip("[]") in LOCAL
+        return host is None or self.server.server_address[0] not in LOCAL_HOSTS or named(host) in LOCAL_HOSTS
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The code's own words: what a stranger sent is not said again."""

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cloven.local_host import named
 from cloven.serving.api_error import ApiError
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.body import parsed
@@ -77,9 +78,7 @@ class Gate:
 
     def _admit(self, scope: Scope) -> None:
         given: dict[bytes, bytes] = dict(scope["headers"])
-        host = given.get(b"host", b"").decode("latin-1").lower()
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if self._hosts is not None and name not in self._hosts:
+        if self._hosts is not None and named(given.get(b"host", b"").decode("latin-1")) not in self._hosts:
             raise ApiError(421, "this server is not reached by that name", "unknown_host")
         if self._keys is not None and scope["path"] not in self._open:
             self._keys.require(given.get(b"authorization", b""))

@@ -133,6 +133,8 @@ class Generation(BaseGenerateManager):  # type: ignore[misc]
         self.cancel()
 
     def _start(self, tokenizer: Any, inputs: Any, config: Any, pieces: asyncio.Queue[Any] | None, parser: Any) -> Text:
+        if self._refused is not None:
+            raise self._refused  # meanwhile its prompt was made
         length = inputs["input_ids"].shape[-1]
         config.max_new_tokens = self.order.tokens(length, context_of(self._served.model))
         ends = end_tokens(config.eos_token_id)

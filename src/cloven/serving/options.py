@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloven.errors import BadInput
+from cloven.local_host import LOCAL_HOSTS
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _MOST_BODY = 64 * 2**20
 
 

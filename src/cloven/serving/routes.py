@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from cloven.local_host import LOCAL_HOSTS
 from cloven.serving.api_error import ApiError, log_failure, of_exception
 from cloven.serving.api_keys import ApiKeys
 from cloven.serving.gate import Gate, refusal
-from cloven.serving.options import LOCAL_HOSTS, ServeOptions
+from cloven.serving.options import ServeOptions
 
 
 def behind_gate(
@@ -27,7 +28,7 @@ def behind_gate(
     answered: Callable[[int], None] = lambda status: None,
 ) -> ASGIApp:
     """The application, asked only by those who may; `more_open` and `answered` as of `Gate`."""
-    hosts = frozenset((*LOCAL_HOSTS, "[::1]")) if options.local else None
+    hosts = frozenset(LOCAL_HOSTS) if options.local else None
     return Gate(app, keys, hosts, options.max_body, more_open, answered)
 
 

@@ -29,6 +29,7 @@ from cloven.serving.options import ServeOptions
 from cloven.serving.order import Order, chat_order, completion_order
 from cloven.serving.replicas.fleet import Fleet, Replica
 from cloven.serving.replicas.sticky import HEADER, Sessions
+from cloven.serving.replicas.totals import FRONTS
 from cloven.serving.routes import REFUSALS, answered, behind_gate, model_routes
 
 _EVENTS = "text/event-stream"
@@ -63,7 +64,7 @@ class Front:
 
     def samples(self) -> Iterator[Sample]:
         """Numbers for Prometheus: the front's own, and those of its replicas, added up."""
-        yield from (one for one in self._counts.samples() if one.name in ("cloven_answers_total", "cloven_waiting_requests"))
+        yield from (one for one in self._counts.samples() if one.name in FRONTS)
         yield Sample("cloven_replicas", float(self.fleet.wanted))
         yield Sample("cloven_replicas_live", float(sum(replica.answers for replica in list(self.fleet.live))))
         yield from self.fleet.totals.samples()

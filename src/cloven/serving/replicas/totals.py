@@ -8,14 +8,14 @@ from typing import Any
 
 from cloven.metrics.catalog import BY_NAME, Sample
 
-_FRONTS = ("cloven_answers_total", "cloven_waiting_requests")  # the front counts these itself
+FRONTS = ("cloven_answers_total", "cloven_waiting_requests")  # the front counts these itself
 _LEAST = ("cloven_session_open", "cloven_session_pads_ready", "cloven_session_pads_stored")  # of all replicas
 _Key = tuple[str, tuple[str, ...]]
 
 
 def told_of(samples: Iterable[Sample]) -> list[list[Any]]:
     """A replica's samples as JSON, for the front."""
-    return [[sample.name, sample.value, list(sample.labels)] for sample in samples if sample.name not in _FRONTS]
+    return [[sample.name, sample.value, list(sample.labels)] for sample in samples if sample.name not in FRONTS]
 
 
 class Totals:
