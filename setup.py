@@ -6,7 +6,7 @@ setup(
     ext_modules=[
         Extension(
             "cloven.field.native._kernels",
-            [f"src/cloven/field/native/{name}.cpp" for name in ("product", "hadamard", "rows", "exchange")],
+            [f"src/cloven/field/native/{name}.cpp" for name in ("product", "hadamard", "rows", "exchange", "query")],
             depends=[f"src/cloven/field/native/{name}.hpp" for name in ("amx", "pool", "shared_pool")],
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],

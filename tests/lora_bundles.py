@@ -125,6 +125,8 @@ class RecordingServer(AdapterServer):
         self.sent: list[list[bytes]] = []
         self.peers: list[str] = []
         super().__init__(*args, **options)
+        for adapter in self.adapters.values():
+            adapter.lane_answers = None  # C++ keeps nothing
 
     def answer(self, frames: list[Any], peer: str) -> list[Any]:
         """See `Server.answer`."""

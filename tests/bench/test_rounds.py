@@ -26,7 +26,8 @@ def test_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     for (text, drafts), figures in found.items():
         assert figures.tokens_identical and figures.new_tokens == 6 and set(figures.tokens_per_s) == {"0", "10"}
         if drafts == "plain":
-            assert figures.exchanges_per_token == 21 and figures.rows_per_token == pytest.approx(5 / 6)
+            assert 21 <= figures.exchanges_per_token < 21.5  # one message more, after a prompt of more rows than have no header here
+            assert figures.rows_per_token == pytest.approx(5 / 6)
         else:
             assert figures.exchanges_per_token <= 21 and figures.rows_per_token >= found[text, "plain"].rows_per_token
         at_most = 1 / (figures.exchanges_per_token * 0.01)

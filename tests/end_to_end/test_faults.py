@@ -47,6 +47,7 @@ from tests.split_models import (
 
 IDS = random_ids(97, 1, 5)
 PROMPT = "ROMEO:"
+BUSY = 6.0  # seconds that a busy machine may add
 
 
 @pytest.fixture
@@ -57,11 +58,11 @@ def folder() -> Iterator[Path]:
 
 
 def within(seconds: float, act: Callable[[], object], kind: type[ClovenError], match: str) -> None:
-    """The error comes, and in time: the timeout and a second for a busy machine."""
+    """The error comes, and in time: the timeout, and some seconds for a busy machine."""
     started = time.monotonic()
     with pytest.raises(kind, match=match):
         act()
-    assert time.monotonic() - started < seconds + 1.5
+    assert time.monotonic() - started < seconds + BUSY
 
 
 def wait_until_under_way(session: cloven.Session, generation: threading.Thread) -> None:
@@ -119,7 +120,7 @@ def test_sigkill_in_the_middle_of_a_generation(folder: Path) -> None:
         first.kill()
         killed = time.monotonic()
         thread.join(20)
-        assert time.monotonic() - killed < 2 + 1.5
+        assert time.monotonic() - killed < 2 + BUSY
         assert len(caught) == 1 and isinstance(caught[0], WorkerUnreachable), caught
         assert (address in str(caught[0]) and "model.layers" in str(caught[0])) or "lm_head" in str(caught[0])
         assert not session.closed

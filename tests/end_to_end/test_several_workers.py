@@ -328,7 +328,7 @@ def test_there_and_back_and_nowhere(farm: Farm, impatient: None) -> None:
         started = time.monotonic()
         with pytest.raises(WorkerUnreachable, match=r"model\.layers\.0.*no worker at ipc.*no replica of it answers either") as caught:
             greedy(model, PROMPT, TOKENS)
-        assert time.monotonic() - started < 4 and "tensor" not in str(caught.value) + repr(session)
+        assert time.monotonic() - started < 10 and "tensor" not in str(caught.value) + repr(session)
         assert not session.closed
         for one in (b, a):
             one.start()
@@ -369,7 +369,7 @@ def test_a_replica_that_is_absent_at_the_start(farm: Farm, impatient: None) -> N
         started = time.monotonic()
         with pytest.raises(WorkerUnreachable):
             cloven.attach(model, [a.address, b.address])
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 10
 
 
 def test_two_threads_of_one_session(farm: Farm, impatient: None) -> None:
@@ -541,13 +541,13 @@ def test_a_worker_of_another_version(
 ) -> None:
     bundle, address = demo_bundle(), f"ipc://{socket_folder}/old"
     model = load(bundle.trusted)
-    says = r"speaks another wire version \(this side speaks wire version 4 only\): install the same cloven on both sides"
+    says = r"speaks another wire version \(this side speaks wire version 5 only\): install the same cloven on both sides"
     with FakeWorker(context, address, of_version(version)) as old, farm.workers(bundle.exposed, WHOLE) as (a,):
         for addresses in ([address], [address, a.address]):
             started = time.monotonic()
             with pytest.raises(WorkerRefused, match=says) as caught:
                 cloven.attach(model, addresses)
-            assert time.monotonic() - started < 3 and caught.value.exit_code == 1
+            assert time.monotonic() - started < 10 and caught.value.exit_code == 1
         with several(model, [a.address, address]):
             a.kill()
             with pytest.raises(WorkerRefused, match=says):

@@ -191,7 +191,7 @@ def test_ranges(name: str, change: dict[str, Any]) -> None:
 
 
 def test_the_workers_messages_are_unknown_here() -> None:
-    refusal(msgpack.packb({"v": 4, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 1}), b"x")
+    refusal(msgpack.packb({"v": 5, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 1}), b"x")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())

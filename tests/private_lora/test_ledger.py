@@ -136,6 +136,55 @@ def test_a_ledger_that_was_not_closed_counts_too_much_never_too_little(path: Pat
     ledger._database.close()
 
 
+# --- lending
+
+
+def test_what_is_lent_is_charged_and_comes_back(path: Path) -> None:
+    with opened(path) as ledger:
+        left = {"g": 0}
+        with ledger.lending(lambda: [("g", "c", left.pop("g", 0))]):
+            left["g"] = ledger.lend("g", "c", 3)
+            assert left["g"] == BLOCK and ledger.accounts() == [Account("g", "c", BLOCK)]
+            left["g"] -= 3  # answered
+        ledger.charge("g", "c", BLOCK - 3)  # from memory
+        assert ledger.accounts() == [Account("g", "c", BLOCK)]
+    assert charged(path) == {("g", "c"): BLOCK}
+
+
+def test_others_get_what_is_lent_and_not_needed(path: Path) -> None:
+    with opened(path) as ledger:
+        ledger.set_budget(BLOCK, BLOCK)
+        left = [0]
+
+        def recall() -> list[tuple[str, str, int]]:
+            rows, left[0] = left[0], 0
+            return [("g", "one", rows)]
+
+        with ledger.lending(recall):
+            left[0] = ledger.lend("g", "one", 1) - 1
+            ledger.charge("g", "two", BLOCK - 1)
+            assert left == [0]
+            with pytest.raises(BudgetExhausted):
+                ledger.lend("g", "one", 1)
+    assert charged(path) == {("g", "one"): 1, ("g", "two"): BLOCK - 1}
+
+
+def test_a_ledger_that_closes_takes_back_what_is_lent(path: Path) -> None:
+    ledger = Ledger(path, ADAPTER)
+    left = [0]
+
+    def recall() -> list[tuple[str, str, int]]:
+        rows, left[0] = left[0], 0
+        return [("g", "c", rows)]
+
+    with ledger.lending(recall):
+        left[0] = ledger.lend("g", "c", 5) - 5
+        ledger.close()
+        with pytest.raises(LedgerUnusable, match="closed"):
+            ledger.lend("g", "c", 1)
+    assert charged(path) == {("g", "c"): 5}
+
+
 STEPS = st.lists(
     st.tuples(
         st.integers(0, 2),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cloven.field.residues import H
 from cloven.private_lora.messages import ADAPTER, Answer, Encrypted, EncryptedAnswer, Query, rounded, unrounded
-from cloven.wire.schema import ERROR_CODES, AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Welcome
+from cloven.wire.schema import ERROR_CODES, AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Serve, Serving, Welcome
 from tests.helpers import random_residues
 
 BUNDLE = bytes(range(16))
@@ -26,6 +26,8 @@ MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.builds(Answer, NUMBER, ROWS),
     st.builds(Encrypted, NUMBER, BUNDLES, NUMBER),
     st.builds(EncryptedAnswer, NUMBER),
+    st.builds(Serve, NUMBER, BUNDLES),
+    st.builds(Serving, NUMBER, NUMBER),
     st.builds(ErrorAnswer, NUMBER, st.sampled_from(ERROR_CODES), st.text(max_size=20)),
 )
 EXAMPLES: dict[str, Any] = {
@@ -36,6 +38,8 @@ EXAMPLES: dict[str, Any] = {
     "encrypted": Encrypted(5, BUNDLE, 3),
     "encrypted_answer": EncryptedAnswer(5),
     "error": ErrorAnswer(9, "budget", "the budget of answers is used up"),
+    "serve": Serve(6, BUNDLE),
+    "serving": Serving(6, 16),
     "lane": AskLane(5, BUNDLE),
     "laned": Laned(5, "cloven-" + "0f" * 16),
 }
@@ -67,7 +71,7 @@ def test_every_type_has_a_vector() -> None:
 
 @pytest.mark.parametrize("change", [{"rows": 0}, {"rows": -1}, {"group": -1}, {"rows": 2**63}, {"rows": 1.0}, {"group": True}, {"x": 1}])
 def test_malformed_queries(change: dict[str, Any]) -> None:
-    fields = {"v": 4, "type": "query", "id": 5, "bundle": BUNDLE, "group": 0, "rows": 1, **change}
+    fields = {"v": 5, "type": "query", "id": 5, "bundle": BUNDLE, "group": 0, "rows": 1, **change}
     with pytest.raises(MalformedMessage) as caught:
         ADAPTER.unpack([msgpack.packb(fields), b"x"])
     assert caught.value.request == 5

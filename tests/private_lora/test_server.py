@@ -156,7 +156,7 @@ def test_refusals_are_answers_cost_nothing_and_the_server_lives(served: tuple[An
 
 def test_no_rows(served: tuple[Any, Peer]) -> None:
     _, peer = served
-    fields = {"v": 4, "type": "query", "id": 9, "bundle": peer.bundle, "group": 0, "rows": 0}
+    fields = {"v": 5, "type": "query", "id": 9, "bundle": peer.bundle, "group": 0, "rows": 0}
     error(peer, "malformed", msgpack.packb(fields), b"", id=9)
     assert peer.alive()
 

@@ -35,7 +35,7 @@ from cloven.private_lora.names import CLIENT_FILE, hint_name
 from cloven.private_lora.query import CheckFailed
 from cloven.private_lora.session import client_tensors
 from cloven.wire.keys import generate_client, generate_keys, worker_keys
-from cloven.wire.schema import Hello
+from cloven.wire.schema import Hello, Serve
 from tests.helpers import free_port
 from tests.lora_bundles import (
     FAMILIES,
@@ -151,8 +151,8 @@ def test_two_threads(llama: Adapted) -> None:
 def test_one_query_per_group_and_its_rows(llama: Adapted) -> None:
     logits(llama.model, ids_of(2, 5))
     messages = [ADAPTER.unpack(list(frames))[0] for frames in llama.server.received]
-    assert isinstance(messages[0], Hello)
-    assert [(message.group, message.rows) for message in messages[1:]] == [(group, 10) for group in range(8)]
+    assert isinstance(messages[0], Hello) and isinstance(messages[1], Serve)
+    assert [(message.group, message.rows) for message in messages[2:]] == [(group, 10) for group in range(8)]
     statistics = llama.session.statistics()
     assert list(statistics) == [group.name for group in client_manifest(llama.out).groups]
     assert all(record.rows == 10 and record.exchanges == 1 for record in statistics.values())

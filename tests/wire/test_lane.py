@@ -217,7 +217,7 @@ def test_generations_never_come_again(ends: tuple[Lane, Lane]) -> None:
 def test_a_forked_process_has_no_lane(ends: tuple[Lane, Lane], monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = ends
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    for attempt in (lambda: client.send([b"h"]), lambda: server.receive(0), lambda: client.raw(0, 0, 0, 0, 0, again=False)):
+    for attempt in (lambda: client.send([b"h"]), lambda: server.receive(0), lambda: client.raw(0, 0, 0, 0, 0, 0, again=False)):
         with pytest.raises(LaneGone, match="forked"):
             attempt()
     client.close()  # of the child's copy: the parent's stays

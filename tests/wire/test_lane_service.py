@@ -199,13 +199,13 @@ def test_no_answer_in_time(address: str) -> None:
     thread = threading.Thread(target=server.serve)
     thread.start()
     channel = channel_to(address, timeout=0.5)
-    server.wait = 1.5
+    server.wait = 4.0
     started = time.monotonic()
     with pytest.raises(WorkerTimeout, match=r"within 0\.5 s"):
         told(channel)
-    assert time.monotonic() - started < 1.2
+    assert time.monotonic() - started < 3.5  # not by the answer that came at last
     server.wait = 0.0
-    time.sleep(1.2)
+    time.sleep(4.0)
     assert told(channel) == b"sky"  # the late answer found nobody
     assert channel.lane_generation > 0  # a new one
     channel.close()

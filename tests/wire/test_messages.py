@@ -51,7 +51,7 @@ def frames_of(message: Message) -> list[bytes]:
 
 def header(**changes: object) -> bytes:
     """A hello with fields changed; a value of `...` removes one."""
-    fields: dict[str, object] = {"v": 4, "type": "hello", "id": 5, "bundle": BUNDLE, **changes}
+    fields: dict[str, object] = {"v": 5, "type": "hello", "id": 5, "bundle": BUNDLE, **changes}
     return bytes(msgpack.packb({key: value for key, value in fields.items() if value is not ...}))
 
 
@@ -79,7 +79,7 @@ def test_the_longest_text_fits_in_a_header() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_vectors(name: str) -> None:
-    # the bytes of wire version 4: a change here is a change of version
+    # the bytes of wire version 5: a change here is a change of version
     assert pack(EXAMPLES[name]).hex() == VECTORS[name]
     assert unpack([bytes.fromhex(VECTORS[name]), *frames_of(EXAMPLES[name])[1:]])[0] == EXAMPLES[name]
 
@@ -177,11 +177,11 @@ def test_schema(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {"v": 4, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 0},
-        {"v": 4, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": -1, "rows": 1},
-        {"v": 4, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 2**63},
-        {"v": 4, "type": "product", "id": 1, "rows": 0},
-        {"v": 4, "type": "product", "id": 1, "rows": True},
+        {"v": 5, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 0},
+        {"v": 5, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": -1, "rows": 1},
+        {"v": 5, "type": "multiply", "id": 1, "bundle": BUNDLE, "group": 0, "rows": 2**63},
+        {"v": 5, "type": "product", "id": 1, "rows": 0},
+        {"v": 5, "type": "product", "id": 1, "rows": True},
     ],
 )
 def test_schema_of_messages_with_a_payload(content: dict[str, object]) -> None:
@@ -190,11 +190,11 @@ def test_schema_of_messages_with_a_payload(content: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("code", ["", "fatal", 3, None])
 def test_unknown_error_code(code: object) -> None:
-    refusal(msgpack.packb({"v": 4, "type": "error", "id": 1, "code": code, "text": ""}))
+    refusal(msgpack.packb({"v": 5, "type": "error", "id": 1, "code": code, "text": ""}))
 
 
 def test_long_error_text() -> None:
-    refusal(msgpack.packb({"v": 4, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
+    refusal(msgpack.packb({"v": 5, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
 
 
 def test_payload_where_there_is_none_and_the_reverse() -> None:

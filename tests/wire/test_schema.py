@@ -61,7 +61,7 @@ def test_the_common_messages_are_the_same_everywhere(schema: Schema, message: An
 
 def test_values_of_a_schemes_own_fields() -> None:
     for value in ("green", "", None, 3, "RED"):
-        error = refusal(COLOURS, msgpack.packb({"v": 4, "type": "ask", "id": 7, "colour": value}))
+        error = refusal(COLOURS, msgpack.packb({"v": 5, "type": "ask", "id": 7, "colour": value}))
         assert (error.code, error.request) == ("malformed", 7)
 
 
@@ -72,13 +72,13 @@ def test_common_fields_are_checked_whatever_the_scheme_says() -> None:
         {"type": "hello", "id": 1, "bundle": b""},
         {"type": "hello", "id": True, "bundle": BUNDLE},
     ):
-        assert refusal(lax, msgpack.packb({"v": 4, **fields})).code == "malformed"
-    assert lax.unpack([msgpack.packb({"v": 4, "type": "ask", "id": 1, "colour": [1, {}]})])[0] == Ask(1, [1, {}])  # type: ignore[arg-type]
+        assert refusal(lax, msgpack.packb({"v": 5, **fields})).code == "malformed"
+    assert lax.unpack([msgpack.packb({"v": 5, "type": "ask", "id": 1, "colour": [1, {}]})])[0] == Ask(1, [1, {}])  # type: ignore[arg-type]
 
 
 def test_messages_of_another_schema_are_unknown() -> None:
     refusal(WORKER, COLOURS.pack(Ask(1, "red")))
-    refusal(COLOURS, msgpack.packb({"v": 4, "type": "closed", "id": 1}))
+    refusal(COLOURS, msgpack.packb({"v": 5, "type": "closed", "id": 1}))
     with pytest.raises(KeyError):
         WORKER.pack(Ask(1, "red"))
 
@@ -92,7 +92,7 @@ def test_size_of_the_header() -> None:
     longest = ErrorAnswer(2**63 - 1, "malformed", "\U0001f512" * MAX_TEXT)
     assert len(COLOURS.pack(longest)) <= MAX_HEADER_BYTES
     refusal(COLOURS, bytes(MAX_HEADER_BYTES + 1))
-    refusal(COLOURS, msgpack.packb({"v": 4, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
+    refusal(COLOURS, msgpack.packb({"v": 5, "type": "error", "id": 1, "code": "size", "text": "x" * (MAX_TEXT + 1)}))
 
 
 @pytest.mark.parametrize("buffer", [bytes, bytearray, memoryview])
@@ -101,10 +101,10 @@ def test_any_buffer(buffer: Any) -> None:
 
 
 def test_the_request_is_named_where_it_can_be() -> None:
-    assert refusal(COLOURS, msgpack.packb({"v": 4, "type": "ask", "id": 9})).request == 9
+    assert refusal(COLOURS, msgpack.packb({"v": 5, "type": "ask", "id": 9})).request == 9
     assert refusal(COLOURS, msgpack.packb({"v": VERSION, "type": "what", "id": 9})).request == 9
     for unusable in (True, -1, 2**63, "9", None):
-        assert refusal(COLOURS, msgpack.packb({"v": 4, "type": "what", "id": unusable})).request == 0
+        assert refusal(COLOURS, msgpack.packb({"v": 5, "type": "what", "id": unusable})).request == 0
 
 
 @given(st.integers() | st.booleans() | st.floats() | st.none(), st.integers(0, 1))
@@ -157,4 +157,4 @@ def test_any_text_for_holds(text: str) -> None:
 @pytest.mark.parametrize("version", [1, 2, 0, -3, 3.0, True, "3", None])
 def test_exactly_this_version(version: object) -> None:
     error = refusal(COLOURS, msgpack.packb({"v": version, "type": "hello", "id": 7, "bundle": BUNDLE}))
-    assert (error.code, error.request) == ("version", 7) and str(error) == "this side speaks wire version 4 only"
+    assert (error.code, error.request) == ("version", 7) and str(error) == "this side speaks wire version 5 only"

@@ -50,7 +50,7 @@ void expect(bool right, const char* what) {
 int main() {
   for (int i = 0; i < kN * kK; ++i) weights[i] = static_cast<std::int8_t>(i - 7);
   const Matrix matrices[2] = {{weights, kN, kK, kK}, {nullptr, 0, 0, 0}};
-  const Serving serving{matrices, 2, product, 0};
+  const Serving serving{matrices, 2, product, 0, nullptr, 0};
   int checked = 0;
   {  // many right ones, then silence
     void* base = memory();
@@ -97,6 +97,64 @@ int main() {
     for (const std::uint32_t payload : {0u, 1u, 8u, 0xffffffffu, static_cast<std::uint32_t>(cloven::kCapacity) + 2}) {
       cloven::side_of(base, 0)->payload = payload;
       expect(cloven_serve(&serving, base, &state, 1'000'000, 1) == kSomethingElse, "an impossible length");
+      ++checked;
+    }
+    std::free(base);
+  }
+  for (const int bits : {8, 11, 16}) {  // metered: no more rows than there is credit for, which another thread adds and takes back
+    void* base = memory();
+    State state{};
+    i64 credit[2] = {0, 0};
+    const Serving metered{matrices, 2, product, 0, credit, bits};
+    std::atomic<bool> over{false};
+    i64 granted = 0, taken_back = 0;
+    std::thread meddler([&] {
+      while (!over.load()) {
+        cloven_credit_add(credit, 3);
+        granted += 3;
+        std::this_thread::yield();
+        taken_back += cloven_credit_take(credit);
+      }
+    });
+    std::thread server([&] {
+      while (!over.load())
+        if (cloven_serve(&metered, base, &state, 1'000'000, 1) == kNoCredit) expect(state.group == 0 && state.asked == 2, "another request");
+    });
+    for (std::uint32_t number = 1; number <= 100; ++number) {
+      std::int32_t rows[2 * kK], z[2 * kN];
+      for (int i = 0; i < 2 * kK; ++i) rows[i] = static_cast<std::int32_t>(number << 20) * (i % 3 - 1);
+      request(base, number, 0, 2, rows, sizeof rows);
+      Side* other = cloven::side_of(base, 1);
+      while (!cloven::wait(&other->number, number - 1, 1'000'000'000)) {
+      }
+      expect(other->payload == 2 * kN * (bits == 8 ? 1 : 2) + 1, "a metered answer of another size");
+      product(rows, 2, kK, weights, kN, kK, z, 1, 0);
+      for (int i = 0; i < 2 * kN; ++i) {
+        std::int16_t number16 = 0;
+        std::memcpy(&number16, cloven::payload_of(base, 1) + 2 * i, bits == 8 ? 0 : 2);
+        const int found = bits == 8 ? static_cast<std::int8_t>(cloven::payload_of(base, 1)[i]) : number16;
+        expect(found == static_cast<int>(bits == 8 ? static_cast<std::int8_t>(z[i] >> 23) : static_cast<std::int16_t>(z[i] >> (31 - bits))),
+               "a metered answer is wrong");
+      }
+      ++checked;
+    }
+    over = true;
+    server.join();
+    meddler.join();
+    expect(granted - taken_back - credit[0] == state.rows && state.rows == 200, "rows were answered that nobody granted");
+    std::free(base);
+  }
+  {  // without credit, and what is no residue: nothing is answered, and nothing is taken
+    void* base = memory();
+    State state{};
+    i64 credit[2] = {1, 0};
+    const Serving metered{matrices, 2, product, 0, credit, 16};
+    request(base, 1, 0, 2, c, sizeof c);
+    expect(cloven_serve(&metered, base, &state, 1'000'000, 1) == kNoCredit && credit[0] == 1 && state.answered == 0, "answered for nothing");
+    for (const std::int32_t entry : {kH + 1, -kH - 1}) {
+      std::int32_t wrong_entry[kK] = {0, 0, 0, 0, entry};
+      request(base, 1, 0, 1, wrong_entry, sizeof wrong_entry);
+      expect(cloven_serve(&metered, base, &state, 1'000'000, 1) == kSomethingElse && credit[0] == 1, "no residue was taken");
       ++checked;
     }
     std::free(base);

@@ -144,7 +144,7 @@ def test_refusals_say_to_whom_and_why(bundle: Bundle, worker: Worker, raw: Raw) 
         ([pack(Welcome(6, bundle.id, 2))], 6, "malformed"),
         ([pack(Product(6, 2)), c], 6, "malformed"),
         ([pack(ErrorAnswer(6, "size", ""))], 6, "malformed"),
-        ([pack(Hello(4, bundle.id)).replace(b"\xa1v\x04", b"\xa1v\x01")], 4, "version"),
+        ([pack(Hello(4, bundle.id)).replace(b"\xa1v\x05", b"\xa1v\x01")], 4, "version"),
     ]
     for frames, request, code in cases:
         error = raw.error(*frames)

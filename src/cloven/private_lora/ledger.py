@@ -4,7 +4,8 @@ Whoever may use a linear map may learn it: Q answers of b bits reveal at most QÂ
 
     unit      one row of a query for one matrix; a query for a group of matrices is charged to all of them
     charge    rows are reserved in blocks of 256 in one SQLite transaction (synchronous, before the answer is computed); a process hands
-              its reserved rows out from memory, and gives back what is left of them at its end, or when other clients need it
+              its reserved rows out from memory, lends them to its lanes (`lane_answers`), and gives back what is left of them at its
+              end, or when other clients need it
     rotation  the secret key of the adapter's rotations, here because it must be the same for every bundle of the adapter
     witness   a small file outside the ledger's folder with the ledger's number and generation, which grows with every charge: a ledger
               that is missing, older than the witness (restored from a backup), or another adapter's is refused
@@ -20,7 +21,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from cloven.telemetry import logger
 
 FORMAT = 1
 BLOCK = 256
+Recall = Callable[[], Iterable[tuple[str, str, int]]]  # of rows that were lent and not answered: (group, client, how many)
 _WAIT_SECONDS = 5.0
 _SCHEMA = """
 CREATE TABLE ledger (format INTEGER, adapter TEXT, number TEXT, generation INTEGER, budget INTEGER, share INTEGER, rotation BLOB);
@@ -129,6 +131,7 @@ class Ledger:
     def __init__(self, path: Path, adapter: str) -> None:
         self._path, self.adapter = path, adapter
         self._reserved: dict[tuple[str, str], int] = {}
+        self._recalls: list[Recall] = []
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
@@ -216,16 +219,45 @@ class Ledger:
             LedgerUnusable: it may have been charged, but nothing may be answered.
         """
         with self._lock:
-            self._require_mine()
-            missing = rows - self._reserved.get((group, client), 0)
-            if missing > 0:
-                try:
-                    granted = self._reserve(group, client, missing)
-                except BudgetExhausted:  # other clients of this process may hold rows that they do not need
-                    self._give_back()
-                    granted, missing = self._reserve(group, client, rows), rows
-                self._reserved[group, client] = rows - missing + granted
-            self._reserved[group, client] -= rows
+            self._charge(group, client, rows)
+
+    @contextlib.contextmanager
+    def lending(self, recall: Recall) -> Iterator[None]:
+        """While rows are lent: `recall` takes back what is not answered of them, when others need it, and at the end."""
+        with self._lock:
+            self._recalls.append(recall)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._recalls.remove(recall)
+                self._take_back(recall)
+
+    def lend(self, group: str, client: str, rows: int) -> int:
+        """Account for rows, and with them all that are reserved for this client: how many those are. See `lending`.
+
+        Raises:
+            BudgetExhausted, LedgerUnusable: as of `charge`.
+        """
+        with self._lock:
+            self._charge(group, client, rows)
+            return rows + self._reserved.pop((group, client), 0)
+
+    def _charge(self, group: str, client: str, rows: int) -> None:
+        self._require_mine()
+        missing = rows - self._reserved.get((group, client), 0)
+        if missing > 0:
+            try:
+                granted = self._reserve(group, client, missing)
+            except BudgetExhausted:  # other clients of this process may hold rows that they do not need
+                self._give_back()
+                granted, missing = self._reserve(group, client, rows), rows
+            self._reserved[group, client] = rows - missing + granted
+        self._reserved[group, client] -= rows
+
+    def _take_back(self, recall: Recall) -> None:
+        for group, client, rows in recall():
+            self._reserved[group, client] = self._reserved.get((group, client), 0) + rows
 
     def _reserve(self, group: str, client: str, missing: int) -> int:
         wanted = -(-missing // BLOCK) * BLOCK
@@ -310,7 +342,9 @@ class Ledger:
             raise LedgerUnusable(f"{self._path}: this process was forked from the one that opened the ledger: open it anew")
 
     def _give_back(self) -> None:
-        """Undo the charge of rows that are reserved and not answered."""
+        """Undo the charge of rows that are reserved or lent, and not answered."""
+        for recall in self._recalls:
+            self._take_back(recall)
         unused = [(rows, matrix, client) for (group, client), rows in self._reserved.items() if rows for matrix in group.split("+")]
         self._reserved.clear()  # before the transaction: what fails stays charged
         if unused:

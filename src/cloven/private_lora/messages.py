@@ -5,7 +5,7 @@
 
 c is [rows, D], int32 centred residues: LWE samples. q is [rows, N]: z = W' c mod p, of every residue the highest b of 31 bits,
 ⌊z / 2^(31−b)⌋: int8 for b = 8, else int16. Little-endian, row-major. Every request is complete in itself.
-`encrypted` is one row for the fhe backend, with the client's public key.
+`encrypted` is one row for the fhe backend, with the client's public key. Queries over a lane have no headers, see `cloven.wire.schema`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cloven.field.residues import H
-from cloven.wire.schema import MalformedMessage, Schema, valid_count
+from cloven.wire.schema import SERVES, MalformedMessage, Schema, valid_count
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,22 @@ def _valid(name: str, value: object) -> bool:
 
 
 ADAPTER = Schema(
-    {"query": Query, "answer": Answer, "encrypted": Encrypted, "encrypted_answer": EncryptedAnswer},
+    {"query": Query, "answer": Answer, "encrypted": Encrypted, "encrypted_answer": EncryptedAnswer, **SERVES},
     (Query, Answer, Encrypted, EncryptedAnswer),
     _valid,
 )
 
 
+OUT_OF_RANGE = "an answer with numbers out of range"
+
+
 def _dtype(bits: int) -> str:
     return "i1" if bits == 8 else "<i2"
+
+
+def answer_bytes(rows: int, width: int, bits: int) -> int:
+    """The size of an answer's payload."""
+    return np.dtype(_dtype(bits)).itemsize * rows * width
 
 
 def rounded(z: Tensor, bits: int) -> memoryview:
@@ -82,12 +90,12 @@ def unrounded(frame: memoryview, rows: int, width: int, bits: int) -> Tensor:
     Raises:
         MalformedMessage: wrong size, or numbers of more than `bits` bits.
     """
-    item = np.dtype(_dtype(bits)).itemsize
-    if frame.nbytes != item * rows * width:
-        raise MalformedMessage("size", f"an answer of {frame.nbytes} bytes, expected {item * rows * width}")
+    expected = answer_bytes(rows, width, bits)
+    if frame.nbytes != expected:
+        raise MalformedMessage("size", f"an answer of {frame.nbytes} bytes, expected {expected}")
     q = np.frombuffer(frame, _dtype(bits)).reshape(rows, width).astype(np.int32)
     half = 2 ** (bits - 1)
     if q.size and (q.min() < -half or q.max() >= half):
-        raise MalformedMessage("size", "an answer with numbers out of range")
+        raise MalformedMessage("size", OUT_OF_RANGE)
     middle = (q << (31 - bits)) + (1 << (30 - bits))
     return torch.from_numpy(np.clip(middle, -H, H))

@@ -22,13 +22,17 @@ import torch
 from torch import Tensor
 
 from cloven.errors import RunError
-from cloven.field.codec import RowBounds, decode, encode
-from cloven.masks.waiting import MaskSource
+from cloven.field.codec import RowBounds, decode, encode, scale_of
+from cloven.field.native import query as native
+from cloven.field.native.library import kernels_in_use
+from cloven.masks.waiting import MaskSource, Pads
 from cloven.private_lora.fhe import FheClient
-from cloven.private_lora.messages import Answer, Encrypted, EncryptedAnswer, Query, unrounded
+from cloven.private_lora.messages import OUT_OF_RANGE, Answer, Encrypted, EncryptedAnswer, Query, answer_bytes, unrounded
 from cloven.wire.channel import Channel
 from cloven.wire.limits import rows_per_exchange
-from cloven.wire.messages import residue_frame
+from cloven.wire.schema import MalformedMessage
+
+_FAILED = "a check of the client failed: the session has ended"
 
 
 class CheckFailed(RunError):
@@ -77,7 +81,42 @@ def checked_encoding(x: Tensor, bounds: RowBounds, noise: float) -> tuple[Tensor
     try:
         return encode(x, bounds, noise)
     except RunError as error:
-        raise CheckFailed("a check of the client failed: the session has ended") from error
+        raise CheckFailed(_FAILED) from error
+
+
+def masked_query(x: Tensor, pad: int, bounds: RowBounds, noise: float, pads: Pads) -> tuple[Tensor, Tensor]:
+    """Steps 1 and 2: rows x float64 [M, K] -> c, residues int32 [M, pad + K], and α float64 [M, 1]: in C++ where it was compiled.
+
+    A row of zeros is asked like any other, and its answer is noise: its α is ∞.
+
+    Raises:
+        CheckFailed: generic.
+    """
+    kernels = kernels_in_use()
+    if kernels is None:
+        x_int, alpha = checked_encoding(x, bounds, noise)
+        alpha[~x_int.any(1)] = torch.inf
+        return pads.mask(torch.nn.functional.pad(x_int, (pad, 0))), alpha
+    mask = pads.masks(torch.Size((x.shape[0], pad + x.shape[1])))
+    asked = native.query(kernels, x, pad, scale_of(bounds, noise), mask)
+    if asked is None:
+        raise CheckFailed(_FAILED)
+    return asked
+
+
+def decoded_answer(q: memoryview, rows: int, width: int, bits: int, pads: Pads, alpha: Tensor) -> Tensor:
+    """Steps 4 and 5: the payload of an answer -> y float64 [rows, width]: in C++ where it was compiled.
+
+    Raises:
+        MalformedMessage: wrong size, or numbers of more than `bits` bits.
+    """
+    kernels = kernels_in_use()
+    if kernels is None or q.nbytes != answer_bytes(rows, width, bits):
+        return decode(pads.unmask(unrounded(q, rows, width, bits)), alpha)
+    y = native.answer(kernels, q, bits, pads.images(torch.Size((rows, width))), alpha)
+    if y is None:
+        raise MalformedMessage("size", OUT_OF_RANGE)
+    return y
 
 
 @dataclass(frozen=True)
@@ -112,24 +151,19 @@ class RemoteMatrix:
         if not x.shape[0]:
             meanwhile()
             return x.new_empty(0, self.rows)
-        x_int, alpha = checked_encoding(x, self.bounds, self.noise)  # 1, of all rows before the first one is sent
         step = rows_per_exchange(self.pad + self.columns, self.rows)
-        pieces = zip(x_int.split(step), alpha.split(step), strict=True)
-        results = [self._exchange(*piece, meanwhile if i == 0 else lambda: None) for i, piece in enumerate(pieces)]
-        return results[0] if len(results) == 1 else torch.cat(results)
+        if x.shape[0] <= step:
+            return self._exchange(x, meanwhile)
+        checked_encoding(x, self.bounds, self.noise)  # all rows, before the first one is sent
+        return torch.cat([self._exchange(piece, meanwhile if i == 0 else lambda: None) for i, piece in enumerate(x.split(step))])
 
-    def _exchange(self, x_int: Tensor, alpha: Tensor, meanwhile: Callable[[], None]) -> Tensor:
-        rows = x_int.shape[0]
-        alpha[~x_int.any(1)] = torch.inf  # a row of zeros is asked like any other, and its answer is noise: zero
+    def _exchange(self, x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        rows = x.shape[0]
         pads = self.masks.take(rows)
-        c = pads.mask(torch.nn.functional.pad(x_int, (self.pad, 0)))  # 2
-        self.channel.show(self.name, c)
+        c, alpha = masked_query(x, self.pad, self.bounds, self.noise, pads)  # 1, 2
+        size = answer_bytes(rows, self.rows, self.bits)
 
-        def parse(message: Any, payload: memoryview | None) -> Tensor | None:
-            if not isinstance(message, Answer) or message.rows != rows or payload is None:
-                return None
-            return unrounded(payload, rows, self.rows, self.bits)
+        def parse(q: memoryview) -> Tensor:
+            return decoded_answer(q, rows, self.rows, self.bits, pads, alpha)  # 4, 5
 
-        request = Query(self.channel.next_id(), self.channel.bundle, self.group, rows)
-        z = self.channel.exchange(self.name, request, [residue_frame(c)], parse, meanwhile, expected=4 * rows * self.rows)  # 3
-        return decode(pads.unmask(z), alpha)  # 4, 5
+        return self.channel.rows(self.name, self.group, c, (Query, Answer), size, parse, meanwhile)  # 3

@@ -29,14 +29,16 @@ from cloven.field.selection import select_backend
 from cloven.metrics.catalog import Sample
 from cloven.private_lora.fhe import BANNER, FheMatrix
 from cloven.private_lora.fhe import context as context_of_bfv
+from cloven.private_lora.lane_answers import LaneAnswers
 from cloven.private_lora.ledger import Ledger
 from cloven.private_lora.manifest import SERVER_FILE, ServerManifest
 from cloven.private_lora.messages import ADAPTER, Answer, Encrypted, EncryptedAnswer, Query, rounded
 from cloven.telemetry import logger
 from cloven.wire.keys import WorkerKeys
+from cloven.wire.lane_service import Handover
 from cloven.wire.limits import rows_per_exchange
 from cloven.wire.messages import residues_of_frame
-from cloven.wire.schema import Hello, MalformedMessage, Welcome
+from cloven.wire.schema import Hello, MalformedMessage, Serve, Serving, Welcome
 from cloven.wire.server import Frame, Server
 
 _NAME = 16  # characters of an adapter's hash, as `cloven ledger` shows it
@@ -63,6 +65,8 @@ class ServedAdapter:
         if path not in ledgers or ledgers[path].adapter != self.manifest.adapter:
             ledgers[path] = Ledger(path, self.manifest.adapter)
         self.ledger = ledgers[path]
+        names = [group.name for group in self.manifest.groups]
+        self.lane_answers = LaneAnswers.of(backend, self.matrices, names, self.manifest.bits, self.ledger)
 
     def __repr__(self) -> str:
         return f"ServedAdapter({self.manifest.bundle})"
@@ -183,7 +187,7 @@ class AdapterServer(Server):
     def answer(self, frames: list[Any], peer: str) -> list[Frame]:
         """See `Server.answer`."""
         message, payload = ADAPTER.unpack(frames)
-        if not isinstance(message, Hello | Query | Encrypted):
+        if not isinstance(message, Hello | Serve | Query | Encrypted):
             raise MalformedMessage("malformed", "this message is an answer, not a request", message.id)
         adapter = self.adapters.get(message.bundle)
         if adapter is None:
@@ -191,6 +195,8 @@ class AdapterServer(Server):
         if isinstance(message, Hello):
             self._request.hellos = 1
             return [ADAPTER.pack(Welcome(message.id, message.bundle, len(adapter.matrices)))]
+        if isinstance(message, Serve):
+            return self._serving(adapter.lane_answers, message.id, peer)
         assert payload is not None  # the schema says so
         if message.group >= len(adapter.matrices):
             raise MalformedMessage("group", f"no group {message.group}: there are {len(adapter.matrices)}", message.id)
@@ -205,6 +211,15 @@ class AdapterServer(Server):
         except MalformedMessage as error:
             error.request = message.id
             raise
+
+    def _serving(self, answers: LaneAnswers | None, request: int, peer: str) -> list[Frame]:
+        def no() -> list[Frame]:
+            return [ADAPTER.pack(Serving(request, 0))]
+
+        if answers is None:
+            return no()
+        serve = answers.serve
+        return Handover([ADAPTER.pack(Serving(request, answers.most))], lambda lane, going_on: serve(lane, going_on, self.counts, peer), no)
 
     def _metered(self, adapter: ServedAdapter, message: Query | Encrypted, payload: memoryview, peer: str) -> list[Frame]:
         if isinstance(message, Encrypted):

@@ -37,21 +37,21 @@ from cloven.errors import (
     WorkerTimeout,
     WorkerUnreachable,
 )
-from cloven.field.residues import is_residue
 from cloven.telemetry import LayerStatistics, Telemetry, logger
 from cloven.wire.address import Address, check_socket_folder, parse_address
 from cloven.wire.keys import TrustedKeys
 from cloven.wire.lane import PREFIX_BYTES, LaneGone
 from cloven.wire.lane_client import LaneClient
 from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, MAX_FRAMES, QUEUED_MESSAGES
-from cloven.wire.messages import WORKER, Multiply, Product, Serve, Serving, residue_frame, residues_of_frame
-from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Welcome
+from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, residues_of_frame
+from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Serve, Serving, Welcome
 
 Frame = bytes | memoryview
 Watcher = Callable[[str, Tensor], None]  # a group's name, and the masked rows int32 [M, K] that are sent for it
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
-_NEVER = -2  # no lane's generation or number
+_NEVER = -2  # no lane's generation
+_UNKNOWN = 2**63  # how many rows are answered without a header: more than any
 _LONGEST_RTT = 60.0
 _SLEEP_ENDS_EARLY = 5e-4  # seconds: a sleep ends late by about a tenth of a millisecond
 _ERRORS: dict[str, type[ClovenError]] = {"bundle": ForeignBundle, "budget": BudgetExhausted}
@@ -190,9 +190,9 @@ class Channel:
         self._reconnected = False
         self._unsent: list[Frame] | None = None
         path = self.address.path if keys is None else None  # a lane would go round CURVE
-        self._lane = LaneClient(path.parent if path is not None else None)
-        self._serving_at = self._unserved = _NEVER
-        self._most = 0
+        self._lane = LaneClient(path.parent if path is not None else None, spin)
+        self._serving_at = _NEVER
+        self._most = _UNKNOWN
         self._handshake_failures = 0
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -220,7 +220,7 @@ class Channel:
         check_socket_folder(self.address, create=False)  # again: it may have been made since
         if self._lane.possible:
             self._join_lane()
-            if self._schema is WORKER:
+            if self._schema.serves:
                 self._most_served()
         return welcome.groups
 
@@ -231,19 +231,43 @@ class Channel:
             layer: name for statistics and errors.
             meanwhile: trusted work to do while the worker computes.
         """
+        rows = c.shape[0]
+        kinds, size = (Multiply, Product), 4 * rows * columns_out
+        return self.rows(layer, group, c, kinds, size, lambda payload: residues_of_frame(payload, rows, columns_out), meanwhile)
+
+    def rows(
+        self,
+        layer: str,
+        group: int,
+        c: Tensor,
+        kinds: tuple[Callable[[int, bytes, int, int], Any], type],
+        size: int,
+        parse: Callable[[memoryview], _M],
+        meanwhile: Callable[[], None],
+    ) -> _M:
+        """One exchange: masked rows c int32 [M, K] of a group -> what `parse` makes of the answer's payload.
+
+        Args:
+            layer: name for statistics and errors.
+            kinds: the schema's request (id, bundle, group, rows), and its answer (id, rows).
+            size: bytes of the answer's payload.
+            parse: the payload -> a result, or MalformedMessage.
+            meanwhile: trusted work to do while the other side computes.
+        """
         self.show(layer, c)
         rows, own = c.shape[0], _OwnWork(meanwhile)
-        served = self._served(layer, group, c, columns_out, own)
+        served = self._served(layer, group, c, size, own)
         if served is not None:
-            return served
-        request = Multiply(self.next_id(), self.bundle, group, rows)
+            return self._parsed(layer, lambda: parse(served))
+        asks, answers = kinds
+        request = asks(self.next_id(), self.bundle, group, rows)
 
-        def parse(message: Any, payload: memoryview | None) -> Tensor | None:
-            if not isinstance(message, Product) or message.rows != rows or payload is None:
+        def result(message: Any, payload: memoryview | None) -> _M | None:
+            if not isinstance(message, answers) or getattr(message, "rows", None) != rows or payload is None:
                 return None
-            return residues_of_frame(payload, rows, columns_out)
+            return parse(payload)
 
-        return self.exchange(layer, request, [residue_frame(c)], parse, own.do, expected=4 * rows * columns_out)
+        return self.exchange(layer, request, [residue_frame(c)], result, own.do, expected=size)
 
     def show(self, layer: str, c: Tensor) -> None:
         """Let the watcher, where there is one, see masked rows that are about to leave."""
@@ -318,13 +342,16 @@ class Channel:
             text = "".join(character for character in message.text if 32 <= ord(character) < 127)
             kind = _ERRORS.get(message.code, WorkerRefused)
             raise kind(f"{layer}: the {self._peer} at {self.address} answered '{message.code}': {text}")
-        try:
-            parsed = parse(message, answer_payload)
-        except MalformedMessage as error:
-            raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: {error}") from error
+        parsed = self._parsed(layer, lambda: parse(message, answer_payload))
         if parsed is None:
             raise WorkerRefused(f"{layer}: the {self._peer} answered something else than was asked")
         return parsed
+
+    def _parsed(self, layer: str, parse: Callable[[], _M]) -> _M:
+        try:
+            return parse()
+        except MalformedMessage as error:
+            raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: {error}") from error
 
     @property
     def _patience(self) -> float:
@@ -387,6 +414,7 @@ class Channel:
             segment = self.exchange("lane", request, [], lambda message, _: message.segment if isinstance(message, Laned) else None)
             with self._lock:
                 self._lane.take(segment)
+                self._most = _UNKNOWN
         except (LaneGone, OSError, WorkerRefused) as error:
             logger.info("no lane to %s: %s", self.address, error)
 
@@ -416,12 +444,12 @@ class Channel:
             record.resent += 1
             return None
 
-    def _served(self, layer: str, group: int, c: Tensor, columns_out: int, own: _OwnWork) -> Tensor | None:
-        """The product by a call without a header; None where there is none for it, or nothing came: then it needs a header."""
+    def _served(self, layer: str, group: int, c: Tensor, size: int, own: _OwnWork) -> memoryview | None:
+        """An answer's payload by a call without a header; None where there is none for it, or nothing came: then it needs a header."""
         rows, c = c.shape[0], c.contiguous()
-        if self._lane.wanted or not self._lane.fits_raw(c.nbytes, 4 * rows * columns_out) or rows > self._most_served():
-            return None
-        sent, z = time.monotonic(), torch.empty(rows, columns_out, dtype=torch.int32)
+        if self._lane.wanted or not self._lane.fits_raw(c.nbytes, size) or rows > self._most or rows > self._most_served():
+            return None  # a message with a header, for the number of rows, would end what is served: it is not asked for in vain
+        sent, out = time.monotonic(), torch.empty(size, dtype=torch.uint8)
         with self._lock:
             if self._lane.generation != self._serving_at:
                 return None
@@ -429,7 +457,7 @@ class Channel:
                 with self._lane.using() as lane:
                     lane.ask(group | rows << 32, c.data_ptr(), c.nbytes)
                     own.do()
-                    if not self._lane.raw(lane, None, z, sent + self.timeout):
+                    if not self._lane.raw(lane, None, out, sent + self.timeout):
                         raise self._silence(layer)
             except LaneGone as error:
                 logger.info("the lane to %s is gone: %s", self.address, error)
@@ -437,24 +465,21 @@ class Channel:
             if self.simulated_rtt:
                 _delay(self.simulated_rtt)
         done = time.monotonic()
-        self.telemetry.record(layer, LayerStatistics(1, rows, c.nbytes + PREFIX_BYTES, z.nbytes, done - own.done, done - sent))
-        if not is_residue(z):
-            raise WorkerRefused(f"{layer}: the {self._peer}'s answer is malformed: an entry of the payload is no residue")
-        return z
+        self.telemetry.record(layer, LayerStatistics(1, rows, c.nbytes + PREFIX_BYTES, size, done - own.done, done - sent))
+        payload: Any = out.numpy()
+        return memoryview(payload)
 
     def _most_served(self) -> int:
-        """How many rows the worker multiplies without a header, over this lane and since the last message with one: it is asked."""
+        """How many rows the other side answers without a header, over this lane and since the last message with one: it is asked."""
         if self._lane.generation < 0:
             return 0
-        if self._lane.generation != self._serving_at and self._lane.number != self._unserved:
+        if self._lane.generation != self._serving_at:
             request = Serve(self.next_id(), self.bundle)
             self._most = self.exchange(
                 "serve", request, [], lambda message, _: message.most if isinstance(message, Serving) else None, expected=0
             )
             self._serving_at = self._lane.generation
-            if not self._most:
-                self._unserved = self._lane.number
-        return self._most if self._lane.number != self._unserved else 0
+        return self._most
 
     @property
     def lane_generation(self) -> int:

@@ -39,7 +39,7 @@ from cloven.wire.limits import MAX_HEADER_BYTES
 
 CAPACITY = 4 * 2**20  # bytes of one payload, either way
 CLIENT, SERVER = 0, 1  # who writes: the request, the answer
-INTERFACE = 2  # of the library
+INTERFACE = 3  # of the library
 PREFIX = "cloven-"
 PREFIX_BYTES = 8  # of a call without a header
 _PEER = "3i"  # struct ucred
@@ -68,7 +68,7 @@ def _bell() -> Any:
             return None
         library.cloven_bell_ring.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
         library.cloven_bell_call.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64]
-        library.cloven_bell_raw.argtypes = [*(ctypes.c_void_p, ctypes.c_uint32) * 3, ctypes.c_int64]
+        library.cloven_bell_raw.argtypes = [*(ctypes.c_void_p, ctypes.c_uint32) * 3, ctypes.c_int64, ctypes.c_int64]
         library.cloven_bell_ask.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint32]
         library.cloven_bell_wait.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64]
         library.cloven_bell_wait.restype = ctypes.c_int
@@ -203,10 +203,11 @@ class Lane:
         if self._library.cloven_bell_ask(self._start, self._seen, prefix, x, size):
             raise LaneGone("a request that does not fit")
 
-    def raw(self, x: int, size: int, out: int, out_size: int, seconds: float, *, again: bool) -> bool:
+    def raw(self, x: int, size: int, out: int, out_size: int, seconds: float, awake: float, *, again: bool) -> bool:
         """A client's call without a header: `size` bytes at x go, `out_size` bytes come to `out`.
 
         Args:
+            awake: seconds of these that this thread looks without sleeping.
             again: it was sent by a call that returned False; look once more.
 
         Returns:
@@ -218,7 +219,8 @@ class Lane:
         self._require_process()
         if not again:
             self._seen = (self._seen + 1) & 0xFFFFFFFF
-        came = self._library.cloven_bell_raw(self._start, self._seen, None if again else x, size, out, out_size, max(0, int(1e9 * seconds)))
+        patience = max(0, int(1e9 * seconds)), int(1e9 * awake)
+        came = self._library.cloven_bell_raw(self._start, self._seen, None if again else x, size, out, out_size, *patience)
         if came < 0:
             raise LaneGone("an answer of another kind")
         return bool(came)

@@ -23,14 +23,14 @@ class LaneClient:
 
     Args:
         folder: where the server makes the sockets over which it passes lanes; None: none can be had.
+        awake: seconds to look for the answer to a call without a header without sleeping.
 
     `wanted` says that a new lane is to be asked for: the last one was left, or the connection is back.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, awake: float = 0.0) -> None:
+        self._folder, self._awake = folder, awake
         self._lane: Lane | None = None
-        self.number = 0  # of lanes that were taken
         self.wanted = False
 
     @property
@@ -67,7 +67,6 @@ class LaneClient:
             with short_path(self._folder, segment) as path:
                 connection.connect(path)
             self._lane = Lane.taken(connection)
-            self.number += 1
         except BaseException:
             connection.close()
             raise
@@ -108,7 +107,7 @@ class LaneClient:
 
         def look(seconds: float) -> bool | None:
             nonlocal again
-            came = lane.raw(start, size, out.data_ptr(), out.nbytes, seconds, again=again)
+            came = lane.raw(start, size, out.data_ptr(), out.nbytes, seconds, self._awake, again=again)
             again = True
             return came or None
 

@@ -1,12 +1,9 @@
 """The worker's messages: see `cloven.wire.schema` for what all wires share.
 
     multiply  {v, type, id, bundle, group, rows} + c      -> product {v, type, id, rows} + z
-    serve     {v, type, id, bundle}                       -> serving {v, type, id, most}
 
 c is [rows, K] and z is [rows, N]: int32, little-endian, row-major, centred residues. Every request names its bundle and is complete in
-itself: the worker keeps no state between requests, and a worker that was restarted goes on where it stopped. After `serving` with
-`most` > 0, sent over a lane, products of up to so many rows are asked for there without headers (`cloven.worker.lane_products`), until
-another message comes.
+itself: the worker keeps no state between requests, and a worker that was restarted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from cloven.field.residues import is_residue
 from cloven.wire.limits import MAX_PAYLOAD_BYTES
-from cloven.wire.schema import ErrorAnswer, Hello, MalformedMessage, Schema, Welcome, valid_count
+from cloven.wire.schema import SERVES, ErrorAnswer, Hello, MalformedMessage, Schema, Serve, Serving, Welcome, valid_count
 
 
 @dataclass(frozen=True)
@@ -41,30 +38,14 @@ class Product:
     rows: int
 
 
-@dataclass(frozen=True)
-class Serve:
-    """Asks for products over this lane without headers."""
-
-    id: int
-    bundle: bytes
-
-
-@dataclass(frozen=True)
-class Serving:
-    """How many rows may be asked for at once; 0: none."""
-
-    id: int
-    most: int
-
-
 Message = Hello | Welcome | Multiply | Product | Serve | Serving | ErrorAnswer
 
 
 def _valid(name: str, value: object) -> bool:
-    return valid_count(value, lowest=1 if name == "rows" else 0)  # group, rows, most
+    return valid_count(value, lowest=1 if name == "rows" else 0)  # group, rows
 
 
-WORKER = Schema({"multiply": Multiply, "product": Product, "serve": Serve, "serving": Serving}, (Multiply, Product), _valid)
+WORKER = Schema({"multiply": Multiply, "product": Product, **SERVES}, (Multiply, Product), _valid)
 pack, unpack = WORKER.pack, WORKER.unpack
 
 

@@ -2,10 +2,12 @@
 
     hello     {v, type, id, bundle}            -> welcome {v, type, id, bundle, groups, holds}
     lane      {v, type, id, bundle}            -> laned   {v, type, id, segment}
+    serve     {v, type, id, bundle}            -> serving {v, type, id, most}            some schemes
     …         what the scheme adds             -> error   {v, type, id, code, text}
 
 A `Schema` knows a scheme's messages. `id` numbers the requests of a session; an answer repeats it, so that a late answer can be told and
-dropped. `bundle` is the 16-byte bundle id.
+dropped. `bundle` is the 16-byte bundle id. After `serving` with `most` > 0, sent over a lane, up to so many rows are asked for there
+without headers (`cloven.worker.lane_products`), until another message comes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import msgpack
 from cloven.errors import ClovenError
 from cloven.wire.limits import MAX_FRAMES, MAX_HEADER_BYTES, MAX_TEXT
 
-VERSION = 4
+VERSION = 5
 BUNDLE_ID_BYTES = 16
 ERROR_CODES = ("malformed", "version", "bundle", "group", "size", "session", "budget", "ledger", "internal")
 _SEGMENT = re.compile(r"(cloven-[0-9a-f]{32})?")
@@ -71,6 +73,25 @@ class Laned:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Asks for answers over this lane without headers: to a group's number, the number of rows, and the rows."""
+
+    id: int
+    bundle: bytes
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How many rows may be asked for at once; 0: none."""
+
+    id: int
+    most: int
+
+
+SERVES: dict[str, type] = {"serve": Serve, "serving": Serving}  # of a scheme whose servers do that
+
+
+@dataclass(frozen=True)
 class ErrorAnswer:
     """Why there is no other answer."""
 
@@ -88,7 +109,7 @@ def valid_count(value: object, lowest: int = 0) -> bool:
 
 
 def _valid_common(name: str, value: object) -> bool | None:
-    if name in ("id", "groups"):
+    if name in ("id", "groups", "most"):
         return valid_count(value)
     if name == "bundle":
         return type(value) is bytes and len(value) == BUNDLE_ID_BYTES
@@ -117,6 +138,7 @@ class Schema:
         self._names = {cls: name for name, cls in self._types.items()}
         self._with_payload = with_payload
         self._valid_own = valid
+        self.serves = Serve in self._names
 
     def pack(self, message: Any) -> bytes:
         """The header frame of a message."""

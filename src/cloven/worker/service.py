@@ -16,8 +16,8 @@ from cloven.bundle.placement import parse_part
 from cloven.wire.keys import WorkerKeys
 from cloven.wire.lane_service import Handover
 from cloven.wire.limits import rows_per_exchange
-from cloven.wire.messages import WORKER, Message, Multiply, Product, Serve, Serving, pack, residue_frame, residues_of_frame, unpack
-from cloven.wire.schema import Hello, MalformedMessage, Welcome
+from cloven.wire.messages import WORKER, Message, Multiply, Product, pack, residue_frame, residues_of_frame, unpack
+from cloven.wire.schema import Hello, MalformedMessage, Serve, Serving, Welcome
 from cloven.wire.server import Frame, Server
 from cloven.worker.lane_products import LaneProducts
 from cloven.worker.matrices import Matrices

@@ -24,6 +24,9 @@ extern "C" int cloven_decode(const std::int32_t*, std::int64_t, std::int64_t, do
 extern "C" int cloven_check(std::int32_t*, const std::int32_t*, const std::int32_t*, std::int64_t, std::int64_t, std::int64_t,
                             std::int32_t*, int);
 
+extern "C" int cloven_query(const double*, std::int64_t, std::int64_t, std::int64_t, double, const std::int32_t*, std::int32_t*, double*, int);
+extern "C" int cloven_answer(const void*, int, const std::int32_t*, std::int64_t, std::int64_t, double*, double*, int);
+
 namespace {
 
 constexpr std::int64_t kP = (std::int64_t{1} << 31) - 1, kH = (kP - 1) / 2;
@@ -150,8 +153,41 @@ int wrong_exchange(std::int64_t m, std::int64_t k, std::int64_t n, int kind, uns
   return bad;
 }
 
+// A query of ones, whose last row is zero; and an answer whose middles are known.
+int wrong_query(std::int64_t m, std::int64_t k, std::int64_t pad, int bits) {
+  std::vector<double> x(m * k, 1.0), alpha(m), y(m * k);
+  std::fill(x.begin() + (m - 1) * k, x.end(), 0.0);
+  std::vector<std::int32_t> mask(m * (pad + k), static_cast<std::int32_t>(kH)), c(m * (pad + k)), image(m * k, 1);
+  if (cloven_query(x.data(), m, k, pad, 1e6, mask.data(), c.data(), alpha.data(), 2) != 0) return 1;
+  int bad = !std::isinf(alpha[m - 1]);
+  for (std::int64_t i = 0; i < m * (pad + k); ++i) {
+    const bool zero = i % (pad + k) < pad || i / (pad + k) == m - 1;
+    const std::int64_t sum = kH + (zero ? 0 : std::lrint(alpha[i / (pad + k)]));
+    bad += c[i] != (sum > kH ? sum - kP : sum);
+  }
+  const std::int32_t half = 1 << (bits - 1), number = half - 1;
+  std::vector<std::int8_t> small(m * k, static_cast<std::int8_t>(number));
+  std::vector<std::int16_t> large(m * k, static_cast<std::int16_t>(number));
+  const void* q = bits == 8 ? static_cast<const void*>(small.data()) : large.data();
+  std::fill(alpha.begin(), alpha.end(), 2.0);
+  if (cloven_answer(q, bits, image.data(), m, k, alpha.data(), y.data(), 2) != 0) return bad + 1;
+  const std::int64_t middle = std::int64_t{number} * (1 << (31 - bits)) + (1 << (30 - bits));
+  for (const double value : y) bad += value != static_cast<double>((middle > kH ? kH : middle) - 1) / 2;
+  if (bits > 8 && bits < 16) {
+    large.back() = static_cast<std::int16_t>(half);
+    bad += cloven_answer(large.data(), bits, image.data(), m, k, alpha.data(), y.data(), 2) != 2;
+  }
+  x[0] = NAN;
+  bad += cloven_query(x.data(), m, k, pad, 1e6, mask.data(), c.data(), alpha.data(), 2) != 2;
+  return bad + (cloven_query(x.data(), 0, k, pad, 1e6, nullptr, nullptr, nullptr, 2) != 1) +
+         (cloven_answer(q, 17, image.data(), m, k, alpha.data(), y.data(), 2) != 1);
+}
+
 int main() {
   int bad = 0, done = 0;
+  for (std::int64_t k : {1, 7, 64, 700})
+    for (std::int64_t m : {1, 2, 90})
+      for (int bits : {8, 9, 15, 16}) bad += wrong_query(m, k, k % 5, bits), ++done;
   for (std::int64_t k : {1, 7, 64, 700})
     for (std::int64_t n : {1, 9, 300})
       for (std::int64_t m : {1, 5, 90})

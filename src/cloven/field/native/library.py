@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 KERNELS = "CLOVEN_KERNELS"  # native, or torch
-INTERFACE = 8  # of the library: what its functions take
+INTERFACE = 9  # of the library: what its functions take
 KINDS = {torch.float32: 1, torch.bfloat16: 2}  # of a sum
 Rows = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int32]
@@ -51,8 +51,12 @@ class Kernels:
         library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
         library.cloven_ask.argtypes = [pointer, pointer, number, integer, ctypes.c_double, pointer, pointer, pointer, number]
         library.cloven_told.argtypes = [*(pointer,) * 5, integer, pointer, pointer, pointer, number, number]
-        library.cloven_ask.restype = library.cloven_told.restype = ctypes.c_int
+        library.cloven_query.argtypes = [pointer, integer, integer, integer, ctypes.c_double, pointer, pointer, pointer, number]
+        library.cloven_answer.argtypes = [pointer, number, pointer, integer, integer, pointer, pointer, number]
+        for one in (library.cloven_ask, library.cloven_told, library.cloven_query, library.cloven_answer):
+            one.restype = ctypes.c_int
         self._library, self.ask, self.told = library, library.cloven_ask, library.cloven_told
+        self.query, self.answer = library.cloven_query, library.cloven_answer
         library.cloven_runs.argtypes, library.cloven_runs.restype = [number], number
         self.best: int = library.cloven_kernel()
         self.there = tuple(kernel for kernel in range(len(KERNEL_NAMES)) if library.cloven_runs(kernel))  # on this CPU

@@ -11,7 +11,7 @@
 using cloven::Side;
 using cloven::Word;
 
-CLOVEN_API int cloven_bell_interface() { return 2; }
+CLOVEN_API int cloven_bell_interface() { return 3; }
 
 CLOVEN_API void cloven_bell_ring(Word* word, std::uint32_t number) { cloven::ring(word, number); }
 
@@ -34,9 +34,10 @@ CLOVEN_API int cloven_bell_ask(void* base, std::uint32_t number, std::uint64_t p
   return 0;
 }
 
-// Request `number` from `in` (null: it was sent by an earlier call that returned 0). 1: `out` is the answer. 0: not yet. -1: no such answer.
+// Request `number` from `in` (null: it was sent by an earlier call that returned 0), whose answer is looked for so many nanoseconds awake before
+// this thread sleeps. 1: `out` is the answer. 0: not yet. -1: no such answer.
 CLOVEN_API int cloven_bell_raw(void* base, std::uint32_t number, const void* in, std::uint32_t in_bytes, void* out, std::uint32_t out_bytes,
-                               std::int64_t nanoseconds) {
+                               std::int64_t nanoseconds, std::int64_t awake) {
   Side *own = cloven::side_of(base, 0), *other = cloven::side_of(base, 1);
   if (in_bytes > cloven::kCapacity || out_bytes > cloven::kCapacity) return -1;
   if (in != nullptr) {
@@ -45,6 +46,7 @@ CLOVEN_API int cloven_bell_raw(void* base, std::uint32_t number, const void* in,
     own->payload = in_bytes + 1;
     cloven::ring(&own->number, number);
   }
+  if (awake > 0) cloven::look(&other->number, number - 1, awake < nanoseconds ? awake : nanoseconds);
   if (!cloven::wait(&other->number, number - 1, nanoseconds)) return 0;
   if (other->number.load() != number || other->header != cloven::kRaw || other->payload != out_bytes + 1) return -1;
   std::memcpy(out, cloven::payload_of(base, 1), out_bytes);

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -39,6 +40,12 @@ inline unsigned char* payload_of(void* base, int side) {
   return static_cast<unsigned char*>(base) + kFirst + side * (kHeaderBytes + kCapacity) + kHeaderBytes;
 }
 
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 inline void ring(Word* word, std::uint32_t number) {
   word->store(number, std::memory_order_seq_cst);
   syscall(SYS_futex, word, FUTEX_WAKE, 1, nullptr, nullptr, 0);
@@ -51,6 +58,18 @@ inline bool wait(Word* word, std::uint32_t seen, std::int64_t nanoseconds) {
   const timespec timeout{static_cast<time_t>(nanoseconds / kSecond), static_cast<long>(nanoseconds % kSecond)};
   syscall(SYS_futex, word, FUTEX_WAIT, seen, &timeout, nullptr, 0);
   return word->load(std::memory_order_acquire) != seen;
+}
+
+// The same, awake: for at most so many nanoseconds.
+inline bool look(const Word* word, std::uint32_t seen, std::int64_t nanoseconds) {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(nanoseconds);
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (word->load(std::memory_order_acquire) != seen) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < until);
+  return false;
 }
 
 }  // namespace cloven

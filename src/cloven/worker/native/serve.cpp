@@ -1,10 +1,12 @@
-// Products served from a lane without Python: see worker/lane_products.py.
+// Products served from a lane without Python: see worker/lane_products.py, and private_lora/lane_answers.py for metered ones.
 //
 //     request   header kRaw    payload: group, rows (uint32 each), c int32 [rows, K]
 //     answer    header kRaw    payload: z = c Wᵀ mod p, int32 [rows, N]
+//     metered   the same; c must be residues, its rows are taken from the group's credit before anything is computed, and of z the highest
+//               b of 31 bits leave: one byte each for b = 8, two otherwise
 //
-// c is copied out of the shared memory before it is looked at; z is written once and not read again. Anything else than a product of a
-// matrix that is here is left to Python, unanswered.
+// c is copied out of the shared memory before it is looked at; an answer is written once and not read again. Anything else than a product of
+// a matrix that is here is left to Python, unanswered.
 
 #include <chrono>
 #include <cstdint>
@@ -33,34 +35,61 @@ struct Serving {
   i64 count;
   Product product;
   i64 kernel;
+  i64* credit;  // rows that may still be answered, by group; null: not metered
+  i64 bits;     // of an answer's entry, where it is metered
 };
 
 struct State {
   i64 answered, rows, bytes_in, bytes_out, nanoseconds;  // since it was made; only read by others, at any time
   std::uint32_t seen;                                    // number of the request taken last
   std::uint32_t due;                                     // an answer waits to be rung
+  std::uint32_t group, asked;                            // of the request whose rows have no credit
 };
 
 }  // extern "C"
 
-constexpr int kNotYet = 0, kSomethingElse = 2;
+constexpr int kNotYet = 0, kSomethingElse = 2, kNoCredit = 3;
+constexpr std::int32_t kH = (1 << 30) - 1;
 constexpr std::size_t kPrefix = 2 * sizeof(std::uint32_t);
 
 // Another thread may look at a count while this one, alone, makes it grow.
 void grow(i64* count, i64 by) { __atomic_store_n(count, *count + by, __ATOMIC_RELAXED); }
 
+std::size_t bytes_of_entry(const Serving& serving) {
+  if (serving.credit == nullptr) return sizeof(std::int32_t);
+  return serving.bits == 8 ? sizeof(std::int8_t) : sizeof(std::int16_t);
+}
+
+bool residues(const std::vector<std::int32_t>& c) {
+  bool all = true;
+  for (const std::int32_t entry : c) all &= entry >= -kH && entry <= kH;
+  return all;
+}
+
+// Takes rows from a group's credit, which others may take back or add to meanwhile.
+bool paid(i64* credit, i64 rows) {
+  i64 left = __atomic_load_n(credit, __ATOMIC_RELAXED);
+  while (left >= rows)
+    if (__atomic_compare_exchange_n(credit, &left, left - rows, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return true;
+  return false;
+}
+
+template <class Number>
+void round_into(const std::vector<std::int32_t>& z, i64 bits, void* out) {
+  for (std::size_t i = 0; i < z.size(); ++i) static_cast<Number*>(out)[i] = static_cast<Number>(z[i] >> (31 - bits));
+}
+
 // Copies the request's rows; the matrix, or null where it is no request for a product.
-const Matrix* taken(const Serving& serving, void* base, const Side& from, std::vector<std::int32_t>& c, std::uint32_t* rows) {
+const Matrix* taken(const Serving& serving, void* base, const Side& from, std::vector<std::int32_t>& c, std::uint32_t asked[2]) {
   const std::uint32_t header = from.header, payload = from.payload;
   if (header != cloven::kRaw || payload < kPrefix + 1 || payload > cloven::kCapacity + 1) return nullptr;
   const unsigned char* box = cloven::payload_of(base, 0);
-  std::uint32_t asked[2];
-  std::memcpy(asked, box, sizeof asked);
+  std::memcpy(asked, box, kPrefix);
   if (asked[0] >= static_cast<std::uint64_t>(serving.count) || asked[1] == 0 || asked[1] > cloven::kCapacity) return nullptr;
   const Matrix& matrix = serving.matrices[asked[0]];
   const std::size_t entries = static_cast<std::size_t>(asked[1]) * static_cast<std::size_t>(matrix.k);
   const std::size_t answer = static_cast<std::size_t>(asked[1]) * static_cast<std::size_t>(matrix.n);
-  if (matrix.w == nullptr || payload - 1 != kPrefix + entries * sizeof(std::int32_t) || answer * sizeof(std::int32_t) > cloven::kCapacity)
+  if (matrix.w == nullptr || payload - 1 != kPrefix + entries * sizeof(std::int32_t) || answer * bytes_of_entry(serving) > cloven::kCapacity)
     return nullptr;
   try {
     c.resize(entries);
@@ -68,15 +97,37 @@ const Matrix* taken(const Serving& serving, void* base, const Side& from, std::v
     return nullptr;
   }
   std::memcpy(c.data(), box + kPrefix, entries * sizeof(std::int32_t));
-  *rows = asked[1];
-  return &matrix;
+  return serving.credit == nullptr || residues(c) ? &matrix : nullptr;
+}
+
+// The product of rows c into `out`, as it leaves; whether there was memory for it.
+bool answered(const Serving& serving, const Matrix& matrix, const std::vector<std::int32_t>& c, i64 rows, void* out, int threads) {
+  thread_local std::vector<std::int32_t> z;
+  auto* whole = static_cast<std::int32_t*>(out);
+  if (serving.credit != nullptr) {
+    try {
+      z.resize(static_cast<std::size_t>(rows) * static_cast<std::size_t>(matrix.n));
+    } catch (...) {
+      return false;
+    }
+    whole = z.data();
+  }
+  const int kernel = static_cast<int>(serving.kernel);
+  if (serving.product(c.data(), rows, matrix.k, matrix.w, matrix.n, matrix.stride, whole, threads, kernel) != 0) return false;
+  if (serving.credit != nullptr) serving.bits == 8 ? round_into<std::int8_t>(z, 8, out) : round_into<std::int16_t>(z, serving.bits, out);
+  return true;
 }
 
 }  // namespace
 
-CLOVEN_API int cloven_serve_interface() { return 2; }
+CLOVEN_API int cloven_serve_interface() { return 3; }
 
-// Answers requests until none came for so many nanoseconds (0), or something else came (2).
+// Adds rows to a credit; takes all that is left of one.
+CLOVEN_API void cloven_credit_add(i64* credit, i64 rows) { __atomic_fetch_add(credit, rows, __ATOMIC_ACQ_REL); }
+CLOVEN_API i64 cloven_credit_take(i64* credit) { return __atomic_exchange_n(credit, 0, __ATOMIC_ACQ_REL); }
+
+// Answers requests until none came for so many nanoseconds (0), something else came (2), or one for whose rows there is no credit (3): called
+// again, it looks at that request again.
 CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, std::int64_t nanoseconds, int threads) {
   Side *own = cloven::side_of(base, 1), *other = cloven::side_of(base, 0);
   thread_local std::vector<std::int32_t> c;
@@ -86,13 +137,17 @@ CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, st
     if (!cloven::wait(&other->number, state->seen, nanoseconds)) return kNotYet;
     const auto started = std::chrono::steady_clock::now();
     const std::uint32_t number = other->number.load();
-    std::uint32_t rows = 0;
-    const Matrix* matrix = taken(*serving, base, *other, c, &rows);
+    std::uint32_t asked[2] = {0, 0};
+    const Matrix* matrix = taken(*serving, base, *other, c, asked);
     if (matrix == nullptr) return kSomethingElse;
-    auto* z = reinterpret_cast<std::int32_t*>(cloven::payload_of(base, 1));
-    const int kernel = static_cast<int>(serving->kernel);
-    if (serving->product(c.data(), rows, matrix->k, matrix->w, matrix->n, matrix->stride, z, threads, kernel) != 0) return kSomethingElse;
-    const std::size_t answer = rows * static_cast<std::size_t>(matrix->n) * sizeof(std::int32_t);
+    const auto [group, rows] = asked;
+    if (serving->credit != nullptr && !paid(serving->credit + group, rows)) {
+      state->group = group;
+      state->asked = rows;
+      return kNoCredit;
+    }
+    if (!answered(*serving, *matrix, c, rows, cloven::payload_of(base, 1), threads)) return kSomethingElse;
+    const std::size_t answer = rows * static_cast<std::size_t>(matrix->n) * bytes_of_entry(*serving);
     own->header = cloven::kRaw;
     own->payload = static_cast<std::uint32_t>(answer) + 1;
     state->seen = number;
