@@ -57,8 +57,13 @@ class LayerStatistics:
 
     def add(self, other: LayerStatistics) -> None:
         """Add another record to this one."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        self.exchanges += other.exchanges
+        self.rows += other.rows
+        self.bytes_up += other.bytes_up
+        self.bytes_down += other.bytes_down
+        self.seconds_waiting += other.seconds_waiting
+        self.seconds_round_trip += other.seconds_round_trip
+        self.resent += other.resent
 
 
 class Telemetry:
@@ -72,7 +77,10 @@ class Telemetry:
     def record(self, layer: str, record: LayerStatistics) -> None:
         """Count one exchange of a layer."""
         with self._lock:
-            self._layers.setdefault(layer, LayerStatistics()).add(record)
+            known = self._layers.get(layer)
+            if known is None:
+                known = self._layers[layer] = LayerStatistics()
+            known.add(record)
 
     def layers(self) -> dict[str, LayerStatistics]:
         """A copy of the statistics, by layer, in the order of first use."""

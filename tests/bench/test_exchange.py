@@ -19,10 +19,9 @@ def test_the_steps_of_an_exchange(kernels: str, monkeypatch: pytest.MonkeyPatch)
     result = bench_exchange(128, 2, 5, lambda stage, done, total: stages.append(stage))
     assert (result.width, result.rows, result.rounds) == (128, 2, 5) and "exchanges" in stages
     assert list(result.steps) == (FUSED if kernels_in_use() is not None else ONE_BY_ONE)
-    figures = [*result.steps.values(), result.product, result.secret_part, result.whole_call]
+    figures = [*result.steps.values(), result.worker, result.product, result.secret_part, result.whole_call]
     assert all(figure > 0 for figure in figures)
-    others = sum(figure for name, figure in result.steps.items() if name != WITH_PRODUCT)
-    assert result.overhead == pytest.approx(others + max(0.0, result.steps[WITH_PRODUCT] - result.product))
+    assert result.overhead == pytest.approx(sum(result.steps.values()) - result.worker)
     assert result.to_dict()["steps"] == result.steps
 
 

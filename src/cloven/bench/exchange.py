@@ -1,11 +1,13 @@
 """`cloven bench exchange`: where the time of one exchange goes, step by step.
 
 One square group of linears, a real worker over ipc, pads ready. In every round the steps run by hand, as `slip.layer` and `offload` chain
-them, then the product alone in this process on the same matrix, then a whole call of the layer: medians of all rounds.
+them, then the product alone in this process on such a matrix, then a whole call of the layer: medians of all rounds. How long the worker
+worked on an exchange, the worker's metrics say: of some rounds at a time the mean, of these the median.
 """
 
 from __future__ import annotations
 
+import socket
 import statistics
 import tempfile
 import time
@@ -26,6 +28,7 @@ from cloven.field.hadamard import turn, turn_onto
 from cloven.field.products import multiply
 from cloven.field.selection import select_backend
 from cloven.masks.waiting import Pads
+from cloven.metrics.scrape import Scrape, open_client, scrape
 from cloven.model.quiet import quiet_transformers
 from cloven.slip.config import SlipConfig
 from cloven.slip.layer import SplitGroup
@@ -35,6 +38,8 @@ from cloven.zoo.random_bundle import write_random_bundle
 
 GROUP = 1  # o_proj: square
 WARM_UP = 10
+LOOKS = 20  # at the worker's metrics
+MOST_PADS = 1024  # rows that wait
 WITH_PRODUCT = "sent, multiplied, received"
 _T = TypeVar("_T")
 
@@ -46,8 +51,9 @@ class ExchangeBench:
     Args:
         width: K = N; rows: M; rounds; products: the back end.
         steps: by name, in order; "sent, multiplied, received" holds the worker's product.
-        product: the same product alone, in one process; secret_part: B (A x), which runs while the worker works.
-        overhead: all steps, that with the product less the product (but not less than nothing: it takes different times here and there).
+        worker: the product at the worker, from the request's arrival to the answer's departure.
+        product: such a product alone, in one process; secret_part: B (A x), which runs while the worker works.
+        overhead: all steps, less the worker's product.
         whole_call: of the layer, the secret part in it.
     """
 
@@ -56,6 +62,7 @@ class ExchangeBench:
     rounds: int
     products: str
     steps: dict[str, float]
+    worker: float
     product: float
     secret_part: float
     overhead: float
@@ -80,14 +87,22 @@ def bench_exchange(width: int, rows: int, rounds: int, progress: Callable[[str, 
     with tempfile.TemporaryDirectory(prefix="cloven-bench-") as folder:
         progress("writing random weights", 0, 1)
         bundle = write_random_bundle(config, Path(folder) / "out", SlipConfig())
-        with WorkerProcess(bundle.exposed) as worker:
+        port = _free_port()
+        with WorkerProcess(bundle.exposed, None, "--metrics-port", str(port)) as worker, open_client() as client:
             model = AutoModelForCausalLM.from_pretrained(bundle.trusted, dtype=torch.bfloat16, trust_remote_code=False)
             with cloven.attach(model, worker.address, look_ahead=0) as session:
                 assert isinstance(session, SlipSession)
-                return _measured(model, session, rows, rounds, progress)
+                return _measured(model, session, rows, rounds, progress, lambda: scrape(client, f"http://127.0.0.1:{port}/metrics"))
 
 
-def _measured(model: Any, session: SlipSession, rows: int, rounds: int, progress: Callable[[str, int, int], None]) -> ExchangeBench:
+def _measured(
+    model: Any,
+    session: SlipSession,
+    rows: int,
+    rounds: int,
+    progress: Callable[[str, int, int], None],
+    worker: Callable[[], Scrape],
+) -> ExchangeBench:
     times: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], _T]) -> _T:
@@ -102,15 +117,37 @@ def _measured(model: Any, session: SlipSession, rows: int, rounds: int, progress
     for done in range(WARM_UP + rounds):
         if done == WARM_UP:
             times.clear()
+            before = worker()
         progress("exchanges", done, WARM_UP + rounds)
-        session.pads[GROUP].fill(2 * rows)
+        if session.pads[GROUP].ready < 2 * rows:  # many at once, as sessions make them: what is measured finds the caches as it leaves them
+            session.pads[GROUP].fill(max(2 * rows, min(2 * rows * rounds, MOST_PADS)))
         c = _by_hand(group, session, x, timed)
         timed("product", lambda c=c: multiply(backend, c, w))  # type: ignore[misc]
         timed("whole call", lambda: group.members[0](x))
+        if done > WARM_UP and (done - WARM_UP) % max(1, rounds // LOOKS) == 0:
+            after = worker()
+            times.setdefault("worker", []).append(1e6 * _mean_work(before, after))
+            before = after
     medians = {name: statistics.median(values) for name, values in times.items()}
-    secret, product, whole = (medians.pop(name) for name in ("secret part", "product", "whole call"))
-    overhead = sum(took for name, took in medians.items() if name != WITH_PRODUCT) + max(0.0, medians[WITH_PRODUCT] - product)
-    return ExchangeBench(offloaded.columns, rows, rounds, backend.name, medians, product, secret, overhead, whole)
+    others = [medians.pop(name) for name in ("worker", "product", "secret part")]
+    whole = medians.pop("whole call")
+    return ExchangeBench(
+        offloaded.columns, rows, rounds, backend.name, medians, *others, overhead=sum(medians.values()) - others[0], whole_call=whole
+    )
+
+
+def _mean_work(before: Scrape, after: Scrape) -> float:
+    """Seconds of work per exchange between two looks at a worker."""
+
+    def grown(name: str) -> float:
+        return (after.total(name) or 0.0) - (before.total(name) or 0.0)
+
+    return grown("cloven_work_seconds_total") / max(1.0, grown("cloven_exchanges_total"))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 def _by_hand(group: SplitGroup, session: SlipSession, x: Tensor, timed: Callable[[str, Callable[[], Any]], Any]) -> Tensor:

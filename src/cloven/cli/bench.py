@@ -115,7 +115,8 @@ def exchange(
         typer.echo(json.dumps(result.to_dict()))
         return
     lines = [(name, f"{microseconds:,.0f}") for name, microseconds in result.steps.items()]
-    lines += [("the product alone", f"{result.product:,.0f}"), ("all steps but the product", f"{result.overhead:,.0f}")]
+    lines += [("the product at the worker", f"{result.worker:,.0f}"), ("all steps but the product", f"{result.overhead:,.0f}")]
+    lines += [("such a product alone, in this process", f"{result.product:,.0f}")]
     lines += [("B (A x), while the worker works", f"{result.secret_part:,.0f}"), ("a whole call of the layer", f"{result.whole_call:,.0f}")]
     print_rows(
         f"one exchange, {result.rows} x {result.width}, {result.products}, medians of {result.rounds}", ("step", "microseconds"), lines

@@ -26,6 +26,9 @@ from cloven.errors import PadMisuse
 from cloven.field.residues import add, subtract
 
 
+_SINGLES = 64
+
+
 class Pads:
     """Pads for some rows: masks once, then unmasks once.
 
@@ -147,6 +150,8 @@ class WaitingPads(ABC):
         self._count = 0
 
     def _pop(self, rows: int) -> list[tuple[int, Tensor, Tensor]]:
+        if rows == 1 and self._ready and self._ready[0][1].shape[0] > 1:
+            self._cut_singles()
         parts: list[tuple[int, Tensor, Tensor]] = []
         while rows and self._ready:
             first, mask, image = self._ready.popleft()
@@ -157,6 +162,15 @@ class WaitingPads(ABC):
             rows -= mask.shape[0]
             self._count -= mask.shape[0]
         return parts
+
+    def _cut_singles(self) -> None:
+        """Cut the next rows apart, many at once: one by one it costs PyTorch four views each."""
+        first, mask, image = self._ready.popleft()
+        if mask.shape[0] > _SINGLES:
+            self._ready.appendleft((first + _SINGLES, mask[_SINGLES:], image[_SINGLES:]))
+            mask, image = mask[:_SINGLES], image[:_SINGLES]
+        singles = zip(range(first, first + mask.shape[0]), mask.split(1), image.split(1), strict=True)
+        self._ready.extendleft(reversed(list(singles)))
 
     @torch.no_grad()
     def _batch(self, rows: int) -> tuple[int, Tensor, Tensor]:

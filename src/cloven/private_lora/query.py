@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cloven.errors import RunError
+from cloven.errors import RunError, WorkerRefused
 from cloven.field.codec import RowBounds, decode, encode, scale_of
 from cloven.field.native import query as native
 from cloven.field.native.library import kernels_in_use
@@ -104,7 +104,7 @@ def masked_query(x: Tensor, pad: int, bounds: RowBounds, noise: float, pads: Pad
     return asked
 
 
-def decoded_answer(q: memoryview, rows: int, width: int, bits: int, pads: Pads, alpha: Tensor) -> Tensor:
+def decoded_answer(q: Tensor | memoryview, rows: int, width: int, bits: int, pads: Pads, alpha: Tensor) -> Tensor:
     """Steps 4 and 5: the payload of an answer -> y float64 [rows, width]: in C++ where it was compiled.
 
     Raises:
@@ -112,7 +112,8 @@ def decoded_answer(q: memoryview, rows: int, width: int, bits: int, pads: Pads, 
     """
     kernels = kernels_in_use()
     if kernels is None or q.nbytes != answer_bytes(rows, width, bits):
-        return decode(pads.unmask(unrounded(q, rows, width, bits)), alpha)
+        frame: Any = q.numpy() if isinstance(q, Tensor) else q
+        return decode(pads.unmask(unrounded(memoryview(frame), rows, width, bits)), alpha)
     y = native.answer(kernels, q, bits, pads.images(torch.Size((rows, width))), alpha)
     if y is None:
         raise MalformedMessage("size", OUT_OF_RANGE)
@@ -161,9 +162,9 @@ class RemoteMatrix:
         rows = x.shape[0]
         pads = self.masks.take(rows)
         c, alpha = masked_query(x, self.pad, self.bounds, self.noise, pads)  # 1, 2
-        size = answer_bytes(rows, self.rows, self.bits)
-
-        def parse(q: memoryview) -> Tensor:
-            return decoded_answer(q, rows, self.rows, self.bits, pads, alpha)  # 4, 5
-
-        return self.channel.rows(self.name, self.group, c, (Query, Answer), size, parse, meanwhile)  # 3
+        q = torch.empty(answer_bytes(rows, self.rows, self.bits), dtype=torch.uint8)
+        payload = self.channel.rows(self.name, self.group, c, (Query, Answer), q, meanwhile)  # 3
+        try:
+            return decoded_answer(q if payload is None else payload, rows, self.rows, self.bits, pads, alpha)  # 4, 5
+        except MalformedMessage as error:
+            raise WorkerRefused(f"{self.name}: the adapter server's answer is malformed: {error}") from error

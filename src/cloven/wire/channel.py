@@ -43,7 +43,7 @@ from cloven.wire.keys import TrustedKeys
 from cloven.wire.lane import PREFIX_BYTES, LaneGone
 from cloven.wire.lane_client import LaneClient
 from cloven.wire.limits import DEFAULT_TIMEOUT, HANDSHAKE_MILLISECONDS, MAX_FRAME_BYTES, MAX_FRAMES, QUEUED_MESSAGES
-from cloven.wire.messages import WORKER, Multiply, Product, residue_frame, residues_of_frame
+from cloven.wire.messages import WORKER, Multiply, Product, require_residues, residue_frame, residues_of_frame
 from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Serve, Serving, Welcome
 
 Frame = bytes | memoryview
@@ -231,9 +231,9 @@ class Channel:
             layer: name for statistics and errors.
             meanwhile: trusted work to do while the worker computes.
         """
-        rows = c.shape[0]
-        kinds, size = (Multiply, Product), 4 * rows * columns_out
-        return self.rows(layer, group, c, kinds, size, lambda payload: residues_of_frame(payload, rows, columns_out), meanwhile)
+        z = torch.empty(c.shape[0], columns_out, dtype=torch.int32)
+        payload = self.rows(layer, group, c, (Multiply, Product), z, meanwhile)
+        return self._parsed(layer, lambda: require_residues(z) if payload is None else residues_of_frame(payload, *z.shape))
 
     def rows(
         self,
@@ -241,33 +241,31 @@ class Channel:
         group: int,
         c: Tensor,
         kinds: tuple[Callable[[int, bytes, int, int], Any], type],
-        size: int,
-        parse: Callable[[memoryview], _M],
+        out: Tensor,
         meanwhile: Callable[[], None],
-    ) -> _M:
-        """One exchange: masked rows c int32 [M, K] of a group -> what `parse` makes of the answer's payload.
+    ) -> memoryview | None:
+        """One exchange: masked rows c int32 [M, K] of a group go, and the answer's payload comes, unparsed.
 
         Args:
             layer: name for statistics and errors.
             kinds: the schema's request (id, bundle, group, rows), and its answer (id, rows).
-            size: bytes of the answer's payload.
-            parse: the payload -> a result, or MalformedMessage.
+            out: dense, as large as the payload.
             meanwhile: trusted work to do while the other side computes.
+
+        Returns:
+            None: it is in `out`; or else where it is, of whatever size.
         """
         self.show(layer, c)
         rows, own = c.shape[0], _OwnWork(meanwhile)
-        served = self._served(layer, group, c, size, own)
-        if served is not None:
-            return self._parsed(layer, lambda: parse(served))
+        if self._served(layer, group, c, out, own):
+            return None
         asks, answers = kinds
         request = asks(self.next_id(), self.bundle, group, rows)
 
-        def result(message: Any, payload: memoryview | None) -> _M | None:
-            if not isinstance(message, answers) or getattr(message, "rows", None) != rows or payload is None:
-                return None
-            return parse(payload)
+        def payload_of(message: Any, payload: memoryview | None) -> memoryview | None:
+            return payload if isinstance(message, answers) and getattr(message, "rows", None) == rows else None
 
-        return self.exchange(layer, request, [residue_frame(c)], result, own.do, expected=size)
+        return self.exchange(layer, request, [residue_frame(c)], payload_of, own.do, expected=out.nbytes)
 
     def show(self, layer: str, c: Tensor) -> None:
         """Let the watcher, where there is one, see masked rows that are about to leave."""
@@ -444,30 +442,26 @@ class Channel:
             record.resent += 1
             return None
 
-    def _served(self, layer: str, group: int, c: Tensor, size: int, own: _OwnWork) -> memoryview | None:
-        """An answer's payload by a call without a header; None where there is none for it, or nothing came: then it needs a header."""
-        rows, c = c.shape[0], c.contiguous()
-        if self._lane.wanted or not self._lane.fits_raw(c.nbytes, size) or rows > self._most or rows > self._most_served():
-            return None  # a message with a header, for the number of rows, would end what is served: it is not asked for in vain
-        sent, out = time.monotonic(), torch.empty(size, dtype=torch.uint8)
+    def _served(self, layer: str, group: int, c: Tensor, out: Tensor, own: _OwnWork) -> bool:
+        """An answer by a call without a header; False where there is none for it, or nothing came: then it needs a header."""
+        rows, up, down, lane = c.shape[0], c.nbytes, out.nbytes, self._lane
+        if lane.wanted or rows > self._most or not lane.fits_raw(up, down) or rows > self._most_served():
+            return False  # a message with a header, for the number of rows, would end what is served: it is not asked for in vain
+        sent, c = time.monotonic(), c.contiguous()
         with self._lock:
-            if self._lane.generation != self._serving_at:
-                return None
+            if lane.generation != self._serving_at:
+                return False
             try:
-                with self._lane.using() as lane:
-                    lane.ask(group | rows << 32, c.data_ptr(), c.nbytes)
-                    own.do()
-                    if not self._lane.raw(lane, None, out, sent + self.timeout):
-                        raise self._silence(layer)
+                if not lane.asked(group | rows << 32, c, out, own.do, sent + self.timeout):
+                    raise self._silence(layer)
             except LaneGone as error:
                 logger.info("the lane to %s is gone: %s", self.address, error)
-                return None
+                return False
             if self.simulated_rtt:
                 _delay(self.simulated_rtt)
         done = time.monotonic()
-        self.telemetry.record(layer, LayerStatistics(1, rows, c.nbytes + PREFIX_BYTES, size, done - own.done, done - sent))
-        payload: Any = out.numpy()
-        return memoryview(payload)
+        self.telemetry.record(layer, LayerStatistics(1, rows, up + PREFIX_BYTES, down, done - own.done, done - sent))
+        return True
 
     def _most_served(self) -> int:
         """How many rows the other side answers without a header, over this lane and since the last message with one: it is asked."""

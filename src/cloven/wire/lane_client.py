@@ -96,20 +96,43 @@ class LaneClient:
         """
         return self._patient(lane, deadline, lane.receive)
 
-    def raw(self, lane: Lane, x: Tensor | None, out: Tensor, deadline: float) -> bool:
-        """A call without a header: dense x goes (None: it was sent by `Lane.ask`), dense out gets the answer; whether it came in time.
+    def raw(self, lane: Lane, x: Tensor, out: Tensor, deadline: float) -> bool:
+        """A call without a header: dense x goes, dense out gets the answer; whether it came in time.
 
         Raises:
             LaneGone: as above.
         """
-        again = x is None
-        start, size = (x.data_ptr(), x.nbytes) if x is not None else (0, 0)
+        came = lane.raw(x.data_ptr(), x.nbytes, out.data_ptr(), out.nbytes, _look_until(deadline), self._awake, again=False)
+        return came or self._came(lane, out, deadline)
+
+    def asked(self, prefix: int, x: Tensor, out: Tensor, meanwhile: Callable[[], None], deadline: float) -> bool:
+        """The same in two halves, with a prefix: `meanwhile` runs between them. The lane is left as by `using`, and when nothing came.
+
+        Raises:
+            LaneGone: as above.
+        """
+        lane = self._lane
+        assert lane is not None
+        came = gone = False
+        try:
+            lane.ask(prefix, x.data_ptr(), x.nbytes)
+            meanwhile()
+            came = lane.raw(0, 0, out.data_ptr(), out.nbytes, _look_until(deadline), self._awake, again=True)
+            came = came or self._came(lane, out, deadline)
+        except LaneGone:
+            gone = True
+            raise
+        finally:
+            if not came:
+                self.leave()
+                self.wanted = not gone
+        return came
+
+    def _came(self, lane: Lane, out: Tensor, deadline: float) -> bool:
+        """Whether the answer to a call that was sent comes in time, though not at once."""
 
         def look(seconds: float) -> bool | None:
-            nonlocal again
-            came = lane.raw(start, size, out.data_ptr(), out.nbytes, seconds, self._awake, again=again)
-            again = True
-            return came or None
+            return lane.raw(0, 0, out.data_ptr(), out.nbytes, seconds, 0.0, again=True) or None
 
         return self._patient(lane, deadline, look) is not None
 
@@ -121,3 +144,8 @@ class LaneClient:
                 return found
             if lane.other_is_gone():
                 raise LaneGone("the other side has ended")
+
+
+def _look_until(deadline: float) -> float:
+    """Seconds for the first look."""
+    return min(deadline - time.monotonic(), _LOOK_SECONDS)

@@ -65,7 +65,15 @@ def residues_of_frame(frame: memoryview, rows: int, width: int, request: int = 0
         expected = f"4 x {rows} x {width}, at most {MAX_PAYLOAD_BYTES}"
         raise MalformedMessage("size", f"a payload of {frame.nbytes} bytes, expected {expected}", request)
     values = np.frombuffer(frame, dtype="<i4").reshape(rows, width)
-    residues = torch.from_numpy(values if values.flags.writeable else values.copy())
-    if not is_residue(residues):
+    return require_residues(torch.from_numpy(values if values.flags.writeable else values.copy()), request)
+
+
+def require_residues(values: Tensor, request: int = 0) -> Tensor:
+    """A payload int32 [rows, width], if it holds residues.
+
+    Raises:
+        MalformedMessage: an entry is outside [−H, H].
+    """
+    if not is_residue(values):
         raise MalformedMessage("malformed", "an entry of the payload is no residue", request)
-    return residues
+    return values

@@ -16,18 +16,58 @@
 
 namespace {
 
+// Eight entries at a time. Within them, three levels: lane j with bit h gets its partner less itself, the other one their sum.
+using Eight = double __attribute__((vector_size(64)));
+using Lanes = long long __attribute__((vector_size(64)));
+
+#define CLOVEN_WITHIN(a, h, p0, p1, p2, p3, p4, p5, p6, p7)                        \
+  {                                                                                \
+    const Eight partner = __builtin_shuffle(a, Lanes{p0, p1, p2, p3, p4, p5, p6, p7}); \
+    const Lanes upper = (Lanes{0, 1, 2, 3, 4, 5, 6, 7} & (h)) != 0;                \
+    a = upper ? partner - a : a + partner;                                         \
+  }
+#define CLOVEN_WITHIN_EIGHT(a)                   \
+  CLOVEN_WITHIN(a, 1, 1, 0, 3, 2, 5, 4, 7, 6)    \
+  CLOVEN_WITHIN(a, 2, 2, 3, 0, 1, 6, 7, 4, 5)    \
+  CLOVEN_WITHIN(a, 4, 4, 5, 6, 7, 0, 1, 2, 3)
+
+// Levels between whole vectors: all of `count`, in registers.
+#define CLOVEN_BETWEEN(v, count)                            \
+  for (int h = 1; h < (count); h *= 2)                      \
+    for (int i = 0; i < (count); ++i)                       \
+      if ((i & h) == 0) {                                   \
+        const Eight a = v[i], b = v[i + h];                 \
+        v[i] = a + b;                                       \
+        v[i + h] = a - b;                                   \
+      }
+
+// 256 entries in two passes: levels 1 to 16 of 32 entries side by side, then levels 32 to 128 of eight vectors that lie 32 entries apart.
+#define CLOVEN_HADAMARD_256                                                  \
+  for (std::int64_t i = 0; i < 256; i += 32) {                               \
+    Eight v[4];                                                              \
+    std::memcpy(v, x + i, sizeof v);                                         \
+    for (int j = 0; j < 4; ++j) {                                            \
+      CLOVEN_WITHIN_EIGHT(v[j])                                              \
+    }                                                                        \
+    CLOVEN_BETWEEN(v, 4)                                                     \
+    std::memcpy(x + i, v, sizeof v);                                         \
+  }                                                                          \
+  for (std::int64_t i = 0; i < 32; i += 8) {                                 \
+    Eight v[8];                                                              \
+    for (int j = 0; j < 8; ++j) std::memcpy(&v[j], x + i + 32 * j, sizeof v[j]); \
+    CLOVEN_BETWEEN(v, 8)                                                     \
+    for (int j = 0; j < 8; ++j) {                                            \
+      v[j] *= scale;                                                         \
+      std::memcpy(x + i + 32 * j, &v[j], sizeof v[j]);                       \
+    }                                                                        \
+  }
+
 #define CLOVEN_HADAMARD                                                            \
-  for (std::int64_t i = 0; i + 8 <= block; i += 8) {                               \
-    double a[8];                                                                   \
-    for (int j = 0; j < 8; ++j) a[j] = x[i + j];                                   \
-    for (int h = 1; h < 8; h *= 2) {                                               \
-      double b[8];                                                                 \
-      for (int j = 0; j < 8; ++j) b[j] = (j & h) ? a[j - h] - a[j] : a[j] + a[j + h]; \
-      for (int j = 0; j < 8; ++j) a[j] = b[j];                                     \
-    }                                                                              \
-    for (int j = 0; j < 8; ++j) x[i + j] = a[j];                                   \
+  if (block == 256) {                                                              \
+    CLOVEN_HADAMARD_256                                                            \
+    return;                                                                        \
   }                                                                                \
-  for (std::int64_t h = block < 8 ? 1 : 8; h < block; h *= 2)                      \
+  for (std::int64_t h = 1; h < block; h *= 2)                                      \
     for (std::int64_t i = 0; i < block; i += 2 * h)                                \
       for (std::int64_t j = i; j < i + h; ++j) {                                   \
         const double a = x[j], b = x[j + h];                                       \
@@ -37,12 +77,22 @@ namespace {
   for (std::int64_t i = 0; i < block; ++i) x[i] *= scale;
 
 using Transform = void (*)(double* x, std::int64_t block, double scale);
+using Outside = bool (*)(const std::int32_t* places, std::int64_t count, std::int64_t n);
+
+// Whether a place is not one of n.
+#define CLOVEN_OUTSIDE                                                             \
+  const std::uint32_t most = n < INT32_MAX ? static_cast<std::uint32_t>(n) : INT32_MAX; \
+  std::uint32_t any = 0;                                                           \
+  for (std::int64_t i = 0; i < count; ++i) any |= static_cast<std::uint32_t>(places[i]) >= most; \
+  return any != 0;
 
 void portable(double* x, std::int64_t block, double scale) { CLOVEN_HADAMARD }
+bool outside_portable(const std::int32_t* places, std::int64_t count, std::int64_t n) { CLOVEN_OUTSIDE }
 
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) void avx2(double* x, std::int64_t block, double scale) { CLOVEN_HADAMARD }
 __attribute__((target("avx512f,avx512dq"))) void avx512(double* x, std::int64_t block, double scale) { CLOVEN_HADAMARD }
+__attribute__((target("avx2"))) bool outside_avx2(const std::int32_t* places, std::int64_t count, std::int64_t n) { CLOVEN_OUTSIDE }
 #endif
 
 Transform best() {
@@ -51,6 +101,13 @@ Transform best() {
   if (__builtin_cpu_supports("avx2")) return avx2;
 #endif
   return portable;
+}
+
+Outside best_outside() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) return outside_avx2;
+#endif
+  return outside_portable;
 }
 
 constexpr std::int64_t kMost = 256;
@@ -161,9 +218,8 @@ CLOVEN_API int cloven_turn(const double* x, std::int64_t m, std::int64_t n, std:
                            int threads) {
   if (!sound(m, n, block) || stages < 1 || kind < 0 || kind > 2) return 1;
   if (m > 0 && (kind != 0) != (total != nullptr)) return 1;
-  std::uint32_t outside = 0;
-  for (std::int64_t i = 0; i < stages * n; ++i) outside |= static_cast<std::uint32_t>(gather[i]) >= static_cast<std::uint64_t>(n);
-  if (outside != 0) return 1;
+  static const Outside outside = best_outside();
+  if (outside(gather, stages * n, n)) return 1;
   std::atomic<bool> failed{false};
   Turn job{x, m, n, block, stages, 1, scale, gather, units, leading != 0, total, out, kind, &failed};
   const std::int64_t entries = 1 << 14;

@@ -48,6 +48,7 @@ class Kernels:
         library.cloven_encode.argtypes = [pointer, integer, integer, ctypes.c_double, pointer, pointer, pointer, number]
         library.cloven_decode.argtypes = [pointer, integer, integer, pointer, pointer, number]
         library.cloven_check.argtypes = [pointer, pointer, pointer, integer, integer, integer, pointer, number]
+        library.cloven_residues.argtypes, library.cloven_residues.restype = [pointer, integer], number
         library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
         library.cloven_ask.argtypes = [pointer, pointer, number, integer, ctypes.c_double, pointer, pointer, pointer, number]
         library.cloven_told.argtypes = [*(pointer,) * 5, integer, pointer, pointer, pointer, number, number]
@@ -129,6 +130,16 @@ class Kernels:
         out, n = torch.empty_like(a), a.shape[-1]
         self._library.cloven_add(a.data_ptr(), b.data_ptr(), a.numel() // max(1, n), n, sign, out.data_ptr(), torch.get_num_threads())
         return out
+
+    def are_residues(self, x: Tensor) -> bool:
+        """Whether every entry of a dense int32 tensor is in [−H, H].
+
+        Raises:
+            ValueError: something else.
+        """
+        if x.dtype != torch.int32 or not x.is_contiguous():
+            raise ValueError("the kernel looks at dense int32")
+        return bool(self._library.cloven_residues(x.data_ptr(), x.numel()))
 
     def encode(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
         """round(α x) int32 [M, K] and α float64 [M, 1] of float64 [M, K], α = scale / ‖x‖; None where a row is not finite.

@@ -44,11 +44,11 @@ def query(kernels: Kernels, x: Tensor, pad: int, bound: float, mask: Tensor) -> 
     return c, alpha
 
 
-def answer(kernels: Kernels, q: memoryview, bits: int, image: Tensor, alpha: Tensor) -> Tensor | None:
+def answer(kernels: Kernels, q: Tensor | memoryview, bits: int, image: Tensor, alpha: Tensor) -> Tensor | None:
     """y float64 [M, N]; None where a number has more than `bits` bits.
 
     Args:
-        q: M·N numbers, in one byte each for 8 bits, else in two.
+        q: M·N numbers, in one byte each for 8 bits, else in two; dense.
         image: residues int32 [M, N], M > 0.
         alpha: float64 [M, 1].
 
@@ -60,9 +60,9 @@ def answer(kernels: Kernels, q: memoryview, bits: int, image: Tensor, alpha: Ten
         raise ValueError(f"{q.nbytes} bytes of {bits} bits do not fit images {tuple(image.shape)} and α {tuple(alpha.shape)}")
     image, alpha, (m, n) = image.contiguous(), alpha.contiguous(), image.shape
     y = torch.empty(m, n, dtype=torch.float64)
-    numbers = np.frombuffer(q, np.uint8)
+    numbers: int = q.data_ptr() if isinstance(q, Tensor) else np.frombuffer(q, np.uint8).ctypes.data
     arguments = (bits, image.data_ptr(), m, n, alpha.data_ptr(), y.data_ptr(), torch.get_num_threads())
-    ended = kernels.answer(numbers.ctypes.data, *arguments)
+    ended = kernels.answer(numbers, *arguments)
     if ended == _NOT_ALLOWED:
         return None
     if ended != _DONE:

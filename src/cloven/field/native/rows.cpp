@@ -1,6 +1,7 @@
 // What the holder of a secret does to rows around a product, in one pass each: the same bits as `cloven.field.residues`, `codec` and
 // `freivalds`, which say what is computed and why.
 //
+//     residues   whether all entries are in [−H, H]
 //     add        a ± b mod p, centred residues
 //     encode     x ↦ round(α x), α = scale / ‖x‖; ‖x‖² is summed in eight lanes, in order, and these pairwise
 //     decode     y ↦ y / α
@@ -66,11 +67,20 @@ using Work = void (*)(const Rows&, std::int64_t first, std::int64_t last);
     for (std::int64_t i = 0; i < job.n; ++i) out[i] = static_cast<double>(y[i]) / job.alpha[row]; \
   }
 
-// |product| < 2^60; folded once by 2^31 ≡ 1 it is below 2^32 in size, so that 2^31 of them fit.
+// |product| ≤ 2^61 whatever z and c are, and of two 2^62; folded once by 2^31 ≡ 1 that is below 2^33 in size, so that 2^30 of them fit.
+#define CLOVEN_FOLD(value) (((value) >> 31) + ((value) & kP))
+#define CLOVEN_PRODUCT(test, values, i) (static_cast<std::int64_t>((test)[i]) * (values)[i])
 #define CLOVEN_SUM(test, values, count)                                                  \
-  for (std::int64_t i = 0; i < (count); ++i) {                                           \
-    const std::int64_t product = static_cast<std::int64_t>((test)[i]) * (values)[i];     \
-    sum += (product >> 31) + (product & kP);                                             \
+  {                                                                                      \
+    const std::int64_t half = (count) / 2;                                               \
+    for (std::int64_t i = 0; i < half; ++i) {                                            \
+      const std::int64_t two = CLOVEN_PRODUCT(test, values, i) + CLOVEN_PRODUCT(test, values, i + half); \
+      sum += CLOVEN_FOLD(two);                                                           \
+    }                                                                                    \
+    if ((count) % 2 != 0) {                                                              \
+      const std::int64_t last = CLOVEN_PRODUCT(test, values, (count) - 1);               \
+      sum += CLOVEN_FOLD(last);                                                          \
+    }                                                                                    \
   }
 
 #define CLOVEN_CHECK                                                                     \
@@ -110,6 +120,13 @@ CLOVEN_VERSIONS(encode, CLOVEN_ENCODE)
 CLOVEN_VERSIONS(decode, CLOVEN_DECODE)
 CLOVEN_VERSIONS(check, CLOVEN_CHECK)
 
+// Without a branch for every entry.
+bool outside(const std::int32_t* x, std::int64_t count) {
+  std::uint32_t any = 0;
+  for (std::int64_t i = 0; i < count; ++i) any |= static_cast<std::uint32_t>(x[i] > kH) | static_cast<std::uint32_t>(x[i] < -kH);
+  return any != 0;
+}
+
 struct Shared {
   const Rows* job;
   Work work;
@@ -136,6 +153,14 @@ int run(Work work, Rows& job, int threads) {
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
 // All arrays are dense. Functions return 0, or 1 if a size is negative.
+
+// Whether all entries of x are in [−H, H].
+CLOVEN_API int cloven_residues(const std::int32_t* x, std::int64_t count) {
+  const std::int64_t whole = count - count % 4096;
+  for (std::int64_t i = 0; i < whole; i += 4096)
+    if (outside(x + i, 4096)) return 0;
+  return outside(x + whole, count - whole) ? 0 : 1;
+}
 
 // out [m, n] = a ± b.
 CLOVEN_API int cloven_add(const std::int32_t* a, const std::int32_t* b, std::int64_t m, std::int64_t n, int sign, std::int32_t* out,
