@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "shared_pool.hpp"
+#include "turn_eight.hpp"
 
 namespace {
 
@@ -150,17 +151,16 @@ std::uint16_t bfloat16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The last stage, into the caller's memory.
+// One entry of the last stage, into the caller's memory.
+void store(const Turn& job, std::int64_t at, double value) {
+  const auto sum = [&] { return static_cast<float>(value + static_cast<double>(job.total[at])); };
+  if (job.kind == 0) static_cast<double*>(job.out)[at] = value;
+  if (job.kind == 1) static_cast<float*>(job.out)[at] = sum();
+  if (job.kind == 2) static_cast<std::uint16_t*>(job.out)[at] = bfloat16(sum());
+}
+
 void last_stage(const Turn& job, std::int64_t row, const double* from, const std::int32_t* gather, const float* units) {
-  const std::int64_t n = job.n, at = row * n;
-  const auto value = [&](std::int64_t i) { return from[gather[i]] * static_cast<double>(units[i]); };
-  const auto sum = [&](std::int64_t i) { return static_cast<float>(value(i) + static_cast<double>(job.total[at + i])); };
-  if (job.kind == 0)
-    for (std::int64_t i = 0; i < n; ++i) static_cast<double*>(job.out)[at + i] = value(i);
-  else if (job.kind == 1)
-    for (std::int64_t i = 0; i < n; ++i) static_cast<float*>(job.out)[at + i] = sum(i);
-  else
-    for (std::int64_t i = 0; i < n; ++i) static_cast<std::uint16_t*>(job.out)[at + i] = bfloat16(sum(i));
+  for (std::int64_t i = 0; i < job.n; ++i) store(job, row * job.n + i, from[gather[i]] * static_cast<double>(units[i]));
 }
 
 void turn_row(const Turn& job, std::int64_t row, double* a, double* b) {
@@ -180,18 +180,69 @@ void turn_row(const Turn& job, std::int64_t row, double* a, double* b) {
   }
 }
 
+#if defined(__x86_64__)
+
+bool eight_at_once() {
+  static const bool there = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return there;
+}
+
+// The block that takes the n % block entries at the end, and others: see last_block.
+void last_block_of_eight(double* x, std::int64_t n, std::int64_t block, double scale) {
+  constexpr std::int64_t kEight = cloven::eight::kRows;
+  const std::int64_t whole = n / block * block, spread = block - (n - whole);
+  double part[kMost * kEight];
+  const auto place = [&](std::int64_t i) { return i < spread ? i * whole / spread : whole + i - spread; };
+  for (std::int64_t i = 0; i < block; ++i) std::memcpy(part + kEight * i, x + kEight * place(i), kEight * sizeof(double));
+  cloven::eight::transform(part, block, scale);
+  for (std::int64_t i = 0; i < block; ++i) std::memcpy(x + kEight * place(i), part + kEight * i, kEight * sizeof(double));
+}
+
+// Rows row … row + 7; a and b hold 8n entries each.
+void turn_eight(const Turn& job, std::int64_t row, double* a, double* b) {
+  namespace eight = cloven::eight;
+  const std::int64_t n = job.n;
+  eight::load(job.x + row * n, n, a);
+  for (std::int64_t stage = 0; stage < job.stages; ++stage) {
+    if (stage > 0 || job.leading) {
+      for (std::int64_t i = 0; i + job.block <= n; i += job.block) eight::transform(a + eight::kRows * i, job.block, job.scale);
+      if (n % job.block != 0) last_block_of_eight(a, n, job.block, job.scale);
+    }
+    const std::int32_t* gather = job.gather + stage * n;
+    const float* units = job.units + stage * n;
+    if (stage + 1 == job.stages) {
+      for (std::int64_t i = eight::last_stage(a, gather, units, n, job.total, job.out, row, job.kind); i < n; ++i)
+        for (std::int64_t r = 0; r < eight::kRows; ++r)
+          store(job, (row + r) * n + i, a[eight::kRows * gather[i] + r] * static_cast<double>(units[i]));
+      return;
+    }
+    eight::gathered(a, gather, units, n, b);
+    std::swap(a, b);
+  }
+}
+
+#else
+
+bool eight_at_once() { return false; }
+void turn_eight(const Turn&, std::int64_t, double*, double*) {}
+
+#endif
+
 void turn_chunk(const void* what, std::int64_t index) {
   const Turn& job = *static_cast<const Turn*>(what);
   thread_local std::vector<double> memory;
+  std::int64_t row = index * job.rows_per_chunk;
+  const std::int64_t end = row + job.rows_per_chunk < job.m ? row + job.rows_per_chunk : job.m;
+  const std::int64_t at_once = end - row >= 8 && eight_at_once() ? 8 : 1;
   try {
-    memory.resize(static_cast<std::size_t>(2 * job.n));
+    memory.resize(static_cast<std::size_t>(2 * at_once * job.n));
   } catch (...) {
     *job.failed = true;
     return;
   }
-  const std::int64_t first = index * job.rows_per_chunk;
-  for (std::int64_t row = first; row < first + job.rows_per_chunk && row < job.m; ++row)
-    turn_row(job, row, memory.data(), memory.data() + job.n);
+  double *a = memory.data(), *b = memory.data() + at_once * job.n;
+  for (; at_once == 8 && row + 8 <= end; row += 8) turn_eight(job, row, a, b);
+  for (; row < end; ++row) turn_row(job, row, a, b);
 }
 
 bool sound(std::int64_t m, std::int64_t n, std::int64_t block) {
@@ -222,8 +273,8 @@ CLOVEN_API int cloven_turn(const double* x, std::int64_t m, std::int64_t n, std:
   if (outside(gather, stages * n, n)) return 1;
   std::atomic<bool> failed{false};
   Turn job{x, m, n, block, stages, 1, scale, gather, units, leading != 0, total, out, kind, &failed};
-  const std::int64_t entries = 1 << 14;
-  job.rows_per_chunk = entries / n > 1 ? entries / n : 1;
+  const std::int64_t entries = 1 << 14, eight = m >= 8 && eight_at_once() ? 8 : 1;
+  job.rows_per_chunk = entries / n > eight ? (entries / n) / eight * eight : eight;
   cloven::shared_pool().run(turn_chunk, &job, (m + job.rows_per_chunk - 1) / job.rows_per_chunk, threads);
   return failed ? 1 : 0;
 }
