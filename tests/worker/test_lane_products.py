@@ -113,18 +113,18 @@ def test_what_does_not_fit_a_lane_has_a_header(channel: Channel, monkeypatch: py
     rows = CAPACITY // (4 * 300) + 1
     c = random_residues(rows, 64, 8)
     assert asked(channel, 2, c[:2]).shape == (2, 300)
-    served = channel._lane.raw
-    monkeypatch.setattr(channel._lane, "raw", headed)
+    served = channel._lane.asked
+    monkeypatch.setattr(channel._lane, "asked", headed)
     z = asked(channel, 2, c)
     assert torch.equal(z[-3:], python_product(c[-3:], GROUPS[2]))
-    monkeypatch.setattr(channel._lane, "raw", served)
+    monkeypatch.setattr(channel._lane, "asked", served)
     assert torch.equal(asked(channel, 2, c[:2]), z[:2])  # a socket's message does not end it
 
 
 def test_a_worker_that_serves_none(channel: Channel, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_products", None)
     channel.hello()  # says so
-    monkeypatch.setattr(channel._lane, "raw", headed)
+    monkeypatch.setattr(channel._lane, "asked", headed)
     c, questions = random_residues(2, 16, 5), list[str]()
     exchange = channel.exchange
     monkeypatch.setattr(channel, "exchange", lambda layer, *rest, **more: questions.append(layer) or exchange(layer, *rest, **more))
@@ -161,14 +161,14 @@ def test_an_answer_of_another_size_is_not_taken(channel: Channel) -> None:
 
 def test_entries_that_are_no_residues(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked(channel, 0, random_residues(1, 16, 5))
-    raw = channel._lane.raw
+    asks = channel._lane.asked
 
-    def altered(lane: Any, x: Any, out: Tensor, deadline: float) -> bool:
-        came = raw(lane, x, out, deadline)
-        out.view(torch.int32)[0] = -(2**31)
+    def altered(prefix: int, x: Tensor, out: Tensor, *rest: Any) -> bool:
+        came = asks(prefix, x, out, *rest)
+        out[0, 0] = -(2**31)
         return came
 
-    monkeypatch.setattr(channel._lane, "raw", altered)
+    monkeypatch.setattr(channel._lane, "asked", altered)
     with pytest.raises(Exception, match="no residue"):
         asked(channel, 0, random_residues(1, 16, 5))
 
@@ -176,7 +176,8 @@ def test_entries_that_are_no_residues(channel: Channel, monkeypatch: pytest.Monk
 def test_silence_ends_in_time(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked(channel, 0, random_residues(1, 16, 5))
     monkeypatch.setattr(channel, "timeout", 0.3)
-    monkeypatch.setattr(channel._lane, "raw", lambda *_: False)
+    assert channel._lane._lane is not None
+    monkeypatch.setattr(channel._lane._lane, "raw", lambda *_, **__: False)
     did: list[int] = []
     with pytest.raises(WorkerTimeout, match="a layer"):
         channel.multiply("a layer", 0, random_residues(1, 16, 6), 4, lambda: did.append(1))
@@ -204,8 +205,8 @@ def test_more_rows_than_are_served_have_a_header(channel: Channel, worker: Worke
     monkeypatch.setattr(worker._products, "most", 2)
     channel.hello()  # says so
     c, sent = random_residues(3, 16, 5), list[int]()
-    raw = channel._lane.raw
-    monkeypatch.setattr(channel._lane, "raw", lambda lane, x, out, deadline: sent.append(len(out) // 16) or raw(lane, x, out, deadline))
+    asks = channel._lane.asked
+    monkeypatch.setattr(channel._lane, "asked", lambda prefix, x, *rest: sent.append(len(x)) or asks(prefix, x, *rest))
     for rows in (2, 3, 1):
         assert torch.equal(asked(channel, 0, c[:rows]), python_product(c[:rows], GROUPS[0]))
     assert sent == [2, 1]

@@ -1,125 +1,30 @@
-// The product for many rows in the CPU's matrix unit (AMX): the same numbers as the other kernels, several times faster.
+// The product of tiles in the CPU's matrix unit (AMX): see tiles.hpp.
 //
-//     planes   [M/16][K/64][4 digits][16 rows][64 bytes]   tiles of unsigned bytes: the left operands
-//     strips   [K/64][16 quads of k][16 rows of W][4 bytes] tiles of W, packed once for all rows: the right operands
-//     y_d [16 rows, 16 rows of W] += plane_d · strip        one tile of int32 per digit and strip, over all of K; z = Σ_d 256^d·y_d mod p
-//
-// Two digits meet two strips at a time: four loads for four products, and no register is loaded while a product still reads it. A part
-// of two strips stays in a core's first cache while a few blocks of rows meet it, whose planes stay in the second. Tiles lie on lines of
-// the cache.
+// Two digits meet two strips at a time: four loads for four products, and no register is loaded while a product still reads it.
 #pragma once
 
-#include <atomic>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "tiles.hpp"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (__GNUC__ >= 11 || defined(__clang__))
+#if CLOVEN_TILES
+
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define CLOVEN_AMX 1
-#endif
 
 namespace cloven {
 
-#if CLOVEN_AMX
-
-constexpr std::int64_t kTile = 16, kQuad = 64;          // rows of a tile, bytes of one of its rows
-constexpr std::int64_t kStrips = 4;                      // of 16 rows of W, packed together
-constexpr std::int64_t kQuads = 16;                      // at a time: 32 KiB of two strips, in the first cache
-constexpr std::int64_t kBlocks = 8;                      // of 16 rows: 512 KiB of planes of so many quads, in the second
-constexpr std::size_t kTileBytes = 1024;
+constexpr std::int64_t kAmxQuads = 16;  // 32 KiB of two strips
 
 // Whether the CPU has the unit, and the kernel lets this process use it: asked once.
 inline bool amx_allowed() {
   static const bool allowed = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d >> 24 & 3) != 3) return false;  // AMX-TILE and AMX-INT8
-    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return false;
-    if (!__builtin_cpu_supports("avx512vnni")) return false;  // the fewest rows are left to it
+    if (!tiles_allowed()) return false;
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, request, tile_data) == 0;
   }();
   return allowed;
-}
-
-// Memory that begins on a line of the cache, and is kept for the next call.
-class Lines {
- public:
-  std::uint8_t* at_least(std::size_t size) {
-    memory_.resize(size + 64);
-    return memory_.data() + (64 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 64) % 64;
-  }
-
- private:
-  std::vector<std::uint8_t> memory_;
-};
-
-struct AmxJob {
-  const std::int32_t* c;
-  std::int64_t m, k, quads, blocks;  // quads: ⌈K/64⌉; blocks: ⌈M/16⌉
-  std::uint8_t* planes;
-  const std::int8_t* w;
-  std::int64_t n, stride;
-  std::int32_t* z;
-  std::atomic<bool>* failed;  // a thread had no memory
-};
-
-// One block of 16 rows of c as tiles of its four digit planes.
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) inline void pack_planes(const void* what, std::int64_t block) {
-  const AmxJob& job = *static_cast<const AmxJob*>(what);
-  const __m512i p = _mm512_set1_epi32(0x7fffffff);
-  for (std::int64_t row = 0; row < kTile; ++row) {
-    const std::int64_t m = block * kTile + row;
-    for (std::int64_t i = 0; i < job.quads * kQuad; i += 16) {
-      __m512i value = _mm512_setzero_si512();
-      if (m < job.m && i < job.k) {
-        const std::int64_t left = job.k - i;
-        const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-        value = _mm512_maskz_loadu_epi32(mask, job.c + m * job.k + i);
-        value = _mm512_mask_add_epi32(value, _mm512_movepi32_mask(value), value, p);  // negative: + p
-      }
-      std::uint8_t* tiles = job.planes + ((block * job.quads + i / kQuad) * 4) * kTileBytes + row * kQuad + i % kQuad;
-      for (int d = 0; d < 4; ++d)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(tiles + d * kTileBytes), _mm512_cvtepi32_epi8(_mm512_srli_epi32(value, 8 * d)));
-    }
-  }
-}
-
-// 16 rows of W as tiles: quad q of row r goes to line q, place r. Rows and columns that are not there are zeros.
-__attribute__((target("avx512f,avx512bw,avx512vl"))) inline void pack_strip(const AmxJob& job, std::int64_t first, std::uint8_t* strip) {
-  alignas(64) std::int32_t lines[16][16];
-  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
-  for (std::int64_t quad = 0; quad < job.quads; ++quad) {
-    const std::int64_t left = job.k - quad * kQuad;
-    const __mmask64 mask = left >= kQuad ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-    for (std::int64_t row = 0; row < kTile; ++row) {
-      const __m512i codes = first + row < job.n ? _mm512_maskz_loadu_epi8(mask, job.w + (first + row) * job.stride + quad * kQuad)
-                                                : _mm512_setzero_si512();
-      _mm512_store_si512(lines[row], codes);
-    }
-    for (int line = 0; line < 16; ++line)
-      _mm512_storeu_si512(strip + quad * kTileBytes + line * kQuad, _mm512_i32gather_epi32(places, &lines[0][line], 4));
-  }
-}
-
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) inline __m512i amx_reduced(const std::int32_t (*y)[16][16], int row) {
-  const __m512i p = _mm512_set1_epi64(0x7fffffff), h = _mm512_set1_epi64(0x3fffffff);
-  __m256i halves[2];
-  for (int half = 0; half < 2; ++half) {
-    __m512i total = _mm512_setzero_si512();
-    for (int d = 3; d >= 0; --d) {
-      const __m256i part = _mm256_load_si256(reinterpret_cast<const __m256i*>(&y[d][row][8 * half]));
-      total = _mm512_add_epi64(_mm512_slli_epi64(total, 8), _mm512_cvtepi32_epi64(part));
-    }
-    __m512i folded = _mm512_add_epi64(_mm512_and_si512(total, p), _mm512_srai_epi64(total, 31));
-    folded = _mm512_mask_sub_epi64(folded, _mm512_cmpgt_epi64_mask(folded, h), folded, p);
-    halves[half] = _mm512_cvtepi64_epi32(folded);
-  }
-  return _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
 }
 
 struct alignas(64) TileShape {
@@ -128,11 +33,10 @@ struct alignas(64) TileShape {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-using Sums = std::int32_t[2][4][16][16];  // [strip][digit][row of c][row of W]
-
 // Some quads of k for a block of rows and two strips, on top of what y holds (nothing, if these are the first).
-__attribute__((target("avx512f,amx-tile,amx-int8"))) inline void two_strips(const std::uint8_t* planes, const std::uint8_t* strip,
-                                                                            std::size_t next, std::int64_t quads, bool first, Sums& y) {
+__attribute__((target("avx512f,amx-tile,amx-int8"))) inline void amx_two_strips(const std::uint8_t* planes, const std::uint8_t* strip,
+                                                                            std::size_t next, std::int64_t /*rows*/, std::int64_t quads, bool first,
+                                                                            Sums& y) {
   for (int pair = 0; pair < 4; pair += 2) {
     if (first) {
       _tile_zero(0);
@@ -164,56 +68,13 @@ __attribute__((target("avx512f,amx-tile,amx-int8"))) inline void two_strips(cons
   }
 }
 
-// z of a block of rows and two strips, from whole sums.
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) inline void store_two(const AmxJob& job, std::int64_t block, std::int64_t n,
-                                                                                    const Sums& y) {
-  const std::int64_t rows = job.m - block * kTile < kTile ? job.m - block * kTile : kTile;
-  for (std::int64_t part = 0; part < 2; ++part, n += kTile) {
-    const std::int64_t left = job.n - n;
-    if (left <= 0) return;
-    const __mmask16 mask = left >= kTile ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-    for (int row = 0; row < rows; ++row)
-      _mm512_mask_storeu_epi32(job.z + (block * kTile + row) * job.n + n, mask, amx_reduced(y[part], row));
-  }
-}
-
-// Some strips of W against all rows.
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-int8"))) inline void amx_chunk(const void* what, std::int64_t index) {
-  const AmxJob& job = *static_cast<const AmxJob*>(what);
-  thread_local Lines lines;
-  alignas(64) Sums y[kStrips / 2][kBlocks];
-  const std::int64_t first = index * kStrips * kTile;
-  const std::size_t size = static_cast<std::size_t>(job.quads) * kTileBytes;
-  std::uint8_t* strips = nullptr;
-  try {
-    strips = lines.at_least(static_cast<std::size_t>(kStrips) * size);
-  } catch (...) {
-    *job.failed = true;
-    return;
-  }
-  for (std::int64_t s = 0; s < kStrips; ++s) pack_strip(job, first + s * kTile, strips + static_cast<std::size_t>(s) * size);
+__attribute__((target("amx-tile"))) inline void amx_chunk(const void* what, std::int64_t index) {
   const TileShape shape;
   _tile_loadconfig(&shape);
-  for (std::int64_t from = 0; from < job.blocks; from += kBlocks) {
-    const std::int64_t to = from + kBlocks < job.blocks ? from + kBlocks : job.blocks;
-    for (std::int64_t quad = 0; quad < job.quads; quad += kQuads)
-      for (std::int64_t s = 0; s < kStrips && first + s * kTile < job.n; s += 2)
-        for (std::int64_t block = from; block < to; ++block) {
-          const std::uint8_t* planes = job.planes + static_cast<std::size_t>(block * job.quads + quad) * 4 * kTileBytes;
-          const std::uint8_t* strip = strips + static_cast<std::size_t>(s) * size + static_cast<std::size_t>(quad) * kTileBytes;
-          const std::int64_t quads = job.quads - quad < kQuads ? job.quads - quad : kQuads;
-          two_strips(planes, strip, size, quads, quad == 0, y[s / 2][block - from]);
-        }
-    for (std::int64_t s = 0; s < kStrips && first + s * kTile < job.n; s += 2)
-      for (std::int64_t block = from; block < to; ++block) store_two(job, block, first + s * kTile, y[s / 2][block - from]);
-  }
+  tiles_chunk(what, index);
   _tile_release();
 }
 
-#else
-
-inline bool amx_allowed() { return false; }
+}  // namespace cloven
 
 #endif
-
-}  // namespace cloven

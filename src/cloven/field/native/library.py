@@ -49,7 +49,7 @@ class Kernels:
         library.cloven_decode.argtypes = [pointer, integer, integer, pointer, pointer, number]
         library.cloven_check.argtypes = [pointer, pointer, pointer, integer, integer, integer, pointer, number]
         library.cloven_residues.argtypes, library.cloven_residues.restype = [pointer, integer], number
-        library.cloven_product.restype = library.cloven_kernel.restype = ctypes.c_int
+        library.cloven_product.restype = library.cloven_kernel.restype = library.cloven_many_rows.restype = ctypes.c_int
         library.cloven_ask.argtypes = [pointer, pointer, number, integer, ctypes.c_double, pointer, pointer, pointer, number]
         library.cloven_told.argtypes = [*(pointer,) * 5, integer, pointer, pointer, pointer, number, number]
         library.cloven_query.argtypes = [pointer, integer, integer, integer, ctypes.c_double, pointer, pointer, pointer, number]
@@ -60,6 +60,7 @@ class Kernels:
         self.query, self.answer = library.cloven_query, library.cloven_answer
         library.cloven_runs.argtypes, library.cloven_runs.restype = [number], number
         self.best: int = library.cloven_kernel()
+        self.many = bool(library.cloven_many_rows())  # whether it is fast for any number of rows
         self.there = tuple(kernel for kernel in range(len(KERNEL_NAMES)) if library.cloven_runs(kernel))  # on this CPU
         self.product_address = ctypes.cast(library.cloven_product, pointer).value
 

@@ -18,6 +18,7 @@
 
 #include "amx.hpp"
 #include "shared_pool.hpp"
+#include "vnni.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -35,7 +36,8 @@ constexpr std::int64_t kMaxInner = 65536;
 constexpr std::int64_t kStep = 64;       // planes are padded with zeros to a multiple of this
 constexpr int kRows = 4;                 // rows of W that share a pass over the planes
 constexpr std::int64_t kChunkBytes = 1 << 18;
-constexpr std::int64_t kFewest = 5;      // rows from which on the matrix unit is faster
+constexpr std::int64_t kFewestAmx = 5;   // rows from which on the matrix unit is faster
+constexpr std::int64_t kFewestTiles = 7; // … and squares with the byte product
 constexpr std::int64_t kPiece = 512;     // rows whose planes are in memory at once
 
 using Plane = std::int16_t;  // wide enough for the 16-bit multiply-add; the byte kernel has planes of its own
@@ -149,6 +151,22 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void dot_avx512_
 }
 #endif
 
+#if CLOVEN_X86
+// The four planes of a row, [4, padded]: zeros behind its k entries.
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void planes_of_row(const std::int32_t* c, std::int64_t k, std::int64_t padded,
+                                                                                   std::uint8_t* planes) {
+  const __m512i p = _mm512_set1_epi32(static_cast<int>(kP));
+  for (std::int64_t i = 0; i < k; i += 16) {
+    const std::int64_t left = k - i;
+    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    __m512i value = _mm512_maskz_loadu_epi32(mask, c + i);
+    value = _mm512_mask_add_epi32(value, _mm512_cmplt_epi32_mask(value, _mm512_setzero_si512()), value, p);  // negative: + p
+    for (int d = 0; d < 4; ++d)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(planes + d * padded + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(value, static_cast<unsigned>(8 * d))));
+  }
+}
+#endif
+
 void chunk(const void* what, std::int64_t index) {
   const Job& job = *static_cast<const Job*>(what);
   const std::int64_t first = index * job.rows_per_chunk;
@@ -182,7 +200,9 @@ bool runs(int kernel) {
 #endif
     case kAvx512Vnni:
       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#if CLOVEN_TILES
     case kAmx: return cloven::amx_allowed();
+#endif
     default: return false;
   }
 #else
@@ -200,14 +220,15 @@ int best_kernel() {
 
 cloven::Pool& cloven::shared_pool() { return *pool; }
 
-#if CLOVEN_AMX
+#if CLOVEN_TILES
 namespace {
 
-int amx_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n, std::int64_t stride,
-                std::int32_t* z, int threads) {
+int tiled_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n, std::int64_t stride,
+                  std::int32_t* z, int threads, bool amx) {
   thread_local cloven::Lines planes;
   std::atomic<bool> failed{false};
-  cloven::AmxJob job{c, m, k, (k + cloven::kQuad - 1) / cloven::kQuad, 0, nullptr, w, n, stride, z, &failed};
+  cloven::TileJob job{c, m, k, (k + cloven::kQuad - 1) / cloven::kQuad, 0, nullptr, w, n, stride, z, &failed,
+                      amx ? cloven::amx_two_strips : cloven::vnni_two_strips, amx ? cloven::kAmxQuads : cloven::kVnniQuads};
   const std::int64_t wide = cloven::kStrips * cloven::kTile;
   for (std::int64_t first = 0; first < m && !failed; first += kPiece, job.c += kPiece * k, job.z += kPiece * n) {
     job.m = m - first < kPiece ? m - first : kPiece;
@@ -218,7 +239,7 @@ int amx_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std
       return 1;
     }
     pool->run(cloven::pack_planes, &job, job.blocks, threads);
-    pool->run(cloven::amx_chunk, &job, (n + wide - 1) / wide, threads);
+    pool->run(amx ? cloven::amx_chunk : cloven::tiles_chunk, &job, (n + wide - 1) / wide, threads);
   }
   return failed ? 1 : 0;
 }
@@ -234,6 +255,15 @@ CLOVEN_API int cloven_kernel() { return best_kernel(); }
 // Whether this CPU runs a kernel: 1 or 0.
 CLOVEN_API int cloven_runs(int kernel) { return runs(kernel); }
 
+// Whether it is fast for any number of rows: 1 or 0.
+CLOVEN_API int cloven_many_rows() {
+#if CLOVEN_TILES
+  return best_kernel() >= kAvx512Vnni && cloven::tiles_allowed();
+#else
+  return 0;
+#endif
+}
+
 // The version of this interface.
 CLOVEN_API int cloven_interface() { return 9; }
 
@@ -242,9 +272,10 @@ CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_
                               std::int64_t stride, std::int32_t* z, int threads, int kernel) {
   if (m < 0 || n < 0 || k < 1 || k > kMaxInner || !runs(kernel)) return 1;
   if (m == 0 || n == 0) return 0;
-#if CLOVEN_AMX
-  if (kernel == kAmx && m >= kFewest) return amx_product(c, m, k, w, n, stride, z, threads);
+#if CLOVEN_TILES
+  if (kernel == kAmx && m >= kFewestAmx) return tiled_product(c, m, k, w, n, stride, z, threads, true);
   if (kernel == kAmx) kernel = kAvx512Vnni;
+  if (kernel == kAvx512Vnni && m >= kFewestTiles && cloven::tiles_allowed()) return tiled_product(c, m, k, w, n, stride, z, threads, false);
 #endif
   const std::int64_t padded = (k + kStep - 1) / kStep * kStep;
   const std::size_t size = static_cast<std::size_t>(m * 4 * padded);
@@ -257,7 +288,12 @@ CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_
   } catch (...) {
     return 1;
   }
-  for (std::int64_t row = 0; row < m; ++row)
+  std::int64_t row = 0;
+#if CLOVEN_X86
+  if (kernel == kAvx512Vnni)
+    for (; row < m; ++row) planes_of_row(c + row * k, k, padded, bytes.data() + row * 4 * padded);
+#endif
+  for (; row < m; ++row)
     for (std::int64_t i = 0; i < k; ++i) {
       const std::int64_t signed_value = c[row * k + i];
       const std::uint32_t value = static_cast<std::uint32_t>(signed_value < 0 ? signed_value + kP : signed_value);

@@ -3,8 +3,8 @@
     c [M, K] residues    W [N, K] int8    z = c Wᵀ mod p [M, N] residues
 
 Four planes of unsigned bytes of c mod p meet W in `vpdpbusd` (AVX-512 VNNI, or AVX2 with VNNI), or in 16-bit multiply-adds (AVX2, or
-whatever the compiler makes of it elsewhere), see product.cpp; from five rows on, where the CPU has it, in its matrix unit (AMX), see
-amx.hpp. Without AMX more than 16 rows go to the back end that it is built upon: there PyTorch's product is faster.
+whatever the compiler makes of it elsewhere), see product.cpp; for more rows, by squares, in the matrix unit (AMX) or in AVX-512 VNNI, see
+tiles.hpp. Without either, more than 16 rows go to the back end that it is built upon: there PyTorch's product is faster.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from torch import Tensor
 from cloven.field.native.library import KERNEL_NAMES, Kernels
 from cloven.field.products import MAX_INNER, Backend, PlacedMatrix
 
-FEW_ROWS = 16  # without the matrix unit
-_MATRIX_UNIT = KERNEL_NAMES.index("amx")
+FEW_ROWS = 16  # without kernels for many
 
 
 class Native:
@@ -30,7 +29,7 @@ class Native:
         self.kernels, self._many = kernels, many
         self.name = f"native-{KERNEL_NAMES[kernels.best]}+{many.name}"
         self.device = many.device
-        self.most = None if kernels.best >= _MATRIX_UNIT else FEW_ROWS  # rows that the kernels are best for
+        self.most = None if kernels.many else FEW_ROWS  # rows that the kernels are best for
 
     def place(self, codes: Tensor) -> PlacedMatrix:
         """As the other back end does."""
