@@ -4,10 +4,13 @@
 //     ask     x ↦ turned ↦ round(α x) ↦ c = … + mask mod p
 //     told    z, if S z + T c = 0: ↦ z − image mod p ↦ / α ↦ turned back ↦ + total
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "shared_pool.hpp"
 
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 
@@ -41,6 +44,7 @@ struct Exchange {
 }  // extern "C"
 
 constexpr int kRefused = 1, kNotFinite = 2, kWrong = 2;
+constexpr i64 kTogether = 16;  // rows that go through all passes before the next ones: they stay in a core's caches
 
 struct Memory {
   std::vector<double> rows, turned;
@@ -67,33 +71,94 @@ void widen(const void* x, int kind, i64 count, double* out) {
     }
 }
 
-int ask(const Exchange& e, const void* x, int kind, i64 m, double bound, const std::int32_t* mask, std::int32_t* c, double* alpha, int threads) {
+struct Asked {
+  const Exchange& e;
+  const void* x;
+  int kind;
+  i64 m;
+  double bound;
+  const std::int32_t* mask;
+  std::int32_t* c;
+  double* alpha;
+};
+
+struct Told {
+  const Exchange& e;
+  const std::int32_t *z, *image;
+  i64 m;
+  double* alpha;
+  const float* total;
+  void* out;
+  int kind;
+};
+
+i64 bytes_of(int kind) { return kind == 1 ? sizeof(float) : sizeof(std::uint16_t); }
+
+// Rows first … first + m − 1.
+int ask_rows(const Asked& job, i64 first, i64 m, int threads) {
   thread_local Memory memory;
-  const i64 k = e.in.n;
+  const Side& in = job.e.in;
+  const i64 k = in.n;
   double* rows = at_least(memory.rows, m, k);
   double* turned = at_least(memory.turned, m, k);
   std::int32_t *whole = at_least(memory.whole, m, k), *found = at_least(memory.found, m, 1);
-  widen(x, kind, m * k, rows);
-  if (cloven_turn(rows, m, k, e.in.block, e.in.scale, e.in.stages, e.in.gather, e.in.units, 0, nullptr, turned, 0, threads)) return kRefused;
-  if (cloven_encode(turned, m, k, bound, whole, alpha, found, threads)) return kRefused;
+  widen(static_cast<const char*>(job.x) + first * k * bytes_of(job.kind), job.kind, m * k, rows);
+  if (cloven_turn(rows, m, k, in.block, in.scale, in.stages, in.gather, in.units, 0, nullptr, turned, 0, threads)) return kRefused;
+  if (cloven_encode(turned, m, k, job.bound, whole, job.alpha + first, found, threads)) return kRefused;
   for (i64 i = 0; i < m; ++i)
     if (found[i]) return kNotFinite;
-  return cloven_add(whole, mask, m, k, 1, c, threads);
+  return cloven_add(whole, job.mask + first * k, m, k, 1, job.c + first * k, threads);
 }
 
-int told(const Exchange& e, std::int32_t* test, const std::int32_t* z, const std::int32_t* c, const std::int32_t* image, i64 m, double* alpha,
-         const float* total, void* out, int kind, int threads) {
+int told_rows(const Told& job, i64 first, i64 m, int threads) {
   thread_local Memory memory;
-  const i64 n = e.out.n;
-  std::int32_t* found = at_least(memory.found, m, 1);
-  if (cloven_check(test, z, c, m, n, e.in.n, found, threads)) return kRefused;
-  int wrong = 0;
-  for (i64 i = 0; i < m; ++i) wrong += found[i] != 0;
-  if (wrong) return kWrong + wrong - 1;
+  const Side& out = job.e.out;
+  const i64 n = out.n, at = first * n;
   std::int32_t* whole = at_least(memory.whole, m, n);
   double* rows = at_least(memory.rows, m, n);
-  if (cloven_add(z, image, m, n, -1, whole, threads) || cloven_decode(whole, m, n, alpha, rows, threads)) return kRefused;
-  return cloven_turn(rows, m, n, e.out.block, e.out.scale, e.out.stages, e.out.gather, e.out.units, 0, total, out, kind, threads);
+  if (cloven_add(job.z + at, job.image + at, m, n, -1, whole, threads)) return kRefused;
+  if (cloven_decode(whole, m, n, job.alpha + first, rows, threads)) return kRefused;
+  return cloven_turn(rows, m, n, out.block, out.scale, out.stages, out.gather, out.units, 0, job.total + at,
+                     static_cast<char*>(job.out) + at * bytes_of(job.kind), job.kind, threads);
+}
+
+template <class Job>
+struct Shared {
+  const Job& job;
+  int (*rows)(const Job&, i64 first, i64 m, int threads);
+  std::atomic<int>& worst;
+};
+
+template <class Job>
+void some_rows(const void* what, i64 index) {
+  const auto& shared = *static_cast<const Shared<Job>*>(what);
+  const i64 first = index * kTogether, left = shared.job.m - first;
+  int ended = kRefused;
+  try {
+    ended = shared.rows(shared.job, first, left < kTogether ? left : kTogether, 1);
+  } catch (...) {
+  }
+  int known = shared.worst.load();
+  while (ended > known && !shared.worst.compare_exchange_weak(known, ended)) {
+  }
+}
+
+template <class Job>
+int all_rows(const Job& job, int (*rows)(const Job&, i64, i64, int), int threads) {
+  if (job.m <= kTogether) return rows(job, 0, job.m, threads);
+  std::atomic<int> worst{0};
+  const Shared<Job> shared{job, rows, worst};
+  cloven::shared_pool().run(some_rows<Job>, &shared, (job.m + kTogether - 1) / kTogether, threads);
+  return worst;
+}
+
+int checked(const Exchange& e, std::int32_t* test, const std::int32_t* z, const std::int32_t* c, i64 m, int threads) {
+  thread_local std::vector<std::int32_t> memory;
+  std::int32_t* found = at_least(memory, m, 1);
+  if (cloven_check(test, z, c, m, e.out.n, e.in.n, found, threads)) return kRefused;
+  int wrong = 0;
+  for (i64 i = 0; i < m; ++i) wrong += found[i] != 0;
+  return wrong ? kWrong + wrong - 1 : 0;
 }
 
 }  // namespace
@@ -106,7 +171,7 @@ CLOVEN_API int cloven_ask(const Exchange* exchange, const void* x, int kind, i64
                           double* alpha, int threads) {
   if (m < 1 || kind < 1 || kind > 2) return kRefused;
   try {
-    return ask(*exchange, x, kind, m, bound, mask, c, alpha, threads);
+    return all_rows(Asked{*exchange, x, kind, m, bound, mask, c, alpha}, ask_rows, threads);
   } catch (...) {
     return kRefused;
   }
@@ -118,7 +183,8 @@ CLOVEN_API int cloven_told(const Exchange* exchange, std::int32_t* test, const s
                            i64 m, double* alpha, const float* total, void* out, int kind, int threads) {
   if (m < 1 || kind < 1 || kind > 2) return kRefused;
   try {
-    return told(*exchange, test, z, c, image, m, alpha, total, out, kind, threads);
+    const int wrong = checked(*exchange, test, z, c, m, threads);
+    return wrong ? wrong : all_rows(Told{*exchange, z, image, m, alpha, total, out, kind}, told_rows, threads);
   } catch (...) {
     return kRefused;
   }

@@ -18,11 +18,9 @@ class Pool {
 
   // Calls work(job, i) once for every i < chunks, on up to `threads` threads; returns when all calls have returned.
   void run(Work work, const void* job, std::int64_t chunks, int threads) {
+    if (threads <= 1 || chunks <= 1) return by_itself(work, job, chunks);  // from within another job, too
     std::unique_lock<std::mutex> alone(callers_, std::try_to_lock);
-    if (threads <= 1 || chunks <= 1 || !alone.owns_lock()) {
-      for (std::int64_t i = 0; i < chunks; ++i) work(job, i);
-      return;
-    }
+    if (!alone.owns_lock()) return by_itself(work, job, chunks);
     {
       std::lock_guard<std::mutex> lock(state_);
       while (started_ < threads - 1 && start()) {
@@ -41,6 +39,10 @@ class Pool {
   }
 
  private:
+  static void by_itself(Work work, const void* job, std::int64_t chunks) {
+    for (std::int64_t i = 0; i < chunks; ++i) work(job, i);
+  }
+
   bool start() {
     try {
       std::thread([this] { serve(); }).detach();
