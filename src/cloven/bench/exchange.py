@@ -129,11 +129,9 @@ def _measured(
             times.setdefault("worker", []).append(1e6 * _mean_work(before, after))
             before = after
     medians = {name: statistics.median(values) for name, values in times.items()}
-    others = [medians.pop(name) for name in ("worker", "product", "secret part")]
-    whole = medians.pop("whole call")
-    return ExchangeBench(
-        offloaded.columns, rows, rounds, backend.name, medians, *others, overhead=sum(medians.values()) - others[0], whole_call=whole
-    )
+    at_worker, product, secret, whole = (medians.pop(name) for name in ("worker", "product", "secret part", "whole call"))
+    overhead = sum(medians.values()) - at_worker
+    return ExchangeBench(offloaded.columns, rows, rounds, backend.name, medians, at_worker, product, secret, overhead, whole)
 
 
 def _mean_work(before: Scrape, after: Scrape) -> float:

@@ -25,7 +25,6 @@ from torch import Tensor
 from cloven.errors import PadMisuse
 from cloven.field.residues import add, subtract
 
-
 _SINGLES = 64
 
 
