@@ -19,7 +19,7 @@ from cloven.field.native.library import load_kernels
 from cloven.field.residues import H, P
 from cloven.private_lora.ledger import BLOCK
 from cloven.private_lora.manifest import SERVER_FILE, ServerManifest
-from cloven.private_lora.messages import ADAPTER, Answer, Query
+from cloven.private_lora.messages import ADAPTER, Answer, Query, answer_bytes
 from cloven.private_lora.server import AdapterServer
 from cloven.wire.channel import Channel
 from cloven.wire.lane import lanes_available
@@ -45,13 +45,11 @@ class Client:
     def ask(self, c: Tensor, group: int = 0) -> list[list[int]]:
         """q for residues c [M, D]."""
         bits, width = self.manifest.bits, self.manifest.groups[group].rows
-        item = 1 if bits == 8 else 2
-
-        def parse(q: memoryview) -> list[list[int]]:
-            found: list[list[int]] = np.frombuffer(q, "i1" if bits == 8 else "<i2").reshape(len(c), width).tolist()
-            return found
-
-        return self.channel.rows("m", group, c, (Query, Answer), item * len(c) * width, parse, lambda: None)
+        out = torch.empty(answer_bytes(len(c), width, bits), dtype=torch.uint8)
+        payload = self.channel.rows("m", group, c, (Query, Answer), out, lambda: None)
+        q: Any = out.numpy() if payload is None else payload
+        found: list[list[int]] = np.frombuffer(q, "i1" if bits == 8 else "<i2").reshape(len(c), width).tolist()
+        return found
 
     def expected(self, c: Tensor, group: int = 0) -> list[list[int]]:
         """The same by integers."""

@@ -222,7 +222,7 @@ def test_a_killed_server_and_one_that_comes_back(address: str, tmp_path: Path) -
         return process
 
     process = start()
-    channel = channel_to(address, timeout=20)
+    channel = channel_to(address, timeout=90)  # a process that starts on a busy machine takes its time
     assert channel.lane_generation > 0 and told(channel) == b"sky"
     process.kill()
     process.wait()
@@ -232,7 +232,7 @@ def test_a_killed_server_and_one_that_comes_back(address: str, tmp_path: Path) -
     asking.start()
     time.sleep(0.3)
     process = start()
-    asking.join(20)
+    asking.join(90)
     assert answers == [b"sky"] and channel.telemetry.total().resent >= 1
     assert told(channel) == b"sky" and channel.lane_generation > 0  # the new server's lane
     channel.timeout = 1

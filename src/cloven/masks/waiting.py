@@ -144,7 +144,11 @@ class WaitingPads(ABC):
         return mask, image
 
     def forget(self) -> None:
-        """Drop every pad that is ready; after a fork, and when the session ends."""
+        """Drop every pad that is ready: the session ends."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
         self._ready.clear()
         self._count = 0
 
@@ -192,7 +196,7 @@ _live_sources: weakref.WeakSet[WaitingPads] = weakref.WeakSet()
 
 def _forget_after_fork() -> None:
     for source in list(_live_sources):
-        source.forget()
+        source._drop()  # without the lock: a thread that is not here may hold it for ever
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,9 +1,9 @@
 """An adapter server's answers over a lane without Python: the worker's loop (`cloven.worker.lane_products`), metered.
 
     1. C++ takes the rows of a query from the lane's credit for the group; there is none before the ledger has lent it
-    2. where that is too small, the ledger is charged, and lends what it has reserved for the client; durable before anything is computed
+    2. where that is too small, the ledger is charged, and lends up to a block; durable before anything is computed
     3. z = W' c mod p; the highest b bits leave
-    4. what is left of the credit goes back to the ledger when somebody else needs it, and when the lane's serving ends
+    4. what is left of the credit goes back to the ledger when others at this server need it, and when the lane's serving ends
 
 Guarantee to the owner: that of `cloven.private_lora.server`, in the same order; at no time are more rows answered than were charged.
 """
@@ -53,7 +53,7 @@ class LaneAnswers:
 
         def grant(group: int, rows: int) -> None:
             try:
-                credit.add(group, self._ledger.lend(self._names[group], client, rows))
+                self._ledger.lend(self._names[group], client, rows, lambda lent: credit.add(group, lent))
             except (BudgetExhausted, LedgerUnusable) as error:
                 raise LaneGone("the ledger lends nothing: the socket says why") from error
 

@@ -5,13 +5,14 @@ Whoever may use a linear map may learn it: Q answers of b bits reveal at most QÂ
     unit      one row of a query for one matrix; a query for a group of matrices is charged to all of them
     charge    rows are reserved in blocks of 256 in one SQLite transaction (synchronous, before the answer is computed); a process hands
               its reserved rows out from memory, lends them to its lanes (`lane_answers`), and gives back what is left of them at its
-              end, or when other clients need it
+              end, or when other clients of this process need it
     rotation  the secret key of the adapter's rotations, here because it must be the same for every bundle of the adapter
     witness   a small file outside the ledger's folder with the ledger's number and generation, which grows with every charge: a ledger
               that is missing, older than the witness (restored from a backup), or another adapter's is refused
 
-The order is: ledger, witness, answer. A crash in between loses at most a block, and never counts too little. Processes on one host may
-share a ledger. Not detected: a machine that is set back as a whole, ledger and witness alike; and an owner who deletes both.
+The order is: ledger, witness, answer. A crash in between loses at most a block of a matrix for every client and every lane, and never
+counts too little. Processes on one host may share a ledger. Not detected: a machine that is set back as a whole, ledger and witness alike;
+and an owner who deletes both.
 """
 
 from __future__ import annotations
@@ -124,14 +125,15 @@ class Ledger:
     Raises:
         LedgerUnusable: missing, corrupt, locked, another adapter's, or older than its witness.
 
-    Guarantee: over all processes, clients and restarts, no more rows of a matrix are handed out by `charge` than the budget, nor to one
-    client more than its share. A forked child is refused: it would hand out what its parent reserved.
+    Guarantee: over all processes, clients and restarts, no more rows of a matrix are handed out by `charge` and `lend` than the budget, nor
+    to one client more than its share. A forked child is refused: it would hand out what its parent reserved.
     """
 
     def __init__(self, path: Path, adapter: str) -> None:
         self._path, self.adapter = path, adapter
         self._reserved: dict[tuple[str, str], int] = {}
         self._recalls: list[Recall] = []
+        self._untouched = True
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
@@ -156,9 +158,11 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
+        self._untouched = True  # the database, should this fail
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._untouched = False
             self._database.execute("COMMIT")
         except BaseException:
             if self._database.in_transaction:
@@ -233,15 +237,20 @@ class Ledger:
                 self._recalls.remove(recall)
                 self._take_back(recall)
 
-    def lend(self, group: str, client: str, rows: int) -> int:
-        """Account for rows, and with them all that are reserved for this client: how many those are. See `lending`.
+    def lend(self, group: str, client: str, rows: int, to: Callable[[int], None]) -> None:
+        """Account for rows, and with them for others that are reserved for this client, up to a block. See `lending`.
+
+        Args:
+            to: takes their number, and with it the right to answer so many.
 
         Raises:
             BudgetExhausted, LedgerUnusable: as of `charge`.
         """
         with self._lock:
             self._charge(group, client, rows)
-            return rows + self._reserved.pop((group, client), 0)
+            more = min(self._reserved[group, client], max(0, BLOCK - rows))
+            self._reserved[group, client] -= more
+            to(rows + more)
 
     def _charge(self, group: str, client: str, rows: int) -> None:
         self._require_mine()
@@ -345,8 +354,14 @@ class Ledger:
         """Undo the charge of rows that are reserved or lent, and not answered."""
         for recall in self._recalls:
             self._take_back(recall)
-        unused = [(rows, matrix, client) for (group, client), rows in self._reserved.items() if rows for matrix in group.split("+")]
-        self._reserved.clear()  # before the transaction: what fails stays charged
-        if unused:
-            statement = "UPDATE charged SET rows = rows - ? WHERE matrix = ? AND client = ?"
+        reserved, self._reserved = self._reserved, {}  # before the transaction: what may have been written stays charged
+        unused = [(rows, matrix, client) for (group, client), rows in reserved.items() if rows for matrix in group.split("+")]
+        if not unused:
+            return
+        statement, self._untouched = "UPDATE charged SET rows = rows - ? WHERE matrix = ? AND client = ?", True
+        try:
             self._change(lambda: self._database.executemany(statement, unused))
+        except LedgerUnusable:
+            if self._untouched:
+                self._reserved = reserved
+            raise

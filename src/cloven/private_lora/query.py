@@ -87,7 +87,7 @@ def checked_encoding(x: Tensor, bounds: RowBounds, noise: float) -> tuple[Tensor
 def masked_query(x: Tensor, pad: int, bounds: RowBounds, noise: float, pads: Pads) -> tuple[Tensor, Tensor]:
     """Steps 1 and 2: rows x float64 [M, K] -> c, residues int32 [M, pad + K], and α float64 [M, 1]: in C++ where it was compiled.
 
-    A row of zeros is asked like any other, and its answer is noise: its α is ∞.
+    A row of zeros is asked like any other, and its answer is noise: its α is ∞. Pads are burnt where the check fails.
 
     Raises:
         CheckFailed: generic.

@@ -27,7 +27,7 @@ from cloven.metrics.counts import NATIVE, Counted, ServerCounts
 from cloven.wire.lane import Lane
 
 _INTERFACE = 3
-_LOOK_SECONDS = 0.25  # how often a silent lane's other end is looked at
+_LOOK_SECONDS = 0.25  # how often Python is asked whether to go on
 _NOT_YET, _NO_CREDIT = 0, 3
 _ANY = 2**31 - 1  # rows
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -133,10 +133,10 @@ class LaneProducts:
         with counts.live(NATIVE, state.counted), lane.handed_over(state) as base:
             arguments = ctypes.byref(serving), base, ctypes.byref(state), int(_LOOK_SECONDS * 1e9), torch.get_num_threads()
             while (ended := library().cloven_serve(*arguments)) in (_NOT_YET, _NO_CREDIT):
+                if not going_on():
+                    return
                 if ended == _NO_CREDIT and metered is not None:
                     metered.grant(state.group, state.asked)
-                elif not going_on():
-                    return
 
 
 def _described(w: PlacedMatrix | None) -> _Matrix:

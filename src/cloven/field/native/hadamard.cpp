@@ -20,12 +20,19 @@ namespace {
 // Eight entries at a time. Within them, three levels: lane j with bit h gets its partner less itself, the other one their sum.
 using Eight = double __attribute__((vector_size(64)));
 using Lanes = long long __attribute__((vector_size(64)));
+constexpr long long kSign = INT64_MIN;  // of a double
+
+#if defined(__clang__)
+#define CLOVEN_SHUFFLED(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
+#else
+#define CLOVEN_SHUFFLED(a, ...) __builtin_shuffle(a, Lanes{__VA_ARGS__})
+#endif
 
 #define CLOVEN_WITHIN(a, h, p0, p1, p2, p3, p4, p5, p6, p7)                        \
   {                                                                                \
-    const Eight partner = __builtin_shuffle(a, Lanes{p0, p1, p2, p3, p4, p5, p6, p7}); \
-    const Lanes upper = (Lanes{0, 1, 2, 3, 4, 5, 6, 7} & (h)) != 0;                \
-    a = upper ? partner - a : a + partner;                                         \
+    const Lanes upper = (Lanes{0, 1, 2, 3, 4, 5, 6, 7} & (h)) != 0; /* all bits set */ \
+    const Eight own = reinterpret_cast<Eight>(reinterpret_cast<Lanes>(a) ^ (upper & kSign)); \
+    a = CLOVEN_SHUFFLED(a, p0, p1, p2, p3, p4, p5, p6, p7) + own;                  \
   }
 #define CLOVEN_WITHIN_EIGHT(a)                   \
   CLOVEN_WITHIN(a, 1, 1, 0, 3, 2, 5, 4, 7, 6)    \

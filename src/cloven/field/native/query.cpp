@@ -25,7 +25,7 @@ using i64 = std::int64_t;
 constexpr int kRefused = 1, kNotAllowed = 2;
 constexpr std::int32_t kH = (1 << 30) - 1;
 
-// At least m · n entries; no more, so that a long prompt's memory does not stay.
+// m · n entries, in memory that is kept for the next call.
 std::int32_t* whole(std::vector<std::int32_t>& memory, i64 m, i64 n) {
   memory.resize(static_cast<std::size_t>(m) * static_cast<std::size_t>(n));
   return memory.data();

@@ -126,14 +126,17 @@ CLOVEN_API int cloven_serve_interface() { return 3; }
 CLOVEN_API void cloven_credit_add(i64* credit, i64 rows) { __atomic_fetch_add(credit, rows, __ATOMIC_ACQ_REL); }
 CLOVEN_API i64 cloven_credit_take(i64* credit) { return __atomic_exchange_n(credit, 0, __ATOMIC_ACQ_REL); }
 
-// Answers requests until none came for so many nanoseconds (0), something else came (2), or one for whose rows there is no credit (3): called
+// Answers requests for so many nanoseconds, or until none came for as long (0: whoever serves may want to stop), something else came (2), or one for whose rows there is no credit (3): called
 // again, it looks at that request again.
 CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, std::int64_t nanoseconds, int threads) {
   Side *own = cloven::side_of(base, 1), *other = cloven::side_of(base, 0);
   thread_local std::vector<std::int32_t> c;
+  auto now = std::chrono::steady_clock::now();
+  const auto until = now + std::chrono::nanoseconds(nanoseconds);
   for (;;) {
     if (state->due != 0) cloven::ring(&own->number, state->seen);
     state->due = 0;
+    if (now > until) return kNotYet;
     if (!cloven::wait(&other->number, state->seen, nanoseconds)) return kNotYet;
     const auto started = std::chrono::steady_clock::now();
     const std::uint32_t number = other->number.load();
@@ -157,6 +160,7 @@ CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, st
     grow(&state->rows, rows);
     grow(&state->bytes_in, static_cast<i64>(kPrefix + c.size() * sizeof(std::int32_t)));
     grow(&state->bytes_out, static_cast<i64>(answer));
-    grow(&state->nanoseconds, std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - started).count());
+    now = std::chrono::steady_clock::now();
+    grow(&state->nanoseconds, std::chrono::duration_cast<std::chrono::nanoseconds>(now - started).count());
   }
 }
