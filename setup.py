@@ -7,7 +7,7 @@ setup(
         Extension(
             "cloven.field.native._kernels",
             [f"src/cloven/field/native/{name}.cpp" for name in ("product", "hadamard", "rows", "exchange", "query")],
-            depends=[f"src/cloven/field/native/{name}.hpp" for name in ("amx", "pool", "shared_pool", "tiles", "turn_eight", "vnni")],
+            depends=[f"src/cloven/field/native/{name}.hpp" for name in ("amx", "passes", "pool", "shared_pool", "tiles", "turn_eight", "vnni")],
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a compiler, PyTorch's product does the work

@@ -46,6 +46,17 @@ def test_self_check_covers_a_single_column() -> None:
     assert not self_check(WrongAtOne(CPU))
 
 
+def test_self_check_covers_products_of_many_rows() -> None:
+    """They have kernels of their own, which few rows never meet."""
+
+    class WrongForMany(Int8Digits):
+        def parts(self, c: Tensor, w: PlacedMatrix) -> Tensor:
+            parts = super().parts(c, w)
+            return parts if len(c) < 7 else parts + 1
+
+    assert self_check(Int8Digits(CPU)) and not self_check(WrongForMany(CPU))
+
+
 def test_selection_falls_back_and_finally_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "load_kernels", lambda: None)
     monkeypatch.setattr(selection, "_selected", {})

@@ -197,6 +197,19 @@ def test_what_could_not_be_given_back_is_not_lost(path: Path, monkeypatch: pytes
     assert charged(path) == {("g", "one"): 2}
 
 
+def test_what_may_have_been_given_back_is_not_handed_out_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transaction is through, the witness is not: these rows are no longer charged."""
+    with opened(path) as ledger:
+        ledger.charge("g", "one", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_witness", lambda *_: (_ for _ in ()).throw(LedgerUnusable("the disk is full")))
+            with pytest.raises(LedgerUnusable, match="the disk is full"):
+                ledger._give_back()
+        ledger.charge("g", "one", 1)
+        assert ledger.accounts() == [Account("g", "one", 1 + BLOCK)]
+    assert charged(path) == {("g", "one"): 2}
+
+
 def test_a_ledger_that_closes_takes_back_what_is_lent(path: Path) -> None:
     ledger = Ledger(path, ADAPTER)
     left = [0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 import cloven
-from cloven.errors import SessionClosed, WorkerTimeout
+from cloven.errors import RunError, SessionClosed, WorkerTimeout
 from cloven.field.native.library import load_kernels
 from cloven.field.products import MAX_INNER, PlacedMatrix
 from cloven.field.selection import select_backend
@@ -197,6 +199,38 @@ def test_with_a_transcript_python_answers(folder: Path) -> None:
     assert torch.equal(z, python_product(c, GROUPS[0]))
     ((group, rows),) = read_transcript(record)
     assert group == 0 and torch.equal(rows, c)
+
+
+def test_a_worker_stops_while_it_is_asked(folder: Path) -> None:
+    """Whoever asks again and again must not keep it alive."""
+    worker = Worker(folder / "exposed", f"ipc://{folder}/s/w")
+    serves, stopping = threading.Thread(target=worker.serve), threading.Event()
+    serves.start()
+    channel, c = Channel(f"ipc://{folder}/s/w", worker.matrices.bundle, timeout=2), random_residues(1, 16, 5)
+    channel.hello()
+    answered: list[int] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RunError):
+            while not stopping.is_set():
+                asked(channel, 0, c)
+                answered.append(1)
+
+    asks = threading.Thread(target=ask)
+    asks.start()
+    try:
+        while len(answered) < 50 and asks.is_alive():
+            time.sleep(0.01)
+        assert worker.counts.ways()["native"].exchanges >= 50
+        worker.stop()
+        serves.join(10)
+        assert not serves.is_alive()
+    finally:
+        stopping.set()
+        worker.stop()
+        serves.join(10)
+        asks.join(10)
+        channel.close()
 
 
 def test_more_rows_than_are_served_have_a_header(channel: Channel, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from cloven.errors import PadMisuse
 from cloven.field.residues import add, subtract
 
-_SINGLES = 64
+_SINGLES = 64  # rows that are cut apart at a time
 
 
 class Pads:

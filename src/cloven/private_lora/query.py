@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cloven.errors import RunError, WorkerRefused
+from cloven.errors import RunError
 from cloven.field.codec import RowBounds, decode, encode, scale_of
 from cloven.field.native import query as native
 from cloven.field.native.library import kernels_in_use
@@ -164,7 +164,5 @@ class RemoteMatrix:
         c, alpha = masked_query(x, self.pad, self.bounds, self.noise, pads)  # 1, 2
         q = torch.empty(answer_bytes(rows, self.rows, self.bits), dtype=torch.uint8)
         payload = self.channel.rows(self.name, self.group, c, (Query, Answer), q, meanwhile)  # 3
-        try:
-            return decoded_answer(q if payload is None else payload, rows, self.rows, self.bits, pads, alpha)  # 4, 5
-        except MalformedMessage as error:
-            raise WorkerRefused(f"{self.name}: the adapter server's answer is malformed: {error}") from error
+        found = q if payload is None else payload
+        return self.channel.parsed(self.name, lambda: decoded_answer(found, rows, self.rows, self.bits, pads, alpha))  # 4, 5

@@ -233,7 +233,7 @@ class Channel:
         """
         z = torch.empty(c.shape[0], columns_out, dtype=torch.int32)
         payload = self.rows(layer, group, c, (Multiply, Product), z, meanwhile)
-        return self._parsed(layer, lambda: require_residues(z) if payload is None else residues_of_frame(payload, *z.shape))
+        return self.parsed(layer, lambda: require_residues(z) if payload is None else residues_of_frame(payload, *z.shape))
 
     def rows(
         self,
@@ -340,12 +340,17 @@ class Channel:
             text = "".join(character for character in message.text if 32 <= ord(character) < 127)
             kind = _ERRORS.get(message.code, WorkerRefused)
             raise kind(f"{layer}: the {self._peer} at {self.address} answered '{message.code}': {text}")
-        parsed = self._parsed(layer, lambda: parse(message, answer_payload))
+        parsed = self.parsed(layer, lambda: parse(message, answer_payload))
         if parsed is None:
             raise WorkerRefused(f"{layer}: the {self._peer} answered something else than was asked")
         return parsed
 
-    def _parsed(self, layer: str, parse: Callable[[], _M]) -> _M:
+    def parsed(self, layer: str, parse: Callable[[], _M]) -> _M:
+        """What `parse` makes of an answer of the other side.
+
+        Raises:
+            WorkerRefused: the answer is malformed.
+        """
         try:
             return parse()
         except MalformedMessage as error:

@@ -11,12 +11,7 @@
 #include <limits>
 #include <vector>
 
-#define CLOVEN_API extern "C" __attribute__((visibility("default")))
-
-CLOVEN_API int cloven_add(const std::int32_t* a, const std::int32_t* b, std::int64_t m, std::int64_t n, int sign, std::int32_t* out, int threads);
-CLOVEN_API int cloven_encode(const double* x, std::int64_t m, std::int64_t n, double scale, std::int32_t* out, double* alpha,
-                             std::int32_t* found, int threads);
-CLOVEN_API int cloven_decode(const std::int32_t* y, std::int64_t m, std::int64_t n, double* alpha, double* out, int threads);
+#include "passes.hpp"
 
 namespace {
 
