@@ -11,6 +11,7 @@ import pytest
 from cloven.cluster import server_process
 from cloven.cluster.worker_process import WorkerProcess
 from cloven.errors import RunError
+from tests.helpers import free_port
 from tests.split_models import load, logits, open_session, random_ids, tiny_bundle
 
 
@@ -34,6 +35,18 @@ def test_it_serves_and_leaves_nothing_behind() -> None:
         assert worker.log() == ""
     assert worker.process.returncode == 0 and gone(worker.pid) and not folder.exists()
     worker.stop()  # twice is harmless
+
+
+def test_it_waits_for_the_metrics_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    port, asked = free_port(), []
+
+    def late(*address: object) -> bool:
+        asked.append(address)
+        return len(asked) == 3
+
+    monkeypatch.setattr(server_process, "_open", late)
+    with WorkerProcess(tiny_bundle("llama").exposed, None, "--metrics-port", str(port)):
+        assert asked == [("127.0.0.1", port)] * 3
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_a_port_that_is_taken_ends_the_server(cloven_here: Command, folder: Path
         arguments = ("worker", str(tiny_bundle("llama").exposed), "--listen", f"ipc://{folder}/s")
         outcome = cloven_here(*arguments, "--metrics-port", str(taken.getsockname()[1]))
     assert outcome.code == 1 and re.fullmatch(r"cloven: metrics: cannot listen at 127\.0\.0\.1:\d+: .*\n", outcome.err)
+    assert outcome.out == ""  # it never says that it listens
     with pytest.raises(ConnectionError), socket.socket(socket.AF_UNIX) as peer:  # and the other one is closed
         peer.connect(str(folder / "s"))
 

@@ -50,7 +50,7 @@ def adapter_server(
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
-    for adapter in service.adapters.values():
-        typer.echo(f"bundle {adapter.manifest.bundle}: {len(adapter.matrices)} groups, listening at {listen}")
     with published(service, metrics_host, metrics_port):
+        for adapter in service.adapters.values():
+            typer.echo(f"bundle {adapter.manifest.bundle}: {len(adapter.matrices)} groups, listening at {listen}")
         service.serve()

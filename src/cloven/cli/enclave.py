@@ -42,6 +42,6 @@ def enclave(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     manifest = service.enclave.manifest
-    typer.echo(f"bundle {manifest.bundle}: keys of {len(manifest.layers)} layers ({manifest.config.mode}), listening at {listen}")
     with published(service, metrics_host, metrics_port):
+        typer.echo(f"bundle {manifest.bundle}: keys of {len(manifest.layers)} layers ({manifest.config.mode}), listening at {listen}")
         service.serve()

@@ -71,11 +71,11 @@ def worker(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     matrices = service.matrices
-    typer.echo(
-        f"bundle {matrices.bundle.hex()}: {sum(matrix is not None for matrix in matrices.groups)} matrices on {matrices.backend.device} "
-        f"({matrices.backend.name}), listening at {listen}"
-    )
+    count = sum(matrix is not None for matrix in matrices.groups)
     with published(service, metrics_host, metrics_port):
+        typer.echo(
+            f"bundle {matrices.bundle.hex()}: {count} matrices on {matrices.backend.device} ({matrices.backend.name}), listening at {listen}"
+        )
         service.serve()
 
 

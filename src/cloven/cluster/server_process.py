@@ -18,6 +18,13 @@ _STOP_SECONDS = 10.0
 _START_SECONDS = 60.0
 
 
+def _open(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), timeout=1).close()
+        return True
+    return False
+
+
 class ServerProcess:
     """`cloven COMMAND FOLDER --listen ADDRESS …` as a subprocess; a context manager.
 
@@ -25,11 +32,12 @@ class ServerProcess:
         command: the command's name.
         folder: the half of a bundle that it serves.
         address: where it listens; None: an ipc address in a folder of its own.
-        arguments: more arguments for the command line.
+        arguments: more arguments for the command line; metrics are waited for at the loopback.
     """
 
     def __init__(self, command: str, folder: Path, address: str | None, *arguments: str) -> None:
         self._name = command
+        self._metrics_port = int(arguments[arguments.index("--metrics-port") + 1]) if "--metrics-port" in arguments else None
         self._folder = tempfile.TemporaryDirectory(prefix="cloven-")  # mode 0700
         self.address = address or f"ipc://{self._folder.name}/{command}"
         self._log = (Path(self._folder.name) / f"{command}.log").open("w+")
@@ -38,7 +46,7 @@ class ServerProcess:
         self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=self._log, stdin=subprocess.DEVNULL)
 
     def __enter__(self) -> Self:
-        """Wait until the server listens.
+        """Wait until the server listens, and its metrics can be read where they are asked for.
 
         Raises:
             RunError: it ended instead, and why.
@@ -56,12 +64,12 @@ class ServerProcess:
     def _listens(self) -> bool:
         parsed = parse_address(self.address)
         if parsed.path is not None:
-            return parsed.path.exists()
+            return parsed.path.exists() and self._publishes()
         host, _, port = self.address.removeprefix("tcp://").rpartition(":")
-        with contextlib.suppress(OSError):
-            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
-            return True
-        return False
+        return _open(host.strip("[]"), int(port)) and self._publishes()
+
+    def _publishes(self) -> bool:
+        return self._metrics_port is None or _open("127.0.0.1", self._metrics_port)
 
     def __exit__(self, *_: object) -> None:
         self.stop()
