@@ -2,12 +2,14 @@
 
 from setuptools import Extension, setup
 
+NATIVE = "src/cloven/field/native"
+
 setup(
     ext_modules=[
         Extension(
             "cloven.field.native._kernels",
-            [f"src/cloven/field/native/{name}.cpp" for name in ("product", "hadamard", "rows", "exchange", "query")],
-            depends=[f"src/cloven/field/native/{name}.hpp" for name in ("amx", "passes", "pool", "shared_pool", "tiles", "turn_eight", "vnni")],
+            [f"{NATIVE}/{name}.cpp" for name in ("product", "hadamard", "rows", "exchange", "query")],
+            depends=[f"{NATIVE}/{name}.hpp" for name in ("amx", "passes", "pool", "shared_pool", "tiles", "turn_eight", "vnni")],
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a compiler, PyTorch's product does the work

@@ -71,11 +71,10 @@ def worker(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     matrices = service.matrices
-    count = sum(matrix is not None for matrix in matrices.groups)
+    groups = sum(matrix is not None for matrix in matrices.groups)
     with published(service, metrics_host, metrics_port):
-        typer.echo(
-            f"bundle {matrices.bundle.hex()}: {count} matrices on {matrices.backend.device} ({matrices.backend.name}), listening at {listen}"
-        )
+        where = f"{matrices.backend.device} ({matrices.backend.name})"
+        typer.echo(f"bundle {matrices.bundle.hex()}: {groups} matrices on {where}, listening at {listen}")
         service.serve()
 
 
