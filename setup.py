@@ -8,7 +8,7 @@ setup(
     ext_modules=[
         Extension(
             "cloven.field.native._kernels",
-            [f"{NATIVE}/{name}.cpp" for name in ("product", "hadamard", "rows", "exchange", "query")],
+            [f"{NATIVE}/{name}.cpp" for name in ("product", "hadamard", "rows", "exchange", "query", "low_rank")],
             depends=[f"{NATIVE}/{name}.hpp" for name in ("amx", "passes", "pool", "shared_pool", "tiles", "turn_eight", "vnni")],
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],

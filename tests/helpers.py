@@ -97,7 +97,9 @@ class HonestExchanger:
         self.matrices = matrices
         self.seen: list[Tensor] = []
 
-    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+    def multiply(
+        self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> Tensor:
         """z = c Wᵀ mod p."""
         del layer, columns_out
         self.seen.append(c.clone())

@@ -146,7 +146,9 @@ def test_what_is_not_finite_costs_no_pad_and_sends_nothing(bad: float) -> None:
 class Silent(HonestExchanger):
     """A channel whose answers are lost."""
 
-    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+    def multiply(
+        self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> Tensor:
         super().multiply(layer, group, c, columns_out, meanwhile)
         raise WorkerTimeout("no answer")
 
@@ -165,7 +167,9 @@ def test_a_pad_whose_answer_is_lost_is_burnt() -> None:
 class Wrong(HonestExchanger):
     """A channel to a worker that is wrong by one, once."""
 
-    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+    def multiply(
+        self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> Tensor:
         z = super().multiply(layer, group, c, columns_out, meanwhile)
         z[0, 0] = centred(int(z[0, 0]) + 1)
         return z
@@ -246,7 +250,9 @@ class Failing(HonestExchanger):
         super().__init__(codes)
         self.error, self.late = error, late
 
-    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+    def multiply(
+        self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> Tensor:
         self.seen.append(c.clone())
         if self.late:
             meanwhile()
@@ -449,7 +455,9 @@ def test_long_batches_over_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "rows_per_exchange", lambda columns, rows: 3)
 
     class DiesAtTheSecond(HonestExchanger):
-        def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+        def multiply(
+            self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+        ) -> Tensor:
             z = super().multiply(layer, group, c, columns_out, meanwhile)
             if len(self.seen) == 2:
                 raise LOST[0]

@@ -32,7 +32,7 @@ from torch import Tensor
 from cloven.errors import ClovenError, RunError, SessionClosed, VerificationFailed, WorkerTimeout, WorkerUnreachable
 from cloven.field.codec import NOT_FINITE, RowBounds, decode, encode, scale_of
 from cloven.field.freivalds import Freivalds
-from cloven.field.native.exchange import FusedExchange
+from cloven.field.native.exchange import Buffers, FusedExchange
 from cloven.masks.one_time import MaskSource
 from cloven.masks.waiting import Pads
 from cloven.wire.channel import Exchanger
@@ -131,12 +131,12 @@ class OffloadedMatrix:
 
         return self._until_answered(x_int.shape[0], attempt, meanwhile)
 
-    def fused(self, x: Tensor, exchange: FusedExchange, total: Tensor, out: Tensor, meanwhile: Callable[[], None] = lambda: None) -> bool:
+    def fused(self, x: Tensor, exchange: FusedExchange, between: Buffers, out: Tensor, meanwhile: Callable[[], None]) -> bool:
         """The same with one native call before the exchange and one after it, and x and W x in the holder's own basis.
 
         Args:
             x: [M, K], float32 or bfloat16, dense.
-            total: float32 [M, N], to which W x is added; `meanwhile` may fill it.
+            between: for M rows; W x is added to its total, which `meanwhile` fills.
             out: [M, N], float32 or bfloat16, for the sum.
 
         Returns:
@@ -150,14 +150,12 @@ class OffloadedMatrix:
         (share,), what = self.shares, f"{self.name}: the worker's answer"
 
         def attempt(pads: Pads, once: Callable[[], None]) -> bool:
-            asked = exchange.ask(x, scale_of(self.bounds), pads.masks(x.shape))  # 1, 2
-            if asked is None:
+            if not exchange.ask(x, scale_of(self.bounds), pads.masks(x.shape), between):  # 1, 2
                 raise RunError(NOT_FINITE)
-            c, alpha = asked
-            z, channel, freivalds = self._answer(c, share, once)  # 3
+            z, channel, freivalds = self._answer(between.c, share, once, between.z)  # 3
             image = pads.images(z.shape)
             with _named(channel):
-                freivalds.check_by(lambda test: exchange.told(test, z, c, image, alpha, total, out), len(x), what)  # 4, 5, 6
+                freivalds.check_by(lambda test: exchange.told(test, z, image, between, out), len(x), what)  # 4, 5, 6
             return True
 
         return self._until_answered(len(x), attempt, meanwhile)
@@ -197,11 +195,13 @@ class OffloadedMatrix:
             freivalds.check(c, z, f"{self.name}: the worker's answer")
         return torch.cat([z, *others], dim=1) if others else z
 
-    def _answer(self, c: Tensor, share: Share, meanwhile: Callable[[], None]) -> tuple[Tensor, Exchanger, Freivalds]:
+    def _answer(
+        self, c: Tensor, share: Share, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> tuple[Tensor, Exchanger, Freivalds]:
         """z [M, rows of the share], unverified; from whom, and its check."""
         channel, freivalds = share.holder.current(self.group)
         try:
-            return channel.multiply(self.name, self.group, c, share.rows, meanwhile), channel, freivalds
+            return channel.multiply(self.name, self.group, c, share.rows, meanwhile, into), channel, freivalds
         except (WorkerUnreachable, WorkerTimeout, SessionClosed) as error:
             raise _Gone(share.holder, channel, error) from error
 

@@ -43,7 +43,9 @@ class Liar(HonestExchanger):
         self.answers.append(z)
         return z if len(self.answers) == 1 else self._lie(self, group, c, z.clone())
 
-    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+    def multiply(
+        self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> Tensor:
         """The channel's side."""
         meanwhile()
         return self.answer(group, c)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from cloven.errors import BadInput
+from cloven.field.native.exchange import FusedExchange
+from cloven.field.native.library import Kernels
 from cloven.slip.constant_rows import ConstantRows
 from cloven.slip.session import SlipSession
 from tests.split_models import attached, logits, random_ids, relative_error, tiny, tiny_bundle
@@ -96,7 +99,9 @@ def test_several_workers_are_refused_fused_before_anything_is_done() -> None:
             return False
 
     matrix: Any = Several()
-    out, total = torch.full((3, 2), 7.0), torch.zeros(3, 2)
-    assert not ConstantRows(matrix, 2).fused(torch.ones(3, 2), matrix, total, out)
-    assert not ConstantRows(matrix, 2).fused(torch.ones(0, 2), matrix, total, out)
+    places, units = np.arange(2, dtype=np.int32)[None], np.ones((1, 2), np.float32)
+    out, passes = torch.full((3, 2), 7.0), FusedExchange(cast(Kernels, None), (places, units), (places, units), (2, 2))
+    for rows in (3, 0):
+        x, between = torch.ones(rows, 2), passes.buffers(rows)
+        assert not ConstantRows(matrix, 2).fused(x, passes, between, out, lambda: None)
     assert bool((out == 7).all())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cloven.errors import BadInput
-from cloven.field.native.exchange import FusedExchange
+from cloven.field.native.exchange import Buffers, FusedExchange
 from cloven.offload import OffloadedMatrix
 from cloven.wire.limits import rows_per_exchange
 
@@ -41,18 +41,19 @@ class ConstantRows:
             results.append(y[: len(x) - start])
         return torch.cat(results)
 
-    def fused(self, x: Tensor, exchange: FusedExchange, total: Tensor, out: Tensor, meanwhile: Callable[[], None] = lambda: None) -> bool:
+    def fused(self, x: Tensor, exchange: FusedExchange, between: Buffers, out: Tensor, meanwhile: Callable[[], None]) -> bool:
         """See `OffloadedMatrix.fused`."""
         if not len(x):
             return False
         for start in range(0, len(x), self._rows):
             rows = slice(start, min(start + self._rows, len(x)))
-            own, answers = torch.zeros(self._rows, total.shape[1]), out.new_empty(self._rows, out.shape[1])
+            own, answers = exchange.buffers(self._rows), out.new_empty(self._rows, out.shape[1])
+            own.total.zero_()
 
-            def then(first: bool = start == 0, rows: slice = rows, own: Tensor = own) -> None:
+            def then(first: bool = start == 0, rows: slice = rows, own: Buffers = own) -> None:
                 if first:
                     meanwhile()
-                own[: rows.stop - rows.start] = total[rows]
+                own.total[: rows.stop - rows.start] = between.total[rows]
 
             if not self._offloaded.fused(self._padded(x[rows]), exchange, own, answers, then):
                 return False  # several workers: at the first rows, before anything was done

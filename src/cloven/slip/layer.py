@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from cloven.errors import NotAttached
 from cloven.field.hadamard import Places, Units, block_of, turn, turn_onto
-from cloven.field.native.exchange import FusedExchange
+from cloven.field.native.exchange import Buffers, FusedExchange
 from cloven.field.native.library import KINDS, kernels_in_use
+from cloven.field.native.low_rank import LowRank
 from cloven.field.residues import row_blocks
 from cloven.model.shared_input import SharedInput
 from cloven.slip.mixing import Mixing
 
 _ROWS_AT_A_TIME = 32  # keeps float64 intermediates in the cache
 Product = Callable[[Tensor, Callable[[], None]], Tensor]
-Fused = Callable[[Tensor, FusedExchange, Tensor, Tensor, Callable[[], None]], bool]  # x, passes, total, out, meanwhile
+Fused = Callable[[Tensor, FusedExchange, Buffers, Tensor, Callable[[], None]], bool]  # x, passes, between them, out, meanwhile
 
 
 class SplitLinear(nn.Module):
@@ -101,6 +102,7 @@ class SplitGroup:
     def __init__(self, index: int, members: list[SplitLinear]) -> None:
         self.index, self.members = index, members
         self.name = _join_names([member.name for member in members])
+        self._widths = [member.out_features for member in members]
         self._product: Product | None = None
         self._fused: tuple[Fused, FusedExchange] | None = None
         self._shared = SharedInput(self._compute)
@@ -112,7 +114,7 @@ class SplitGroup:
         clone = SplitGroup.__new__(SplitGroup)
         memo[id(self)] = clone
         clone.members = copy.deepcopy(self.members, memo)
-        clone.index, clone.name, clone._product, clone._fused = self.index, self.name, None, None
+        clone.index, clone.name, clone._widths, clone._product, clone._fused = self.index, self.name, self._widths, None, None
         clone._shared = SharedInput(clone._compute)
         return clone
 
@@ -132,6 +134,8 @@ class SplitGroup:
             stages = torch.cat([gather, leader.mixing_gather]), torch.cat([scale, leader.mixing_scale])
             self._one_term = stages[0].numpy(), stages[1].numpy()
         kernels = kernels_in_use()
+        factors = [(member.secret_a, member.secret_b, member.bias) for member in self.members]
+        self._low_rank = LowRank.of(kernels, factors) if kernels is not None else None
         self._fused = None
         if fused is not None and kernels is not None and self._one_term is not None:
             blocks = block_of(leader.in_features), block_of(self._one_term[0].shape[1])
@@ -160,30 +164,34 @@ class SplitGroup:
                 "or call cloven.attach(model, ADDRESS)"
             )
         rows = x.detach().reshape(-1, x.shape[-1])  # [..., K] -> [M, K]
-        widths = [member.out_features for member in self.members]
-        total = torch.empty(rows.shape[0], sum(widths))  # B A x + b of all members
-
-        def meanwhile() -> None:
-            rows32 = rows.float()
-            for member, part in zip(self.members, total.split(widths, dim=1), strict=True):
-                part.copy_(member.trusted_part(rows32))
-
-        outputs = torch.empty(total.shape, dtype=x.dtype)
+        outputs = torch.empty(rows.shape[0], sum(self._widths), dtype=x.dtype)
         if self._fused is not None and x.dtype in KINDS:
-            fused, passes = self._fused
-            if fused(rows.contiguous(), passes, total, outputs, meanwhile):
-                return self._split(outputs, widths, x)
-        y = self._product(self._scrambled(rows), meanwhile)  # [M, T·N]
+            (fused, passes), rows = self._fused, rows.contiguous()
+            between = passes.buffers(len(rows))
+            if fused(rows, passes, between, outputs, lambda: self.secret_part(rows, between.total)):
+                return self._split(outputs, x)
+        total = torch.empty(outputs.shape)
+        y = self._product(self._scrambled(rows), lambda: self.secret_part(rows, total))  # [M, T·N]
         if self._one_term is not None:
             turn_onto(y.numpy(), self._one_term, total, outputs)
         else:
             for y_rows, total_rows, out in row_blocks(_ROWS_AT_A_TIME, y, total, outputs):
                 out.copy_(self._unscrambled(y_rows).add_(total_rows))
-        return self._split(outputs, widths, x)
+        return self._split(outputs, x)
 
-    @staticmethod
-    def _split(outputs: Tensor, widths: list[int], x: Tensor) -> list[Tensor]:
-        return [output.contiguous().view(*x.shape[:-1], output.shape[1]) for output in outputs.split(widths, dim=1)]  # of no rows, too
+    def secret_part(self, x: Tensor, total: Tensor) -> None:
+        """Fill total, float32 [M, N of all members], with B (A x) + b of each, once a product is attached: x [M, K] of any real dtype."""
+        if len(x) == 1 and self._low_rank is not None and x.dtype in KINDS:
+            self._low_rank.onto(x.contiguous(), total)
+            return
+        x = x.float()
+        for member, part in zip(self.members, total.split(self._widths, dim=1), strict=True):
+            part.copy_(member.trusted_part(x))
+
+    def _split(self, outputs: Tensor, x: Tensor) -> list[Tensor]:
+        return [
+            output.contiguous().view(*x.shape[:-1], output.shape[1]) for output in outputs.split(self._widths, dim=1)
+        ]  # of no rows, too
 
     def _scrambled(self, rows: Tensor) -> Tensor:
         """[M, K] -> float64 [M, K] in the worker's basis."""

@@ -47,7 +47,7 @@ from cloven.wire.messages import WORKER, Multiply, Product, require_residues, re
 from cloven.wire.schema import AskLane, ErrorAnswer, Hello, Laned, MalformedMessage, Schema, Serve, Serving, Welcome
 
 Frame = bytes | memoryview
-Watcher = Callable[[str, Tensor], None]  # a group's name, and the masked rows int32 [M, K] that are sent for it
+Watcher = Callable[[str, Tensor], None]  # a group's name, and the masked rows int32 [M, K] that are sent for it: its own during the call
 _M = TypeVar("_M")
 _MOST_REPETITIONS = 2
 _NEVER = -2  # no lane's generation
@@ -104,7 +104,9 @@ class _OwnWork:
 class Exchanger(Protocol):
     """What `offload` needs of a channel; tests put liars and recorders behind it."""
 
-    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+    def multiply(
+        self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> Tensor:
         """z [M, columns_out] for masked rows c [M, K] of a group, unverified."""
 
 
@@ -224,14 +226,17 @@ class Channel:
                 self._most_served()
         return welcome.groups
 
-    def multiply(self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None]) -> Tensor:
+    def multiply(
+        self, layer: str, group: int, c: Tensor, columns_out: int, meanwhile: Callable[[], None], into: Tensor | None = None
+    ) -> Tensor:
         """One exchange: masked rows c int32 [M, K] of a group -> z int32 [M, columns_out], parsed but unverified.
 
         Args:
             layer: name for statistics and errors.
             meanwhile: trusted work to do while the worker computes.
+            into: dense int32 [M, columns_out], where z may be put.
         """
-        z = torch.empty(c.shape[0], columns_out, dtype=torch.int32)
+        z = torch.empty(c.shape[0], columns_out, dtype=torch.int32) if into is None else into
         payload = self.rows(layer, group, c, (Multiply, Product), z, meanwhile)
         return self.parsed(layer, lambda: require_residues(z) if payload is None else residues_of_frame(payload, *z.shape))
 

@@ -27,6 +27,13 @@ extern "C" int cloven_check(std::int32_t*, const std::int32_t*, const std::int32
 extern "C" int cloven_query(const double*, std::int64_t, std::int64_t, std::int64_t, double, const std::int32_t*, std::int32_t*, double*, int);
 extern "C" int cloven_answer(const void*, int, const std::int32_t*, std::int64_t, std::int64_t, double*, double*, int);
 
+struct Factors {
+  const float *a, *b;
+  const void* bias;
+  std::int64_t rows, rank, bias_kind;
+};
+extern "C" int cloven_low_rank(const Factors*, std::int64_t, const void*, int, std::int64_t, float*);
+
 namespace {
 
 constexpr std::int64_t kP = (std::int64_t{1} << 31) - 1, kH = (kP - 1) / 2;
@@ -183,8 +190,22 @@ int wrong_query(std::int64_t m, std::int64_t k, std::int64_t pad, int bits) {
          (cloven_answer(q, 17, image.data(), m, k, alpha.data(), y.data(), 2) != 1);
 }
 
+// Two linears, one with a bias: A and B of ones on a row of ones.
+int wrong_low_rank(std::int64_t n, std::int64_t k, std::int64_t rank) {
+  std::vector<float> x(k, 1.0f), a(rank * k, 1.0f), b(n * rank, 1.0f), bias(n, 0.5f), y(2 * n);
+  const Factors members[] = {{a.data(), b.data(), nullptr, n, rank, 0}, {a.data(), b.data(), bias.data(), n, rank, 1}};
+  if (cloven_low_rank(members, 2, x.data(), 1, k, y.data()) != 0) return 1;
+  int bad = 0;
+  for (std::int64_t i = 0; i < 2 * n; ++i) bad += y[i] != static_cast<float>(rank * k) + (i < n ? 0.0f : 0.5f);
+  return bad + (cloven_low_rank(members, 2, x.data(), 3, k, y.data()) != 1);
+}
+
 int main() {
   int bad = 0, done = 0;
+  if (cloven_low_rank(nullptr, 0, nullptr, 1, 0, nullptr) == 0)
+    for (std::int64_t n : {1, 3, 4, 9})
+      for (std::int64_t k : {1, 15, 16, 127, 128, 300})
+        for (std::int64_t rank : {0, 1, 16, 17}) bad += wrong_low_rank(n, k, rank), ++done;
   for (std::int64_t k : {1, 7, 64, 700})
     for (std::int64_t m : {1, 2, 90})
       for (int bits : {8, 9, 15, 16}) bad += wrong_query(m, k, k % 5, bits), ++done;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from cloven.field.codec import RowBounds, decode, encode, scale_of
 from cloven.field.freivalds import CHECKS, Freivalds
 from cloven.field.hadamard import Places, Units, block_of, turn, turn_onto
-from cloven.field.native.exchange import FusedExchange
+from cloven.field.native.exchange import Buffers, FusedExchange
 from cloven.field.native.library import Kernels, load_kernels
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.field.products import multiply
@@ -45,19 +46,19 @@ def whole(passes: FusedExchange, x: Tensor, codes: Tensor, spoil: int = 0) -> tu
     """(wrong rows, what the fused calls give, what the passes give one by one)."""
     backend, bounds = select_backend("cpu"), RowBounds(2**20, 1000.0)
     w, m = backend.place(codes), len(x)
-    mask, total = random_residues(m, codes.shape[1], 3), torch.randn(m, len(codes))
+    mask, between = random_residues(m, codes.shape[1], 3), passes.buffers(m)
+    between.total.copy_(torch.randn(m, len(codes)))
     image = multiply(backend, mask, w)
     check = Freivalds(SecretStream(secrets.token_bytes(KEY_BYTES), "test").residues(CHECKS, w.rows), backend, w)
     inwards, outwards = passes._held
-    asked = passes.ask(x, scale_of(bounds), mask)
-    assert asked is not None
-    c, alpha = asked
+    assert passes.ask(x, scale_of(bounds), mask, between)
+    c, alpha, _, total = between
     x_int, expected_alpha = encode(torch.from_numpy(turn(x.double().numpy(), *inwards, leading=False)), bounds)
     assert torch.equal(c, add(x_int, mask)) and torch.equal(alpha, expected_alpha)
     z = multiply(backend, c, w)
     z[:spoil, 0] += 1
     out, expected = torch.full((m, len(codes)), 7.0).to(x.dtype), torch.empty(m, len(codes), dtype=x.dtype)
-    wrong = passes.told(check._test, z, c, image, alpha, total, out)
+    wrong = passes.told(check._test, z, image, between, out)
     turn_onto(decode(subtract(z, image), alpha).numpy(), outwards, total, expected)
     return wrong, out, expected
 
@@ -85,7 +86,8 @@ def test_of_a_wrong_answer_nothing_is_used(spoil: int) -> None:
 def test_rows_that_are_not_finite(value: float) -> None:
     x = torch.randn(2, 40)
     x[1, 3] = value
-    assert exchange(30, 40).ask(x, 1e6, random_residues(2, 40, 3)) is None
+    passes = exchange(30, 40)
+    assert not passes.ask(x, 1e6, random_residues(2, 40, 3), passes.buffers(2))
 
 
 def test_what_does_not_fit_is_refused_before_c_sees_it() -> None:
@@ -95,17 +97,35 @@ def test_what_does_not_fit_is_refused_before_c_sees_it() -> None:
         (torch.randn(40, 2).t(), mask), (x[:0], mask[:0]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"do not fit|refuses"):
-            passes.ask(wrong_x, 1e6, wrong_mask)
+            passes.ask(wrong_x, 1e6, wrong_mask, passes.buffers(2))
+    with pytest.raises(ValueError, match="do not fit"):
+        passes.ask(x, 1e6, mask, passes.buffers(3))
     z, image, alpha = random_residues(2, 30, 5), random_residues(2, 30, 6), torch.ones(2, 1, dtype=torch.float64)
-    right = {"test": random_residues(2, 70, 7), "z": z, "c": mask, "image": image, "alpha": alpha, "total": torch.zeros(2, 30)}
-    right["out"] = torch.zeros(2, 30)
+    right = {"test": random_residues(2, 70, 7), "z": z, "image": image, "out": torch.zeros(2, 30)}
+    asked = Buffers(mask, alpha, z, torch.zeros(2, 30))
     for name, other in (
-        ("test", random_residues(2, 69, 7)), ("z", z[:1]), ("c", mask[:, :39]), ("image", image.long()), ("alpha", alpha[:, 0]),
-        ("alpha", alpha.float()), ("total", torch.zeros(2, 30).double()), ("out", torch.zeros(2, 30).double()),
+        ("test", random_residues(2, 69, 7)), ("z", z[:1]), ("image", image.long()), ("out", torch.zeros(2, 30).double()),
         ("out", torch.zeros(30, 2).t()),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="do not fit"):
-            passes.told(**{**right, name: other})
+            passes.told(**{**right, "asked": asked, name: other})
+    for name, other in (("c", mask[:, :39]), ("alpha", alpha[:, 0]), ("alpha", alpha.float()), ("total", torch.zeros(2, 30).double())):
+        with pytest.raises(ValueError, match="do not fit"):
+            passes.told(**right, asked=asked._replace(**{name: other}))
+
+
+def test_one_row_allocates_once_and_every_thread_has_its_own() -> None:
+    small, large = exchange(30, 40), exchange(300, 400)
+    one, many = small.buffers(1), small.buffers(2)
+    assert [tensor.shape for tensor in many] == [(2, 40), (2, 1), (2, 30), (2, 30)] and many.total.dtype == torch.float32
+    assert large.buffers(1).c.shape == (1, 400)
+    again = small.buffers(1)
+    assert all(a is b for a, b in zip(one, again, strict=True))  # though another group wanted more meanwhile
+    assert small.buffers(2).c.data_ptr() != many.c.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(small.buffers, 1).result().c.data_ptr() != one.c.data_ptr()
+    first, last = (tensor.data_ptr() for tensor in (one.c, one.total))
+    assert last == first + 4 * (40 + 30)  # one piece of memory, and nothing lies upon another
 
 
 def test_stages_that_are_none() -> None:
@@ -121,5 +141,5 @@ def test_stages_that_are_none() -> None:
     gather[1, 3] = 8  # no such place
     passes = FusedExchange(kernels(), (gather, units), (gather, units), (8, 8))
     with pytest.raises(ValueError, match="refuses"):
-        passes.ask(torch.randn(1, 8), 1e6, random_residues(1, 8, 3))
+        passes.ask(torch.randn(1, 8), 1e6, random_residues(1, 8, 3), passes.buffers(1))
     assert "secret" in repr(passes)

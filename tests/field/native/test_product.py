@@ -136,7 +136,7 @@ def test_the_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     program = tmp_path / "check"
     source = [
         str(Path(__file__).with_name("check.cpp")),
-        *(str(SOURCE / f"{name}.cpp") for name in ("product", "hadamard", "rows", "query")),
+        *(str(SOURCE / f"{name}.cpp") for name in ("product", "hadamard", "rows", "query", "low_rank")),
         f"-I{SOURCE}",
     ]
     options = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]

@@ -11,6 +11,8 @@ driven out of the cache meanwhile.
 from __future__ import annotations
 
 import ctypes
+import threading
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,29 @@ class _Exchange(ctypes.Structure):
     _fields_ = (("inwards", _Side), ("outwards", _Side))
 
 
+class Buffers(NamedTuple):
+    """What lies between the two passes: c int32 [M, K], α float64 [M, 1], z int32 [M, N], and what is trusted, float32 [M, N]."""
+
+    c: Tensor
+    alpha: Tensor
+    z: Tensor
+    total: Tensor
+
+
+class _Thread(threading.local):
+    """Each thread's memory for one row, for all groups: they take turns."""
+
+    words = torch.empty(0, dtype=torch.int32)
+
+    def at_least(self, size: int) -> Tensor:
+        if len(self.words) < size:
+            self.words = torch.empty(size, dtype=torch.int32)
+        return self.words[:size]
+
+
+_thread = _Thread()
+
+
 class FusedExchange:
     """Both passes of one group.
 
@@ -46,30 +71,43 @@ class FusedExchange:
         self.columns, self.rows = inwards[0].shape[1], outwards[0].shape[1]
         self._exchange = _Exchange(_side(inwards, blocks[0]), _side(outwards, blocks[1]))
         self._address = ctypes.addressof(self._exchange)
+        self._own = threading.local()
 
     def __repr__(self) -> str:
         return f"FusedExchange([{self.rows}, {self.columns}], <secret>)"
 
-    def ask(self, x: Tensor, bound: float, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """c int32 [M, K] and α float64 [M, 1] of dense x [M, K], float32 or bfloat16; None where a row is not finite.
+    def buffers(self, rows: int) -> Buffers:
+        """For so many rows. Those for one row are the thread's, and hold until its next exchange: decoding allocates none."""
+        if rows != 1:
+            return self._cut(torch.empty(rows * (self.columns + 2 * self.rows), dtype=torch.int32), rows)
+        found: Buffers | None = getattr(self._own, "buffers", None)
+        if found is None:
+            found = self._own.buffers = self._cut(_thread.at_least(self.columns + 2 * self.rows), 1)
+        return found
+
+    def _cut(self, words: Tensor, rows: int) -> Buffers:
+        c, z, total = words.split([rows * self.columns, rows * self.rows, rows * self.rows])
+        alpha = torch.empty(rows, 1, dtype=torch.float64)
+        return Buffers(c.view(rows, self.columns), alpha, z.view(rows, self.rows), total.view(torch.float32).view(rows, self.rows))
+
+    def ask(self, x: Tensor, bound: float, mask: Tensor, into: Buffers) -> bool:
+        """c and α of dense x [M, K], float32 or bfloat16; False where a row is not finite.
 
         Raises:
             ValueError: something else than that, or places that are not there.
         """
-        fits = x.dim() == 2 and x.shape == mask.shape and x.shape[1] == self.columns and x.dtype in KINDS
+        c, alpha = into.c, into.alpha
+        fits = x.dim() == 2 and x.shape == mask.shape == c.shape and x.shape[1] == self.columns and x.dtype in KINDS
         if not fits or mask.dtype != torch.int32 or not (x.is_contiguous() and mask.is_contiguous()):
             raise ValueError(f"rows {tuple(x.shape)}, {x.dtype}, and masks {tuple(mask.shape)} do not fit [{self.rows}, {self.columns}]")
-        c, alpha = torch.empty_like(mask), torch.empty(len(x), 1, dtype=torch.float64)
         arguments = (x.data_ptr(), KINDS[x.dtype], len(x), bound, mask.data_ptr(), c.data_ptr(), alpha.data_ptr())
         ended = self._kernels.ask(self._address, *arguments, torch.get_num_threads())
-        if ended == _NOT_FINITE:
-            return None
-        if ended != _DONE:
+        if ended not in (_DONE, _NOT_FINITE):
             raise ValueError(f"the kernel refuses rows {tuple(x.shape)}")
-        return c, alpha
+        return bool(ended == _DONE)
 
-    def told(self, test: Tensor, z: Tensor, c: Tensor, image: Tensor, alpha: Tensor, total: Tensor, out: Tensor) -> int:
-        """Fill out [M, N], float32 or bfloat16, from z and image int32 [M, N], c and α as asked, and total float32 [M, N].
+    def told(self, test: Tensor, z: Tensor, image: Tensor, asked: Buffers, out: Tensor) -> int:
+        """Fill out [M, N], float32 or bfloat16, from z and image int32 [M, N], and c, α and what is trusted.
 
         Args:
             test: S ‖ −S W, int32 [2, N + K].
@@ -80,6 +118,7 @@ class FusedExchange:
         Raises:
             ValueError: something else than that, or places that are not there.
         """
+        c, alpha, _, total = asked
         m, size = len(z), (len(z), self.rows)
         shapes = z.shape == image.shape == total.shape == out.shape == size and c.shape == (m, self.columns) and alpha.shape == (m, 1)
         whole = {z.dtype, c.dtype, image.dtype, test.dtype} == {torch.int32} and test.shape == (2, self.rows + self.columns)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 KERNELS = "CLOVEN_KERNELS"  # native, or torch
-INTERFACE = 9  # of the library: what its functions take
+INTERFACE = 10  # of the library: what its functions take
 KINDS = {torch.float32: 1, torch.bfloat16: 2}  # of a sum
 Rows = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int32]
@@ -54,8 +54,10 @@ class Kernels:
         library.cloven_told.argtypes = [*(pointer,) * 5, integer, pointer, pointer, pointer, number, number]
         library.cloven_query.argtypes = [pointer, integer, integer, integer, ctypes.c_double, pointer, pointer, pointer, number]
         library.cloven_answer.argtypes = [pointer, number, pointer, integer, integer, pointer, pointer, number]
-        for one in (library.cloven_ask, library.cloven_told, library.cloven_query, library.cloven_answer):
+        library.cloven_low_rank.argtypes = [pointer, integer, pointer, number, integer, pointer]
+        for one in (library.cloven_ask, library.cloven_told, library.cloven_query, library.cloven_answer, library.cloven_low_rank):
             one.restype = ctypes.c_int
+        self.low_rank = library.cloven_low_rank
         self._library, self.ask, self.told = library, library.cloven_ask, library.cloven_told
         self.query, self.answer = library.cloven_query, library.cloven_answer
         library.cloven_runs.argtypes, library.cloven_runs.restype = [number], number

@@ -297,7 +297,7 @@ CLOVEN_API int cloven_many_rows() {
 }
 
 // The version of this interface.
-CLOVEN_API int cloven_interface() { return 9; }
+CLOVEN_API int cloven_interface() { return 10; }
 
 // z = c Wᵀ mod p. Strides in bytes of W only; c and z are dense. Returns 0, or 1 if the arguments are out of range or memory is short.
 CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_t k, const std::int8_t* w, std::int64_t n,
