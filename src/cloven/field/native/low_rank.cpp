@@ -31,6 +31,7 @@ struct Factors {
 
 constexpr i64 kLanes = 16;
 constexpr std::uintptr_t kAhead = 2048;  // bytes
+constexpr i64 kFarEntries = 1 << 15;     // of a factor that is not kept in the caches, see product.cpp
 
 float number(const void* values, i64 kind, i64 i) {
   if (kind == 1) return static_cast<const float*>(values)[i];
@@ -44,7 +45,7 @@ float number(const void* values, i64 kind, i64 i) {
 #define CLOVEN_WIDE __attribute__((target("avx512f")))
 
 // y [n] = W x, W [n, k] dense: kRows rows of W at a time, or one in kSums pieces.
-template <int kRows, int kSums>
+template <int kRows, int kSums, int kLocality>
 CLOVEN_WIDE void product(const float* w, i64 n, i64 k, const float* x, float* y) {
   const i64 step = kSums * kLanes, whole = k / step * step;
   i64 row = 0;
@@ -59,7 +60,7 @@ CLOVEN_WIDE void product(const float* w, i64 n, i64 k, const float* x, float* y)
         const __m512 entries = _mm512_loadu_ps(x + i + s * kLanes);
         for (int r = 0; r < kRows; ++r) {
           const float* next = at + r * k + i + s * kLanes;
-          _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(next) + kAhead), _MM_HINT_T0);
+          __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(next) + kAhead), 0, kLocality);
           sum[r][s] = _mm512_fmadd_ps(_mm512_loadu_ps(next), entries, sum[r][s]);
         }
       }
@@ -74,7 +75,12 @@ CLOVEN_WIDE void product(const float* w, i64 n, i64 k, const float* x, float* y)
       y[row + r] = _mm512_reduce_add_ps(whole_sum);
     }
   }
-  if constexpr (kRows > 1) product<1, kSums>(w + row * k, n - row, k, x, y + row);
+  if constexpr (kRows > 1) product<1, kSums, kLocality>(w + row * k, n - row, k, x, y + row);
+}
+
+template <int kRows, int kSums>
+void product(const float* w, i64 n, i64 k, const float* x, float* y) {
+  n * k < kFarEntries ? product<kRows, kSums, 3>(w, n, k, x, y) : product<kRows, kSums, 0>(w, n, k, x, y);
 }
 #endif
 

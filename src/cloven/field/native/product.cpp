@@ -36,6 +36,7 @@ constexpr std::int64_t kMaxInner = 65536;
 constexpr std::int64_t kStep = 64;       // planes are padded with zeros to a multiple of this
 constexpr int kRows = 4;                 // rows of W that share a pass over the planes
 constexpr std::int64_t kChunkBytes = 1 << 18;
+constexpr std::int64_t kFarBytes = 1 << 19;  // of a matrix that is not kept in the caches
 constexpr std::int64_t kFewestAmx = 5;   // rows from which on the matrix unit is faster
 constexpr std::int64_t kFewestTiles = 7; // … and squares with the byte product
 constexpr std::int64_t kPiece = 512;     // rows whose planes are in memory at once
@@ -154,9 +155,11 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void dot_avx512_
 
 #if CLOVEN_X86
 // One row of c: rows of W one after the other are a single stream, which the CPU foresees; four at a time read memory at two thirds of its
-// speed. (For more rows of c that is no slower.) Eight sums, so that no product waits for the one before it.
+// speed. (For more rows of c that is no slower.) Eight sums, so that no product waits for the one before it. A large W passes by the caches: it
+// would drive out what the asking process, on the same cores, needs next, and be gone itself when its turn comes again.
+template <int kLocality>  // of __builtin_prefetch: 3 keeps, 0 does not
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void one_row(const Job& job, std::int64_t first, std::int64_t last) {
-  constexpr std::int64_t kAhead = 1024;
+  constexpr std::int64_t kAhead = 2048;
   const std::int64_t whole = job.k / (2 * kStep) * (2 * kStep);
   for (std::int64_t n = first; n < last; ++n) {
     const std::int8_t* w = job.w + n * job.stride;
@@ -167,7 +170,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void one_row(con
     for (; i < whole; i += 2 * kStep)
       for (int half = 0; half < 2; ++half) {
         const std::int64_t at = i + half * kStep;
-        _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(w) + static_cast<std::uintptr_t>(at + kAhead)), _MM_HINT_T0);
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(w) + static_cast<std::uintptr_t>(at + kAhead)), 0, kLocality);
         const __m512i codes = _mm512_loadu_si512(w + at);
         for (int d = 0; d < 4; ++d)
           sum[half][d] = _mm512_dpbusd_epi32(sum[half][d], _mm512_loadu_si512(job.bytes + d * job.padded + at), codes);
@@ -344,7 +347,7 @@ CLOVEN_API int cloven_product(const std::int32_t* c, std::int64_t m, std::int64_
 #endif
   if (kernel == kAvx512Vnni) {
     job.dot = dot_avx512_vnni;
-    job.one = one_row;
+    job.one = n * stride < kFarBytes ? one_row<3> : one_row<0>;
   }
 #endif
   job.rows_per_chunk = (kChunkBytes / k + kRows - 1) / kRows * kRows;

@@ -7,7 +7,14 @@
 //
 // c is copied out of the shared memory before it is looked at; an answer is written once and not read again. Anything else than a product of
 // a matrix that is here is left to Python, unanswered.
+//
+// Between an answer and the next request a worker's memory has nothing to do, for a third of a token's time where the asking process shares
+// the machine. So the codes that are asked for next, those of the groups that follow, are brought into the last cache meanwhile, by one core,
+// until somebody asks.
 
+#include <unistd.h>
+
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -35,7 +42,7 @@ struct Serving {
   i64 count;
   Product product;
   i64 kernel;
-  i64* credit;  // rows that may still be answered, by group; null: not metered
+  i64* credit;  // rows that may still be answered, by group; null: not metered, and what follows is read ahead
   i64 bits;     // of an answer's entry, where it is metered
 };
 
@@ -43,7 +50,7 @@ struct State {
   i64 answered, rows, bytes_in, bytes_out, nanoseconds;  // since it was made; only read by others, at any time
   std::uint32_t seen;                                    // number of the request taken last
   std::uint32_t due;                                     // an answer waits to be rung
-  std::uint32_t group, asked;                            // of the request whose rows have no credit
+  std::uint32_t group, asked;                            // of the last request
 };
 
 }  // extern "C"
@@ -51,6 +58,36 @@ struct State {
 constexpr int kNotYet = 0, kSomethingElse = 2, kNoCredit = 3;
 constexpr std::int32_t kH = (1 << 30) - 1;
 constexpr std::size_t kPrefix = 2 * sizeof(std::uint32_t);
+
+constexpr std::size_t kLine = 64, kLook = 256 * kLine;  // bytes
+constexpr i64 kMostAhead = 8 << 20;
+constexpr std::uint32_t kFewRows = 8;  // rows of a request that memory's speed bounds
+std::atomic<int> at_work{0};           // lanes of this process that multiply
+
+// Bytes that are read ahead: a quarter of the last cache at most, as its rest is the asking process's; 0 where its size is not known.
+i64 bytes_ahead() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const i64 quarter = sysconf(_SC_LEVEL3_CACHE_SIZE) / 4;
+  return quarter < kMostAhead ? quarter : kMostAhead;
+#else
+  return 0;
+#endif
+}
+
+// Prefetches W of the groups after this one, until somebody asks for something. A prefetch never faults: what is not in memory stays away.
+void read_ahead(const Serving& serving, std::uint32_t group, const cloven::Word& word, std::uint32_t seen) {
+  i64 left = bytes_ahead();
+  for (i64 step = 1; step < serving.count && left > 0; ++step) {
+    const Matrix& next = serving.matrices[(group + step) % serving.count];
+    if (next.w == nullptr) continue;
+    const i64 whole = next.n * next.stride, bytes = whole < left ? whole : left;
+    for (i64 at = 0; at < bytes; at += static_cast<i64>(kLook)) {
+      if (at_work.load(std::memory_order_relaxed) != 0 || word.load(std::memory_order_relaxed) != seen) return;
+      for (i64 line = at; line < at + static_cast<i64>(kLook) && line < bytes; line += static_cast<i64>(kLine)) __builtin_prefetch(next.w + line, 0, 1);
+    }
+    left -= bytes;
+  }
+}
 
 // Another thread may look at a count while this one, alone, makes it grow.
 void grow(i64* count, i64 by) { __atomic_store_n(count, *count + by, __ATOMIC_RELAXED); }
@@ -113,7 +150,10 @@ bool answered(const Serving& serving, const Matrix& matrix, const std::vector<st
     whole = z.data();
   }
   const int kernel = static_cast<int>(serving.kernel);
-  if (serving.product(c.data(), rows, matrix.k, matrix.w, matrix.n, matrix.stride, whole, threads, kernel) != 0) return false;
+  ++at_work;
+  const int ended = serving.product(c.data(), rows, matrix.k, matrix.w, matrix.n, matrix.stride, whole, threads, kernel);
+  --at_work;
+  if (ended != 0) return false;
   if (serving.credit != nullptr) serving.bits == 8 ? round_into<std::int8_t>(z, 8, out) : round_into<std::int16_t>(z, serving.bits, out);
   return true;
 }
@@ -134,8 +174,11 @@ CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, st
   auto now = std::chrono::steady_clock::now();
   const auto until = now + std::chrono::nanoseconds(nanoseconds);
   for (;;) {
-    if (state->due != 0) cloven::ring(&own->number, state->seen);
-    state->due = 0;
+    if (state->due != 0) {
+      state->due = 0;
+      cloven::ring(&own->number, state->seen);
+      if (serving->credit == nullptr && state->asked <= kFewRows) read_ahead(*serving, state->group, other->number, state->seen);
+    }
     if (now > until) return kNotYet;
     if (!cloven::wait(&other->number, state->seen, nanoseconds)) return kNotYet;
     const auto started = std::chrono::steady_clock::now();
@@ -144,11 +187,9 @@ CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, st
     const Matrix* matrix = taken(*serving, base, *other, c, asked);
     if (matrix == nullptr) return kSomethingElse;
     const auto [group, rows] = asked;
-    if (serving->credit != nullptr && !paid(serving->credit + group, rows)) {
-      state->group = group;
-      state->asked = rows;
-      return kNoCredit;
-    }
+    state->group = group;
+    state->asked = rows;
+    if (serving->credit != nullptr && !paid(serving->credit + group, rows)) return kNoCredit;
     if (!answered(*serving, *matrix, c, rows, cloven::payload_of(base, 1), threads)) return kSomethingElse;
     const std::size_t answer = rows * static_cast<std::size_t>(matrix->n) * bytes_of_entry(*serving);
     own->header = cloven::kRaw;
