@@ -233,6 +233,26 @@ def test_a_worker_stops_while_it_is_asked(folder: Path) -> None:
         channel.close()
 
 
+def test_a_worker_reads_ahead_a_little_and_then_sleeps(tmp_path: Path) -> None:
+    """Codes of 48 MiB, more than it may read: right answers whether it is interrupted or not, and no more work afterwards."""
+    (tmp_path / "s").mkdir(mode=0o700)
+    codes = [random_codes(4096, 4096, seed) for seed in range(3)]
+    write_exposed(tmp_path / "exposed", codes)
+    with serving(tmp_path / "exposed", f"ipc://{tmp_path}/s/w") as worker:
+        channel = Channel(f"ipc://{tmp_path}/s/w", worker.matrices.bundle, timeout=20)
+        channel.hello()
+        for number in (0, 1, 2, 0, 2, 2):  # as foreseen, and not
+            c = random_residues(1, 4096, number)
+            z = channel.multiply("a layer", number, c, 4096, lambda: None)
+            time.sleep(0.001 * (number % 2))
+            assert torch.equal(z[:, :64], python_product(c, codes[number][:64]))
+        time.sleep(0.05)
+        used = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - used < 0.25  # reading on would take all of it
+        channel.close()
+
+
 def test_more_rows_than_are_served_have_a_header(channel: Channel, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where another back end is faster for many."""
     assert worker._products is not None

@@ -75,10 +75,11 @@ class SplitLinear(nn.Module):
             raise NotAttached(f"{self.name} is not part of a loaded split model; load OUT/trusted with from_pretrained")
         return self.group.output(self.position, x)
 
-    def trusted_part(self, x: Tensor) -> Tensor:
-        """B (A x) + b: float32 [M, K] -> float32 [M, N]."""
-        secret = (x @ self.secret_a.t()) @ self.secret_b.t()
-        return secret if self.bias is None else secret.add_(self.bias)
+    def trusted_part(self, x: Tensor, out: Tensor) -> None:
+        """Fill out, float32 [M, N] with rows of any distance, with B (A x) + b for float32 x [M, K]."""
+        torch.mm(x @ self.secret_a.t(), self.secret_b.t(), out=out)
+        if self.bias is not None:
+            out += self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SplitLinear:
         """`model.to(dtype)` leaves the float32 factors and scales alone: rounding them would change tokens silently."""
@@ -186,7 +187,7 @@ class SplitGroup:
             return
         x = x.float()
         for member, part in zip(self.members, total.split(self._widths, dim=1), strict=True):
-            part.copy_(member.trusted_part(x))
+            member.trusted_part(x, part)
 
     def _split(self, outputs: Tensor, x: Tensor) -> list[Tensor]:
         return [

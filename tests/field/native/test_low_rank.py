@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from cloven.field.native.library import Kernels, load_kernels
 from cloven.field.native.low_rank import LowRank
@@ -59,6 +59,18 @@ def test_as_in_float64(columns: int, sizes: list[tuple[int, int, torch.dtype | N
     found, (expected, size) = around[:, 1:-1].double(), exactly(members, x)
     assert bool(((found - expected).abs() <= 1e-6 * (8 + columns**0.5) * size + 1e-30).all())
     assert around[0, 0] == around[0, -1] == 7.0
+
+
+def test_a_parameter_whose_tensor_is_replaced_stays_as_it_was() -> None:
+    a, b, bias = member(500, 400, 30, torch.bfloat16, 1)
+    assert bias is not None
+    parameters = tuple(nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (a, b, bias))
+    low_rank, x, out = LowRank(kernels(), [parameters]), torch.ones(1, 400), torch.zeros(1, 500)
+    for parameter in parameters:
+        parameter.data = torch.zeros(7)  # as `model.to` does
+    rubbish = [torch.full_like(tensor, 9.0) for tensor in (a, b, bias)]  # takes the place of what is freed
+    low_rank.onto(x, out)
+    assert torch.allclose(out, x @ a.t() @ b.t() + bias, rtol=1e-4, atol=1e-2) and len(rubbish) == 3
 
 
 def test_numbers_that_are_not_finite_stay_so() -> None:

@@ -34,7 +34,9 @@ class LowRank:
     """
 
     def __init__(self, kernels: Kernels, members: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        self._call, self._held = kernels.low_rank, [tensor for member in members for tensor in member]  # C++ points into them
+        self._call = kernels.low_rank
+        # C++ points into them, and what a parameter holds may be replaced
+        self._held = [tensor.detach() for member in members for tensor in member if tensor is not None]
         self.columns = members[0][0].shape[1]
         self.rows = sum(b.shape[0] for _, b, _ in members)
         self._members = (_Factors * len(members))(*(self._described(*member) for member in members))
