@@ -61,6 +61,7 @@ constexpr std::size_t kPrefix = 2 * sizeof(std::uint32_t);
 
 constexpr std::size_t kLine = 64, kLook = 256 * kLine;  // bytes
 constexpr i64 kMostAhead = 8 << 20;
+constexpr i64 kPause = 20'000;         // nanoseconds: whoever was woken may need this core
 constexpr std::uint32_t kFewRows = 8;  // rows of a request that memory's speed bounds
 std::atomic<int> at_work{0};           // lanes of this process that multiply
 
@@ -177,7 +178,8 @@ CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, st
     if (state->due != 0) {
       state->due = 0;
       cloven::ring(&own->number, state->seen);
-      if (serving->credit == nullptr && state->asked <= kFewRows) read_ahead(*serving, state->group, other->number, state->seen);
+      const bool foreseen = serving->credit == nullptr && state->asked <= kFewRows;
+      if (foreseen && !cloven::wait(&other->number, state->seen, kPause)) read_ahead(*serving, state->group, other->number, state->seen);
     }
     if (now > until) return kNotYet;
     if (!cloven::wait(&other->number, state->seen, nanoseconds)) return kNotYet;
