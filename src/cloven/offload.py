@@ -32,7 +32,7 @@ from torch import Tensor
 from cloven.errors import ClovenError, RunError, SessionClosed, VerificationFailed, WorkerTimeout, WorkerUnreachable
 from cloven.field.codec import NOT_FINITE, RowBounds, decode, encode, scale_of
 from cloven.field.freivalds import Freivalds
-from cloven.field.native.exchange import Buffers, FusedExchange
+from cloven.field.native.exchange import FusedExchange
 from cloven.masks.one_time import MaskSource
 from cloven.masks.waiting import Pads
 from cloven.wire.channel import Exchanger
@@ -131,13 +131,13 @@ class OffloadedMatrix:
 
         return self._until_answered(x_int.shape[0], attempt, meanwhile)
 
-    def fused(self, x: Tensor, exchange: FusedExchange, between: Buffers, out: Tensor, meanwhile: Callable[[], None]) -> bool:
+    def fused(self, x: Tensor, exchange: FusedExchange, out: Tensor, meanwhile: Callable[[Tensor], None]) -> bool:
         """The same with one native call before the exchange and one after it, and x and W x in the holder's own basis.
 
         Args:
             x: [M, K], float32 or bfloat16, dense.
-            between: for M rows; W x is added to its total, which `meanwhile` fills.
-            out: [M, N], float32 or bfloat16, for the sum.
+            out: [M, N], float32 or bfloat16, for the sum of W x and what `meanwhile` makes.
+            meanwhile: trusted work to do while the worker computes: it fills a float32 [M, N]; called once.
 
         Returns:
             False where that cannot be: several workers, or too many rows; then nothing was done.
@@ -147,7 +147,7 @@ class OffloadedMatrix:
         """
         if len(self.shares) != 1 or not 0 < len(x) <= rows_per_exchange(self.columns, self.rows):
             return False
-        (share,), what = self.shares, f"{self.name}: the worker's answer"
+        (share,), what, between = self.shares, f"{self.name}: the worker's answer", exchange.buffers(len(x))
 
         def attempt(pads: Pads, once: Callable[[], None]) -> bool:
             if not exchange.ask(x, scale_of(self.bounds), pads.masks(x.shape), between):  # 1, 2
@@ -158,7 +158,7 @@ class OffloadedMatrix:
                 freivalds.check_by(lambda test: exchange.told(test, z, image, between, out), len(x), what)  # 4, 5, 6
             return True
 
-        return self._until_answered(len(x), attempt, meanwhile)
+        return self._until_answered(len(x), attempt, lambda: meanwhile(between.total))
 
     def _until_answered(self, rows: int, attempt: Callable[[Pads, Callable[[], None]], _T], meanwhile: Callable[[], None]) -> _T:
         """An attempt with fresh pads; again, with others, while workers are gone and there are others."""

@@ -162,6 +162,29 @@ def test_the_model_in_bf16_keeps_float32_factors() -> None:
     assert torch.allclose(layers.members()[1](x).double(), layers.oracle(1, x), rtol=2.0**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_model_that_is_cast_after_it_was_attached(rows: int) -> None:
+    """One row is the kernel's work, several are PyTorch's: both see the factors and biases as they are."""
+    layers = Layers()
+    layers.group.attach(layers.exact_product())
+    for dtype in (torch.bfloat16, torch.float32):
+        layers.to(dtype)
+        x, total = inputs(rows), torch.empty(rows, sum(len(w) for w in layers.weights))
+        layers.group.secret_part(x, total)
+        parts = [x @ m.secret_a.t() @ m.secret_b.t() + (m.bias if m.bias is not None else 0.0) for m in layers.members()]
+        assert torch.allclose(total, torch.cat(parts, dim=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_secret_part_is_float32_under_autocast(rows: int) -> None:
+    layers = Layers()
+    layers.group.attach(layers.exact_product())
+    x = inputs(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layers.members()[0](x)
+    assert torch.allclose(y.double(), layers.oracle(0, x), atol=1e-5)
+
+
 def test_a_deep_copy_has_its_own_group_and_no_session() -> None:
     layers = Layers()
     layers.group.attach(layers.exact_product())

@@ -90,6 +90,17 @@ def test_a_product(session: Session) -> None:
     assert payload is not None and bytes(payload) == bytes(residue_frame(C))
 
 
+def test_a_frame_of_one_row_outlives_its_call_unchanged(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zmq may send it again, or for the first time, when the caller's memory is used for something else."""
+    wide, kept = random_residues(1, 20_000, 3), list[Any]()
+    before, send = wide.clone(), session.channel._send
+    monkeypatch.setattr(session.channel, "_send", lambda frames: (kept.append(frames), send(frames))[1])
+    with fake(session.context, lambda request: [product(request.id, Z[:1])]):
+        session.channel.multiply("layer-7", 2, wide, W.shape[0], lambda: None)
+    wide.fill_(7)
+    assert bytes(kept[-1][-1]) == bytes(residue_frame(before))
+
+
 def test_a_watcher_is_shown_what_leaves(session: Session) -> None:
     shown: list[tuple[str, Tensor]] = []
     with fake(session.context, lambda request: [product(request.id)]) as worker:

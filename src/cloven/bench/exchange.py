@@ -159,7 +159,8 @@ def _by_hand(group: SplitGroup, session: SlipSession, x: Tensor, timed: Callable
     out = torch.empty(len(x), offloaded.rows, dtype=x.dtype)
     pads: Pads = timed("pads taken", lambda: offloaded.masks.take(len(x)))
     if passes is not None and between is not None:
-        timed("turned, encoded, masked", lambda: passes.ask(x, scale_of(offloaded.bounds), pads.masks(x.shape), between))
+        finite = timed("turned, encoded, masked", lambda: passes.ask(x, scale_of(offloaded.bounds), pads.masks(x.shape), between))
+        assert finite  # or nothing is in c
         z = timed(WITH_PRODUCT, lambda: channel.multiply(group.name, GROUP, between.c, offloaded.rows, lambda: None, between.z))
         image = pads.images(z.shape)
 

@@ -34,7 +34,7 @@ class Live:
         self._served, self._running, self._waiting = served, running, waiting
         self._scheme = scheme_of(served.model) or "none"
         self._watched: Session | None = None
-        self._sent: tuple[str, int, list[int]] | None = None
+        self._sent: tuple[str, int, Tensor] | None = None
         self._last_rate: float | None = None
 
     def ended(self, generation: Generation) -> None:
@@ -66,10 +66,10 @@ class Live:
             session.channel.watcher = self._see
 
     def _see(self, layer: str, c: Tensor) -> None:
-        self._sent = layer, c.shape[1], c[-1, -RESIDUES:].tolist()  # c is the next exchange's, too
+        self._sent = layer, c.shape[1], c[-1, -RESIDUES:].clone()  # c is the next exchange's, too
 
     def _row(self) -> dict[str, Any] | None:
         if self._sent is None:
             return None
         layer, width, residues = self._sent
-        return {"layer": layer, "width": width, "residues": residues}
+        return {"layer": layer, "width": width, "residues": residues.tolist()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cloven.errors import BadInput
-from cloven.field.native.exchange import Buffers, FusedExchange
+from cloven.field.native.exchange import FusedExchange
 from cloven.offload import OffloadedMatrix
 from cloven.wire.limits import rows_per_exchange
 
@@ -41,21 +41,21 @@ class ConstantRows:
             results.append(y[: len(x) - start])
         return torch.cat(results)
 
-    def fused(self, x: Tensor, exchange: FusedExchange, between: Buffers, out: Tensor, meanwhile: Callable[[], None]) -> bool:
+    def fused(self, x: Tensor, exchange: FusedExchange, out: Tensor, meanwhile: Callable[[Tensor], None]) -> bool:
         """See `OffloadedMatrix.fused`."""
         if not len(x):
             return False
+        total = torch.empty(len(x), out.shape[1])
         for start in range(0, len(x), self._rows):
             rows = slice(start, min(start + self._rows, len(x)))
-            own, answers = exchange.buffers(self._rows), out.new_empty(self._rows, out.shape[1])
-            own.total.zero_()
+            answers = out.new_empty(self._rows, out.shape[1])
 
-            def then(first: bool = start == 0, rows: slice = rows, own: Buffers = own) -> None:
+            def then(own: Tensor, first: bool = start == 0, rows: slice = rows) -> None:
                 if first:
-                    meanwhile()
-                own.total[: rows.stop - rows.start] = between.total[rows]
+                    meanwhile(total)
+                own.zero_()[: rows.stop - rows.start] = total[rows]
 
-            if not self._offloaded.fused(self._padded(x[rows]), exchange, own, answers, then):
+            if not self._offloaded.fused(self._padded(x[rows]), exchange, answers, then):
                 return False  # several workers: at the first rows, before anything was done
             out[rows] = answers[: rows.stop - rows.start]
         return True

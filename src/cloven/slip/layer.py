@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cloven.errors import NotAttached
 from cloven.field.hadamard import Places, Units, block_of, turn, turn_onto
-from cloven.field.native.exchange import Buffers, FusedExchange
+from cloven.field.native.exchange import FusedExchange
 from cloven.field.native.library import KINDS, kernels_in_use
 from cloven.field.native.low_rank import LowRank
 from cloven.field.residues import row_blocks
@@ -29,7 +29,7 @@ from cloven.slip.mixing import Mixing
 
 _ROWS_AT_A_TIME = 32  # keeps float64 intermediates in the cache
 Product = Callable[[Tensor, Callable[[], None]], Tensor]
-Fused = Callable[[Tensor, FusedExchange, Buffers, Tensor, Callable[[], None]], bool]  # x, passes, between them, out, meanwhile
+Fused = Callable[[Tensor, FusedExchange, Tensor, Callable[[Tensor], None]], bool]  # x, passes, out, meanwhile
 
 
 class SplitLinear(nn.Module):
@@ -89,6 +89,8 @@ class SplitLinear(nn.Module):
             parameter = getattr(self, name)
             if parameter.dtype != original.dtype:
                 parameter.data = original.to(parameter.device)
+        if self.group is not None:
+            self.group.place_factors()
         return self
 
 
@@ -105,6 +107,7 @@ class SplitGroup:
         self.name = _join_names([member.name for member in members])
         self._widths = [member.out_features for member in members]
         self._product: Product | None = None
+        self._low_rank: LowRank | None = None
         self._fused: tuple[Fused, FusedExchange] | None = None
         self._shared = SharedInput(self._compute)
         for position, member in enumerate(members):
@@ -115,7 +118,8 @@ class SplitGroup:
         clone = SplitGroup.__new__(SplitGroup)
         memo[id(self)] = clone
         clone.members = copy.deepcopy(self.members, memo)
-        clone.index, clone.name, clone._widths, clone._product, clone._fused = self.index, self.name, self._widths, None, None
+        clone.index, clone.name, clone._widths = self.index, self.name, self._widths
+        clone._product, clone._low_rank, clone._fused = None, None, None
         clone._shared = SharedInput(clone._compute)
         return clone
 
@@ -135,13 +139,18 @@ class SplitGroup:
             stages = torch.cat([gather, leader.mixing_gather]), torch.cat([scale, leader.mixing_scale])
             self._one_term = stages[0].numpy(), stages[1].numpy()
         kernels = kernels_in_use()
-        factors = [(member.secret_a, member.secret_b, member.bias) for member in self.members]
-        self._low_rank = LowRank.of(kernels, factors) if kernels is not None else None
+        self.place_factors()
         self._fused = None
         if fused is not None and kernels is not None and self._one_term is not None:
             blocks = block_of(leader.in_features), block_of(self._one_term[0].shape[1])
             self._fused = fused, FusedExchange(kernels, self._columns, self._one_term, blocks)
         self._product = product
+
+    def place_factors(self) -> None:
+        """Show the kernels where the members' factors and biases are now."""
+        factors, kernels = [(member.secret_a, member.secret_b, member.bias) for member in self.members], kernels_in_use()
+        real = all(tensor is None or tensor.device.type == "cpu" for member in factors for tensor in member)
+        self._low_rank = LowRank.of(kernels, factors) if kernels is not None and real else None
 
     def stages(self) -> tuple[tuple[Places, Units], tuple[Places, Units]]:
         """How x gets into the worker's basis and the answer out of it (of one term), once a product is attached: for measurements."""
@@ -168,8 +177,7 @@ class SplitGroup:
         outputs = torch.empty(rows.shape[0], sum(self._widths), dtype=x.dtype)
         if self._fused is not None and x.dtype in KINDS:
             (fused, passes), rows = self._fused, rows.contiguous()
-            between = passes.buffers(len(rows))
-            if fused(rows, passes, between, outputs, lambda: self.secret_part(rows, between.total)):
+            if fused(rows, passes, outputs, lambda total: self.secret_part(rows, total)):
                 return self._split(outputs, x)
         total = torch.empty(outputs.shape)
         y = self._product(self._scrambled(rows), lambda: self.secret_part(rows, total))  # [M, T·N]
@@ -185,9 +193,9 @@ class SplitGroup:
         if len(x) == 1 and self._low_rank is not None and x.dtype in KINDS:
             self._low_rank.onto(x.contiguous(), total)
             return
-        x = x.float()
-        for member, part in zip(self.members, total.split(self._widths, dim=1), strict=True):
-            member.trusted_part(x, part)
+        with torch.autocast("cpu", enabled=False):
+            for member, part in zip(self.members, total.split(self._widths, dim=1), strict=True):
+                member.trusted_part(x.float(), part)
 
     def _split(self, outputs: Tensor, x: Tensor) -> list[Tensor]:
         return [

@@ -25,7 +25,7 @@ from cloven.bundle.placement import WHOLE, Part
 from cloven.bundle.trusted_manifest import TrustedManifest
 from cloven.errors import BadBundle, ClovenError, VerificationFailed
 from cloven.field.freivalds import CHECKS, Freivalds
-from cloven.field.native.exchange import Buffers, FusedExchange
+from cloven.field.native.exchange import FusedExchange
 from cloven.field.prg import KEY_BYTES, SecretStream
 from cloven.field.products import PlacedMatrix
 from cloven.field.selection import select_backend
@@ -229,8 +229,8 @@ def _guarded_product(session: Session, offloaded: OffloadedMatrix | ConstantRows
     def product(x: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         return session.guarded(lambda: rejecting(lambda: offloaded.product(x, meanwhile)))
 
-    def fused(x: Tensor, passes: FusedExchange, between: Buffers, out: Tensor, meanwhile: Callable[[], None]) -> bool:
-        return session.guarded(lambda: rejecting(lambda: offloaded.fused(x, passes, between, out, meanwhile)))
+    def fused(x: Tensor, passes: FusedExchange, out: Tensor, meanwhile: Callable[[Tensor], None]) -> bool:
+        return session.guarded(lambda: rejecting(lambda: offloaded.fused(x, passes, out, meanwhile)))
 
     return product, fused
 

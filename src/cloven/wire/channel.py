@@ -270,7 +270,9 @@ class Channel:
         def payload_of(message: Any, payload: memoryview | None) -> memoryview | None:
             return payload if isinstance(message, answers) and getattr(message, "rows", None) == rows else None
 
-        return self.exchange(layer, request, [residue_frame(c)], payload_of, own.do, expected=out.nbytes)
+        # one row's memory is used again: a frame that leaves late, or twice, must not show what lies there then
+        frame = residue_frame(c.clone() if rows == 1 else c)
+        return self.exchange(layer, request, [frame], payload_of, own.do, expected=out.nbytes)
 
     def show(self, layer: str, c: Tensor) -> None:
         """Let the watcher, where there is one, see masked rows that are about to leave."""

@@ -124,8 +124,28 @@ def test_one_row_allocates_once_and_every_thread_has_its_own() -> None:
     assert small.buffers(2).c.data_ptr() != many.c.data_ptr()
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(small.buffers, 1).result().c.data_ptr() != one.c.data_ptr()
-    first, last = (tensor.data_ptr() for tensor in (one.c, one.total))
-    assert last == first + 4 * (40 + 30)  # one piece of memory, and nothing lies upon another
+    assert one.total.data_ptr() == one.z.data_ptr() + 4 * 30  # nothing lies upon another
+
+
+def test_what_is_sent_shares_no_memory_with_what_is_not() -> None:
+    """A frame of one group that leaves late shows c of another one at worst."""
+    sent, kept = set(), set()
+    for passes in (exchange(30, 400), exchange(400, 30), exchange(30, 400)):
+        for rows in (1, 2):
+            c, *others = passes.buffers(rows)
+            sent.add(c.untyped_storage().data_ptr())
+            kept |= {other.untyped_storage().data_ptr() for other in others}
+    assert not sent & kept
+
+
+def test_memory_that_was_first_used_in_inference_mode_serves_outside_of_it() -> None:
+    with ThreadPoolExecutor(1) as pool:  # a thread without buffers
+
+        def first() -> Tensor:
+            with torch.inference_mode():
+                return exchange(30, 40).buffers(1).total
+
+        assert bool((pool.submit(first).result().zero_() == 0).all())
 
 
 def test_stages_that_are_none() -> None:

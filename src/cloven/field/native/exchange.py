@@ -43,17 +43,23 @@ class Buffers(NamedTuple):
 
 
 class _Thread(threading.local):
-    """Each thread's memory for one row, for all groups: they take turns."""
+    """Each thread's memory for one row, for all groups: they take turns. What is sent has memory of its own: it never held anything else."""
 
-    words = torch.empty(0, dtype=torch.int32)
+    sent = kept = torch.empty(0, dtype=torch.int32)
 
-    def at_least(self, size: int) -> Tensor:
-        if len(self.words) < size:
-            self.words = torch.empty(size, dtype=torch.int32)
-        return self.words[:size]
+    def at_least(self, sent: int, kept: int) -> tuple[Tensor, Tensor]:
+        if len(self.sent) < sent:
+            self.sent = _words(sent)
+        if len(self.kept) < kept:
+            self.kept = _words(kept)
+        return self.sent[:sent], self.kept[:kept]
 
 
 _thread = _Thread()
+
+
+def _words(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int32, device="cpu")
 
 
 class FusedExchange:
@@ -79,16 +85,17 @@ class FusedExchange:
     def buffers(self, rows: int) -> Buffers:
         """For so many rows. Those for one row are the thread's, and hold until its next exchange: decoding allocates none."""
         if rows != 1:
-            return self._cut(torch.empty(rows * (self.columns + 2 * self.rows), dtype=torch.int32), rows)
+            return self._cut(_words(rows * self.columns), _words(2 * rows * self.rows), rows)
         found: Buffers | None = getattr(self._own, "buffers", None)
         if found is None:
-            found = self._own.buffers = self._cut(_thread.at_least(self.columns + 2 * self.rows), 1)
+            with torch.inference_mode(False):  # they are written to outside of it, too
+                found = self._own.buffers = self._cut(*_thread.at_least(self.columns, 2 * self.rows), 1)
         return found
 
-    def _cut(self, words: Tensor, rows: int) -> Buffers:
-        c, z, total = words.split([rows * self.columns, rows * self.rows, rows * self.rows])
-        alpha = torch.empty(rows, 1, dtype=torch.float64)
-        return Buffers(c.view(rows, self.columns), alpha, z.view(rows, self.rows), total.view(torch.float32).view(rows, self.rows))
+    def _cut(self, sent: Tensor, kept: Tensor, rows: int) -> Buffers:
+        z, total = kept.split(rows * self.rows)
+        alpha = torch.empty(rows, 1, dtype=torch.float64, device="cpu")
+        return Buffers(sent.view(rows, self.columns), alpha, z.view(rows, self.rows), total.view(torch.float32).view(rows, self.rows))
 
     def ask(self, x: Tensor, bound: float, mask: Tensor, into: Buffers) -> bool:
         """c and α of dense x [M, K], float32 or bfloat16; False where a row is not finite.

@@ -2,7 +2,7 @@
 //
 //     A [k, K] float32      B [N, k] float32      b [N] float32 or bfloat16, or none      x [K]      y [N] float32
 //
-// In float32, and on the calling thread: the other cores are busy, and memory is the bound. Both factors are read once, as one stream each.
+// In float32, and on the calling thread: the other cores are busy, and memory is the bound. Both factors are read once, from their beginning to their end.
 
 #include <cstddef>
 #include <cstdint>

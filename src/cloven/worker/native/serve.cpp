@@ -9,7 +9,7 @@
 // a matrix that is here is left to Python, unanswered.
 //
 // Between an answer and the next request a worker's memory has nothing to do, for a third of a token's time where the asking process shares
-// the machine. So the codes that are asked for next, those of the groups that follow, are brought into the last cache meanwhile, by one core,
+// the machine. So the codes that are asked for next, those of the groups that follow, are brought into the outer caches meanwhile, by one core,
 // until somebody asks.
 
 #include <unistd.h>
@@ -61,7 +61,7 @@ constexpr std::size_t kPrefix = 2 * sizeof(std::uint32_t);
 
 constexpr std::size_t kLine = 64, kLook = 256 * kLine;  // bytes
 constexpr i64 kMostAhead = 8 << 20;
-constexpr i64 kPause = 20'000;         // nanoseconds: whoever was woken may need this core
+constexpr i64 kPause = 20'000;         // nanoseconds, and what the kernel adds: whoever was woken may need this core
 constexpr std::uint32_t kFewRows = 8;  // rows of a request that memory's speed bounds
 std::atomic<int> at_work{0};           // lanes of this process that multiply
 
@@ -75,16 +75,17 @@ i64 bytes_ahead() {
 #endif
 }
 
-// Prefetches W of the groups after this one, until somebody asks for something. A prefetch never faults: what is not in memory stays away.
+// Prefetches W of the groups after this one, until something comes over this lane, or another lane is served. A prefetch never faults: what is not in memory stays away.
 void read_ahead(const Serving& serving, std::uint32_t group, const cloven::Word& word, std::uint32_t seen) {
   i64 left = bytes_ahead();
   for (i64 step = 1; step < serving.count && left > 0; ++step) {
     const Matrix& next = serving.matrices[(group + step) % serving.count];
     if (next.w == nullptr) continue;
+    const auto first = reinterpret_cast<std::uintptr_t>(next.w);
     const i64 whole = next.n * next.stride, bytes = whole < left ? whole : left;
     for (i64 at = 0; at < bytes; at += static_cast<i64>(kLook)) {
       if (at_work.load(std::memory_order_relaxed) != 0 || word.load(std::memory_order_relaxed) != seen) return;
-      for (i64 line = at; line < at + static_cast<i64>(kLook) && line < bytes; line += static_cast<i64>(kLine)) __builtin_prefetch(next.w + line, 0, 1);
+      for (i64 line = at; line < at + static_cast<i64>(kLook) && line < bytes; line += static_cast<i64>(kLine)) __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<std::uintptr_t>(line)), 0, 1);
     }
     left -= bytes;
   }
@@ -178,7 +179,7 @@ CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, st
     if (state->due != 0) {
       state->due = 0;
       cloven::ring(&own->number, state->seen);
-      const bool foreseen = serving->credit == nullptr && state->asked <= kFewRows;
+      const bool foreseen = serving->credit == nullptr && state->asked <= kFewRows && bytes_ahead() > 0;
       if (foreseen && !cloven::wait(&other->number, state->seen, kPause)) read_ahead(*serving, state->group, other->number, state->seen);
     }
     if (now > until) return kNotYet;
