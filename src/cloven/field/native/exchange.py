@@ -43,7 +43,7 @@ class Buffers(NamedTuple):
 
 
 class _Thread(threading.local):
-    """Each thread's memory for one row, for all groups: they take turns. What is sent has memory of its own: it never held anything else."""
+    """Each thread's memory for one row, for all groups: they take turns. What is sent has its own, which never held anything else."""
 
     sent = kept = torch.empty(0, dtype=torch.int32)
 
