@@ -1,8 +1,9 @@
 """`cloven bench exchange`: where the time of one exchange goes, step by step.
 
 One square group of linears, a real worker over ipc, pads ready. In every round the steps run by hand, as `slip.layer` and `offload` chain
-them, then the product alone in this process on such a matrix, then a whole call of the layer: medians of all rounds. How long the worker
-worked on an exchange, the worker's metrics say: of some rounds at a time the mean, of these the median.
+them, then the product alone in this process on such a matrix; after some such rounds, as many whole calls of the layer: medians of all. How
+long the worker worked on the exchanges by hand, its metrics say: the mean of some rounds, which is compared with the mean of what this
+process waited in them; of these means the medians.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class ExchangeBench:
         width: K = N; rows: M; rounds; products: the back end.
         steps: by name, in order; "sent, multiplied, received" holds the worker's product.
         worker: the product at the worker, from the request's arrival to the answer's departure.
+        wire: of that step all but the product: frames are made and copied, the worker and this process wake up, the answer is looked at.
         product: such a product alone, in one process; secret_part: B (A x), which runs while the worker works.
-        overhead: all steps, less the worker's product.
+        overhead: all steps, with `wire` in the place of the one that holds the product.
         whole_call: of the layer, the secret part in it.
     """
 
@@ -63,6 +65,7 @@ class ExchangeBench:
     products: str
     steps: dict[str, float]
     worker: float
+    wire: float
     product: float
     secret_part: float
     overhead: float
@@ -114,24 +117,38 @@ def _measured(
     group, offloaded, backend = groups_of(model)[GROUP], session.offloaded[GROUP], select_backend("cpu")
     x = torch.randn(rows, offloaded.columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     w = backend.place(torch.randint(-127, 128, (offloaded.rows, offloaded.columns), dtype=torch.int8))
-    for done in range(WARM_UP + rounds):
-        if done == WARM_UP:
-            times.clear()
-            before = worker()
-        progress("exchanges", done, WARM_UP + rounds)
-        if session.pads[GROUP].ready < 2 * rows:  # many at once, as sessions make them: what is measured finds the caches as it leaves them
-            session.pads[GROUP].fill(max(2 * rows, min(2 * rows * rounds, MOST_PADS)))
-        c = _by_hand(group, session, x, timed)
-        timed("product", lambda c=c: multiply(backend, c, w))  # type: ignore[misc]
-        timed("whole call", lambda: group.members[0](x))
-        if done > WARM_UP and (done - WARM_UP) % max(1, rounds // LOOKS) == 0:
-            after = worker()
-            times.setdefault("worker", []).append(1e6 * _mean_work(before, after))
-            before = after
+    blocks = min(LOOKS, rounds)
+
+    def some(count: int) -> None:
+        before = worker()
+        for _ in range(count):
+            _pads_for(session, rows, rounds)
+            c = _by_hand(group, session, x, timed)
+            timed("product", lambda c=c: multiply(backend, c, w))  # type: ignore[misc]
+        work = 1e6 * _mean_work(before, worker())
+        times.setdefault("worker", []).append(work)
+        times.setdefault("wire", []).append(statistics.mean(times[WITH_PRODUCT][-count:]) - work)
+        for _ in range(count):
+            _pads_for(session, rows, rounds)
+            multiply(backend, c, w)  # as above, this call finds the caches as a large matrix leaves them
+            timed("whole call", lambda: group.members[0](x))
+
+    for block in range(blocks + 1):
+        progress("exchanges", block, blocks + 1)
+        if block == 1:
+            times.clear()  # the first block warms up
+        some(rounds // blocks if block else WARM_UP)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    at_worker, product, secret, whole = (medians.pop(name) for name in ("worker", "product", "secret part", "whole call"))
-    overhead = sum(medians.values()) - at_worker
-    return ExchangeBench(offloaded.columns, rows, rounds, backend.name, medians, at_worker, product, secret, overhead, whole)
+    apart = (medians.pop(name) for name in ("worker", "wire", "product", "secret part", "whole call"))
+    at_worker, wire, product, secret, whole = apart
+    overhead = sum(medians.values()) - medians[WITH_PRODUCT] + wire
+    return ExchangeBench(offloaded.columns, rows, rounds, backend.name, medians, at_worker, wire, product, secret, overhead, whole)
+
+
+def _pads_for(session: SlipSession, rows: int, rounds: int) -> None:
+    """Have pads for an exchange: made many at once, as sessions make them: what is measured finds the caches as it leaves them."""
+    if session.pads[GROUP].ready < 2 * rows:
+        session.pads[GROUP].fill(max(2 * rows, min(2 * rows * rounds, MOST_PADS)))
 
 
 def _mean_work(before: Scrape, after: Scrape) -> float:

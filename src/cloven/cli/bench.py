@@ -115,7 +115,8 @@ def exchange(
         typer.echo(json.dumps(result.to_dict()))
         return
     lines = [(name, f"{microseconds:,.0f}") for name, microseconds in result.steps.items()]
-    lines += [("the product at the worker", f"{result.worker:,.0f}"), ("all steps but the product", f"{result.overhead:,.0f}")]
+    lines += [("the product at the worker", f"{result.worker:,.0f}"), ("of that step besides", f"{result.wire:,.0f}")]
+    lines += [("all steps but the product", f"{result.overhead:,.0f}")]
     lines += [("such a product alone, in this process", f"{result.product:,.0f}")]
     lines += [("B (A x), while the worker works", f"{result.secret_part:,.0f}"), ("a whole call of the layer", f"{result.whole_call:,.0f}")]
     print_rows(
