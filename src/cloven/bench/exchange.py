@@ -118,6 +118,7 @@ def _measured(
     x = torch.randn(rows, offloaded.columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     w = backend.place(torch.randint(-127, 128, (offloaded.rows, offloaded.columns), dtype=torch.int8))
     blocks = min(LOOKS, rounds)
+    each = rounds // blocks
 
     def some(count: int) -> None:
         before = worker()
@@ -137,12 +138,12 @@ def _measured(
         progress("exchanges", block, blocks + 1)
         if block == 1:
             times.clear()  # the first block warms up
-        some(rounds // blocks if block else WARM_UP)
+        some(each if block else WARM_UP)
     medians = {name: statistics.median(values) for name, values in times.items()}
     apart = (medians.pop(name) for name in ("worker", "wire", "product", "secret part", "whole call"))
     at_worker, wire, product, secret, whole = apart
     overhead = sum(medians.values()) - medians[WITH_PRODUCT] + wire
-    return ExchangeBench(offloaded.columns, rows, rounds, backend.name, medians, at_worker, wire, product, secret, overhead, whole)
+    return ExchangeBench(offloaded.columns, rows, blocks * each, backend.name, medians, at_worker, wire, product, secret, overhead, whole)
 
 
 def _pads_for(session: SlipSession, rows: int, rounds: int) -> None:
@@ -169,13 +170,12 @@ def _by_hand(group: SplitGroup, session: SlipSession, x: Tensor, timed: Callable
     """One exchange, step by step; what was sent. Without the kernels the passes are many."""
     offloaded = session.offloaded[GROUP]
     channel, freivalds = offloaded.shares[0].holder.current(GROUP)
-    passes = group.passes()
-    between = passes.buffers(len(x)) if passes is not None else None
-    total = between.total if between is not None else torch.empty(len(x), offloaded.rows)
-    timed("secret part", lambda: group.secret_part(x, total))
     out = torch.empty(len(x), offloaded.rows, dtype=x.dtype)
     pads: Pads = timed("pads taken", lambda: offloaded.masks.take(len(x)))
-    if passes is not None and between is not None:
+    passes = group.passes()
+    if passes is not None:
+        between = passes.buffers(len(x))
+        timed("secret part", lambda: group.secret_part(x, between.total))
         finite = timed("turned, encoded, masked", lambda: passes.ask(x, scale_of(offloaded.bounds), pads.masks(x.shape), between))
         assert finite  # or nothing is in c
         z = timed(WITH_PRODUCT, lambda: channel.multiply(group.name, GROUP, between.c, offloaded.rows, lambda: None, between.z))
@@ -186,7 +186,8 @@ def _by_hand(group: SplitGroup, session: SlipSession, x: Tensor, timed: Callable
 
         timed("checked, unmasked, decoded, turned back, added, rounded", told)
         return between.c.clone()
-    to_worker, back = group.stages()
+    total, (to_worker, back) = torch.empty(len(x), offloaded.rows), group.stages()
+    timed("secret part", lambda: group.secret_part(x, total))
     turned = timed("turned", lambda: turn(x.double().numpy(), *to_worker, leading=False))
     x_int, alpha = timed("encoded", lambda: encode(torch.from_numpy(turned), offloaded.bounds))
     c = timed("masked", lambda: pads.mask(x_int))

@@ -45,7 +45,7 @@ class ConstantRows:
         """See `OffloadedMatrix.fused`."""
         if not len(x):
             return False
-        total = torch.empty(len(x), out.shape[1])
+        total = torch.empty(len(x), out.shape[1], dtype=torch.float32)
         for start in range(0, len(x), self._rows):
             rows = slice(start, min(start + self._rows, len(x)))
             answers = out.new_empty(self._rows, out.shape[1])

@@ -147,10 +147,9 @@ class SplitGroup:
         self._product = product
 
     def place_factors(self) -> None:
-        """Show the kernels where the members' factors and biases are now."""
-        factors, kernels = [(member.secret_a, member.secret_b, member.bias) for member in self.members], kernels_in_use()
-        real = all(tensor is None or tensor.device.type == "cpu" for member in factors for tensor in member)
-        self._low_rank = LowRank.of(kernels, factors) if kernels is not None and real else None
+        """Show the kernels, where there are any, where the members' factors and biases are now."""
+        kernels, factors = kernels_in_use(), [(member.secret_a, member.secret_b, member.bias) for member in self.members]
+        self._low_rank = LowRank.of(kernels, factors) if kernels is not None else None
 
     def stages(self) -> tuple[tuple[Places, Units], tuple[Places, Units]]:
         """How x gets into the worker's basis and the answer out of it (of one term), once a product is attached: for measurements."""
@@ -179,7 +178,7 @@ class SplitGroup:
             (fused, passes), rows = self._fused, rows.contiguous()
             if fused(rows, passes, outputs, lambda total: self.secret_part(rows, total)):
                 return self._split(outputs, x)
-        total = torch.empty(outputs.shape)
+        total = torch.empty(outputs.shape, dtype=torch.float32)
         y = self._product(self._scrambled(rows), lambda: self.secret_part(rows, total))  # [M, T·N]
         if self._one_term is not None:
             turn_onto(y.numpy(), self._one_term, total, outputs)
@@ -193,14 +192,14 @@ class SplitGroup:
         if len(x) == 1 and self._low_rank is not None and x.dtype in KINDS:
             self._low_rank.onto(x.contiguous(), total)
             return
+        x = x.float()
         with torch.autocast("cpu", enabled=False):
             for member, part in zip(self.members, total.split(self._widths, dim=1), strict=True):
-                member.trusted_part(x.float(), part)
+                member.trusted_part(x, part)
 
     def _split(self, outputs: Tensor, x: Tensor) -> list[Tensor]:
-        return [
-            output.contiguous().view(*x.shape[:-1], output.shape[1]) for output in outputs.split(self._widths, dim=1)
-        ]  # of no rows, too
+        parts = outputs.split(self._widths, dim=1)
+        return [part.contiguous().view(*x.shape[:-1], part.shape[1]) for part in parts]  # of no rows, too
 
     def _scrambled(self, rows: Tensor) -> Tensor:
         """[M, K] -> float64 [M, K] in the worker's basis."""

@@ -48,17 +48,9 @@ T* at_least(std::vector<T>& memory, i64 m, i64 n) {
   return memory.data();
 }
 
-// x as float64: kind 1 float32, 2 bfloat16.
+// x as float64.
 void widen(const void* x, int kind, i64 count, double* out) {
-  if (kind == 1)
-    for (i64 i = 0; i < count; ++i) out[i] = static_cast<const float*>(x)[i];
-  else
-    for (i64 i = 0; i < count; ++i) {
-      const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(x)[i]) << 16;
-      float value;
-      std::memcpy(&value, &bits, sizeof value);
-      out[i] = value;
-    }
+  for (i64 i = 0; i < count; ++i) out[i] = cloven::real(x, kind, i);
 }
 
 struct Asked {

@@ -2,11 +2,11 @@
 //
 //     A [k, K] float32      B [N, k] float32      b [N] float32 or bfloat16, or none      x [K]      y [N] float32
 //
-// In float32, and on the calling thread: the other cores are busy, and memory is the bound. Both factors are read once, from their beginning to their end.
+// In float32, and on the calling thread: the other cores are busy, and memory is the bound. Both factors are read once, from their beginning to
+// their end.
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -32,14 +32,6 @@ struct Factors {
 constexpr i64 kLanes = 16;
 constexpr std::uintptr_t kAhead = 2048;  // bytes
 constexpr i64 kFarEntries = 1 << 15;     // of a factor that is not kept in the caches, see product.cpp
-
-float number(const void* values, i64 kind, i64 i) {
-  if (kind == 1) return static_cast<const float*>(values)[i];
-  const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(values)[i]) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 #if defined(__x86_64__)
 #define CLOVEN_WIDE __attribute__((target("avx512f")))
@@ -86,21 +78,21 @@ void product(const float* w, i64 n, i64 k, const float* x, float* y) {
 
 }  // namespace
 
-// out [sum of all rows] float32 from x [k] (kind 1: float32, 2: bfloat16). Returns 0; 1 if the arguments are out of range, memory is short, or this CPU
-// has no AVX-512.
+// out [sum of all rows] float32 from x [k] (kind 1: float32, 2: bfloat16). Returns 0; 1 if the arguments are out of range, memory is short, or
+// this CPU has no AVX-512.
 CLOVEN_API int cloven_low_rank(const Factors* members, i64 count, const void* x, int kind, i64 k, float* out) {
 #if defined(__x86_64__)
   thread_local std::vector<float> input, image;
   if (count < 0 || k < 0 || kind < 1 || kind > 2 || !__builtin_cpu_supports("avx512f")) return 1;
   try {
     input.resize(static_cast<std::size_t>(k));
-    for (i64 i = 0; i < k; ++i) input[static_cast<std::size_t>(i)] = number(x, kind, i);
+    for (i64 i = 0; i < k; ++i) input[static_cast<std::size_t>(i)] = cloven::real(x, kind, i);
     for (const Factors* one = members; one < members + count; out += one++->rows) {
       image.resize(static_cast<std::size_t>(one->rank));
       product<1, 8>(one->a, one->rank, k, input.data(), image.data());
       product<4, 1>(one->b, one->rows, one->rank, image.data(), out);
       if (one->bias_kind != 0)
-        for (i64 i = 0; i < one->rows; ++i) out[i] += number(one->bias, one->bias_kind, i);
+        for (i64 i = 0; i < one->rows; ++i) out[i] += cloven::real(one->bias, one->bias_kind, i);
     }
   } catch (...) {
     return 1;

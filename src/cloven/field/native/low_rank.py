@@ -43,9 +43,10 @@ class LowRank:
 
     @classmethod
     def of(cls, kernels: Kernels, members: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Self | None:
-        """None where this CPU, tensors that are not dense, or a bias of another type leave it to PyTorch."""
-        fit = all(a.is_contiguous() and b.is_contiguous() and (bias is None or bias.dtype in KINDS) for a, b, bias in members)
-        return cls(kernels, members) if fit and kernels.low_rank(None, 0, None, 1, 0, None) == 0 else None
+        """None where this CPU, tensors elsewhere or not dense, or a bias of another type leave it to PyTorch."""
+        here = all(tensor is None or (tensor.device.type == "cpu" and tensor.is_contiguous()) for member in members for tensor in member)
+        fit = all(bias is None or bias.dtype in KINDS for _, _, bias in members)
+        return cls(kernels, members) if here and fit and kernels.low_rank(None, 0, None, 1, 0, None) == 0 else None
 
     def __repr__(self) -> str:
         return f"LowRank([{self.rows}, {self.columns}], <secret>)"

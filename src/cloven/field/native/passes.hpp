@@ -2,6 +2,20 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+
+namespace cloven {
+
+// An entry of values of a kind: 1 float32, 2 bfloat16.
+inline float real(const void* values, std::int64_t kind, std::int64_t i) {
+  if (kind == 1) return static_cast<const float*>(values)[i];
+  const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(values)[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace cloven
 
 #define CLOVEN_API extern "C" __attribute__((visibility("default")))
 

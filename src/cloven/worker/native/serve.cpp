@@ -59,7 +59,7 @@ constexpr int kNotYet = 0, kSomethingElse = 2, kNoCredit = 3;
 constexpr std::int32_t kH = (1 << 30) - 1;
 constexpr std::size_t kPrefix = 2 * sizeof(std::uint32_t);
 
-constexpr std::size_t kLine = 64, kLook = 256 * kLine;  // bytes
+constexpr i64 kLine = 64, kLook = 256 * kLine;  // bytes
 constexpr i64 kMostAhead = 8 << 20;
 constexpr i64 kPause = 20'000;         // nanoseconds, and what the kernel adds: whoever was woken may need this core
 constexpr std::uint32_t kFewRows = 8;  // rows of a request that memory's speed bounds
@@ -75,7 +75,8 @@ i64 bytes_ahead() {
 #endif
 }
 
-// Prefetches W of the groups after this one, until something comes over this lane, or another lane is served. A prefetch never faults: what is not in memory stays away.
+// Prefetches W of the groups after this one, until something comes over this lane, or another lane is served. A prefetch never faults: what is
+// not in memory stays away.
 void read_ahead(const Serving& serving, std::uint32_t group, const cloven::Word& word, std::uint32_t seen) {
   i64 left = bytes_ahead();
   for (i64 step = 1; step < serving.count && left > 0; ++step) {
@@ -83,9 +84,9 @@ void read_ahead(const Serving& serving, std::uint32_t group, const cloven::Word&
     if (next.w == nullptr) continue;
     const auto first = reinterpret_cast<std::uintptr_t>(next.w);
     const i64 whole = next.n * next.stride, bytes = whole < left ? whole : left;
-    for (i64 at = 0; at < bytes; at += static_cast<i64>(kLook)) {
-      if (at_work.load(std::memory_order_relaxed) != 0 || word.load(std::memory_order_relaxed) != seen) return;
-      for (i64 line = at; line < at + static_cast<i64>(kLook) && line < bytes; line += static_cast<i64>(kLine)) __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<std::uintptr_t>(line)), 0, 1);
+    for (i64 at = 0; at < bytes; at += kLine) {
+      if (at % kLook == 0 && (at_work.load(std::memory_order_relaxed) != 0 || word.load(std::memory_order_relaxed) != seen)) return;
+      __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<std::uintptr_t>(at)), 0, 1);
     }
     left -= bytes;
   }
@@ -168,8 +169,8 @@ CLOVEN_API int cloven_serve_interface() { return 3; }
 CLOVEN_API void cloven_credit_add(i64* credit, i64 rows) { __atomic_fetch_add(credit, rows, __ATOMIC_ACQ_REL); }
 CLOVEN_API i64 cloven_credit_take(i64* credit) { return __atomic_exchange_n(credit, 0, __ATOMIC_ACQ_REL); }
 
-// Answers requests for so many nanoseconds, or until none came for as long (0: whoever serves may want to stop), something else came (2), or one for whose rows there is no credit (3): called
-// again, it looks at that request again.
+// Answers requests for so many nanoseconds, or until none came for as long (0: whoever serves may want to stop), something else came (2), or one
+// for whose rows there is no credit (3): called again, it looks at that request again.
 CLOVEN_API int cloven_serve(const Serving* serving, void* base, State* state, std::int64_t nanoseconds, int threads) {
   Side *own = cloven::side_of(base, 1), *other = cloven::side_of(base, 0);
   thread_local std::vector<std::int32_t> c;
