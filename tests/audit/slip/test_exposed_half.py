@@ -48,6 +48,8 @@ def test_what_a_public_base_gives_anybody_is_no_break() -> None:
         (0.9989, 0.9834, "broken"),
         (0.99, 0.95, "broken"),
         (1.0, 1.0, "holds"),
+        (1.0, 0.9986, "holds"),  # the control, a relative that is the model itself, with one of many keys
+        (1.0, 0.99, "broken"),
     ],
 )
 def test_verdicts_beside_what_anybody_has(value: float, chance: float, verdict: str) -> None:

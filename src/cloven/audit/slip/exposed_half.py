@@ -29,7 +29,7 @@ from cloven.audit.slip.subject import AttackedGroup, Subject
 from cloven.zoo.text import perplexity
 
 NO_BETTER = 0.02  # of what the model knows beyond chance
-_ROUNDING = 1e-3  # an exposed half is quantised, a relative is not
+_ROUNDING = 3e-3  # an exposed half is quantised, a relative is not: up to 1.4e-3 between splits of the demo model with different keys
 Matrix = Callable[[AttackedGroup, int], Tensor]
 
 
